@@ -1,0 +1,1 @@
+"""ModuleFormer's modular language models (MoLM) with native kernels for PyTorch."""
