@@ -1,0 +1,24 @@
+"""Every op again in plain PyTorch: the definition to read first and to test the kernels against.
+
+Same names, signatures and results as :mod:`moduleformer_ext.ops`, differentiable by autograd, on any device;
+sums are carried in float32 (float64 for float64). No attention is paid to speed or memory.
+"""
+
+from . import losses
+from .expert_layout import expert_layout
+from .grouped_gemm import expert_ffn, grouped_gemm
+from .route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
+from .stick_attention import stick_attention, stick_attention_decode
+
+__all__ = [
+    "expert_ffn",
+    "expert_layout",
+    "grouped_gemm",
+    "losses",
+    "route_topk",
+    "route_topk_gmm",
+    "route_topk_linear",
+    "route_topk_mlp",
+    "stick_attention",
+    "stick_attention_decode",
+]

@@ -1,0 +1,43 @@
+"""Routing losses of one MoE layer, from the logits themselves. Each gives a scalar."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import RouteTopK
+from ._common import without_autocast
+
+ENTROPY_EPSILON = 1e-8
+Z_LOSS_WEIGHT = 0.1
+
+
+def _marginal_entropy(probs: Tensor) -> Tensor:
+    marginal = probs.mean(0)
+    return -(marginal * (marginal + ENTROPY_EPSILON).log()).sum()
+
+
+@without_autocast
+def mutual_information_loss(route: RouteTopK) -> Tensor:
+    """H(e | x) - H(e), the negative mutual information of token and expert: balanced overall, certain for
+    each token.
+    """
+    log_probs = route.logits.log_softmax(-1)
+    probs = log_probs.exp()
+    conditional_entropy = -(probs * log_probs).sum(-1).mean()
+    return conditional_entropy - _marginal_entropy(probs)
+
+
+@without_autocast
+def concentration_loss(route: RouteTopK) -> Tensor:
+    """H(e), the entropy of the mean routing distribution: small when few experts carry the load."""
+    return _marginal_entropy(route.logits.softmax(-1))
+
+
+@without_autocast
+def switch_loss(route: RouteTopK) -> Tensor:
+    """E · Σ_e (share of probability of e) · (share of slots of e) + 0.1 · mean logsumexp²."""
+    mass = route.logits.softmax(-1).sum(0)
+    slots = route.counts.to(mass.dtype)
+    balance = route.logits.shape[-1] * (mass / mass.sum() * (slots / slots.sum())).sum()
+    return balance + Z_LOSS_WEIGHT * torch.logsumexp(route.logits, -1).square().mean()

@@ -1,0 +1,62 @@
+"""The two records that ops pass to one another. Only torch is needed to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["ExpertLayout", "RouteTopK", "Segments"]
+
+Segments = Tensor | Sequence[Tensor]
+"""A parameter with an expert dimension: one tensor [E, ...], or consecutive segments [E_i, ...] of it."""
+
+
+class RouteTopK(NamedTuple):
+    """What a router decided for T tokens and E experts, and the sums that every routing loss is made of.
+
+    Floating-point fields are float32 (float64 for float64 input); all of them are differentiable.
+    """
+
+    gates: Tensor
+    """[T, K] weights of the chosen experts, in the order of choice (descending probability)."""
+    expert_ids: Tensor
+    """[T, K] int32."""
+    prob_sum: Tensor
+    """[E] sum over tokens of p(e | t), p being the softmax over all experts."""
+    plogp_sum: Tensor
+    """[] sum over tokens and experts of p log p."""
+    logsumexp_sq_sum: Tensor
+    """[] sum over tokens of logsumexp(logits)^2."""
+    counts: Tensor
+    """[E] int32, the slots that each expert got."""
+    logits: Tensor
+    """[T, E]."""
+
+
+class ExpertLayout(NamedTuple):
+    """The slots (token, choice) sorted by expert. Slot s = token * K + choice; the sort is stable. All
+    tensors are int32.
+    """
+
+    counts: Tensor
+    """[E] slots per expert."""
+    offsets: Tensor
+    """[E + 1] where each expert's slots begin in expert order; the last one is S."""
+    slot_order: Tensor
+    """[S] place in expert order -> slot."""
+    position: Tensor
+    """[S] slot -> place in expert order, the inverse of slot_order."""
+    num_choices: int
+    """K, the experts chosen per token."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.counts.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """S = T * K."""
+        return self.slot_order.shape[0]
