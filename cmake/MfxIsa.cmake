@@ -1,0 +1,42 @@
+# CPU kernels are compiled once per instruction set, each into its own namespace (MFX_ISA), and chosen at run time
+# by csrc/core/isa.cpp. Only *_cpu_kernel.cpp files carry the flags, so no shared inline function can pick them up.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  set(MFX_ISAS_KNOWN baseline avx2 avx512 avx512_bf16)
+else()
+  set(MFX_ISAS_KNOWN baseline)
+endif()
+set(MFX_FLAGS_baseline "")
+set(MFX_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(MFX_FLAGS_avx512 ${MFX_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
+set(MFX_FLAGS_avx512_bf16 ${MFX_FLAGS_avx512} -mavx512bf16)
+
+if(NOT MFX_CPU_ISAS)
+  set(MFX_CPU_ISAS ${MFX_ISAS_KNOWN})
+endif()
+foreach(isa IN LISTS MFX_CPU_ISAS)
+  if(NOT isa IN_LIST MFX_ISAS_KNOWN)
+    message(FATAL_ERROR "MFX_CPU_ISAS: unknown instruction set '${isa}', expected some of: ${MFX_ISAS_KNOWN}")
+  endif()
+endforeach()
+if(NOT "baseline" IN_LIST MFX_CPU_ISAS)
+  message(FATAL_ERROR "MFX_CPU_ISAS must contain 'baseline', got: ${MFX_CPU_ISAS}")
+endif()
+
+list(JOIN MFX_CPU_ISAS " " MFX_ISA_NAMES)
+
+function(mfx_add_isa_sources target)
+  foreach(isa IN LISTS MFX_CPU_ISAS)
+    string(TOUPPER "${isa}" upper)
+    target_compile_definitions(${target} PRIVATE MFX_HAVE_${upper}=1)
+    add_library(${target}_${isa} OBJECT ${ARGN})
+    target_link_libraries(${target}_${isa} PRIVATE mfx_flags)
+    target_compile_definitions(${target}_${isa} PRIVATE MFX_ISA=${isa} MFX_ISA_${upper}=1)
+    # -fno-math-errno and no traps let gcc vectorise; contraction gives fused multiply-adds. Nothing here may
+    # assume away NaN or infinity.
+    target_compile_options(${target}_${isa} PRIVATE
+      ${MFX_FLAGS_${isa}} -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi)
+    target_sources(_mfx_isa_objects INTERFACE $<TARGET_OBJECTS:${target}_${isa}>)
+  endforeach()
+  target_link_libraries(${target} PUBLIC _mfx_isa_objects)
+endfunction()
+add_library(_mfx_isa_objects INTERFACE)

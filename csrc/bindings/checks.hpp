@@ -1,0 +1,53 @@
+// Argument checks of the bindings. Every message reads "<op>: <argument> must <expectation>, got <value>".
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/Exception.h>
+
+#include "moduleformer_ext/common.hpp"
+
+#define MFX_CHECK_ARG(condition, op, argument, expectation, ...) \
+  TORCH_CHECK_VALUE(condition, op, ": ", argument, " must ", expectation, ", got ", __VA_ARGS__)
+
+namespace mfx {
+
+// Turns a launcher's status into an exception.
+inline void check_status(const Status& status) {
+  TORCH_CHECK_VALUE(status.ok(), status.message);
+}
+
+inline void check_dim(const char* op, const char* argument, const at::Tensor& tensor, int64_t dim) {
+  MFX_CHECK_ARG(tensor.dim() == dim, op, argument, c10::str("have ", dim, " dimensions"), "shape ", tensor.sym_sizes());
+}
+
+inline void check_same_device(const char* op, const char* argument, const at::Tensor& tensor, const char* other_name,
+                              const at::Tensor& other) {
+  MFX_CHECK_ARG(tensor.device() == other.device(), op, argument,
+                c10::str("be on the device of ", other_name, " (", other.device(), ")"), tensor.device());
+}
+
+inline void check_same_dtype(const char* op, const char* argument, const at::Tensor& tensor, const char* other_name,
+                             const at::Tensor& other) {
+  MFX_CHECK_ARG(tensor.scalar_type() == other.scalar_type(), op, argument,
+                c10::str("have the dtype of ", other_name, " (", other.scalar_type(), ")"), tensor.scalar_type());
+}
+
+// Every op computes in float32, float64, bfloat16 and float16.
+inline DType check_float_dtype(const char* op, const char* argument, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: MFX_CHECK_ARG(false, op, argument, "be float32, float64, bfloat16 or float16", tensor.scalar_type());
+  }
+}
+
+// The devices this build has kernels for.
+inline void check_cpu(const char* op, const char* argument, const at::Tensor& tensor) {
+  MFX_CHECK_ARG(tensor.is_cpu(), op, argument, "be a CPU tensor (this build has no kernels for other devices)",
+                "one on ", tensor.device());
+}
+
+}  // namespace mfx

@@ -1,0 +1,33 @@
+// Small matrix products on cache-resident tiles through ATen's batch-reduce GEMM (oneDNN micro-kernels).
+//
+// C[m, n] (+)= A[m, k] B[k, n] with fp32 C. A is row-major. B is row-major for float; for bf16 it is in VNNI order,
+// pairs of consecutive k interleaved: B[(k / 2), n, 2], with an odd last row paired with zeros. For bf16, n must be
+// 16, 32, 48 or 64 and k even (the AMX kernels' limits, kept everywhere so that one path serves all machines).
+#pragma once
+
+#include <cstdint>
+
+#include "moduleformer_ext/common.hpp"
+
+namespace mfx {
+
+// Whether this torch and this processor run it; probed once, by computing a small product and checking it.
+// MFX_BRGEMM=0 turns it off (for tests): callers then take their own kernels (core/tile_gemm.hpp).
+bool brgemm_available_f32();
+bool brgemm_available_bf16();
+
+void brgemm(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b,
+            std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate);
+// ldb counts pairs, i.e. columns: consecutive VNNI rows are 2 * ldb elements apart.
+void brgemm(std::int64_t m, std::int64_t n, std::int64_t k, const BFloat16* a, std::int64_t lda, const BFloat16* b,
+            std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate);
+
+// Gives back the tile registers a thread's bf16 products configured. Destroy at the end of a thread's task.
+struct BrgemmScope {
+  BrgemmScope() = default;
+  BrgemmScope(const BrgemmScope&) = delete;
+  BrgemmScope& operator=(const BrgemmScope&) = delete;
+  ~BrgemmScope();
+};
+
+}  // namespace mfx

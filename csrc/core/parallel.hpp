@@ -1,0 +1,37 @@
+// Threads without a threading library in sight: torch's own pool behind two functions.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace mfx {
+
+// A non-owning reference to a callable, valid for the duration of the call it is passed to.
+template <typename Signature>
+class FunctionRef;
+template <typename R, typename... Args>
+class FunctionRef<R(Args...)> {
+ public:
+  template <typename F, typename = std::enable_if_t<!std::is_same_v<std::decay_t<F>, FunctionRef>>>
+  FunctionRef(F&& f)  // NOLINT: implicit by design
+      : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
+        call_([](void* object, Args... args) -> R {
+          return (*static_cast<std::remove_reference_t<F>*>(object))(static_cast<Args&&>(args)...);
+        }) {}
+  R operator()(Args... args) const { return call_(object_, static_cast<Args&&>(args)...); }
+
+ private:
+  void* object_;
+  R (*call_)(void*, Args...);
+};
+
+// f(begin, end) over a static partition of [0, n); ranges of fewer than `grain` items are not split.
+void parallel_for(std::int64_t n, std::int64_t grain, FunctionRef<void(std::int64_t, std::int64_t)> f);
+
+// f(task) for every task in [0, n), handed out one at a time in ascending order: for tasks of unequal cost.
+void parallel_tasks(std::int64_t n, FunctionRef<void(std::int64_t)> f);
+
+int num_threads();
+
+}  // namespace mfx

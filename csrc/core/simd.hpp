@@ -1,0 +1,248 @@
+// Vectors as wide as the instruction set this file is compiled for, on gcc's vector extensions: arithmetic,
+// comparison (giving an integer mask) and `mask ? a : b` are the language's own operators.
+//
+// For *_cpu_kernel.cpp files alone, which are compiled once per instruction set; everything is in that instruction
+// set's namespace, so that the linker can never merge two compilations of one function.
+#pragma once
+
+#ifndef MFX_ISA
+#error "core/simd.hpp belongs in *_cpu_kernel.cpp files, which are compiled once per instruction set"
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <cstdint>
+#include <cstring>
+
+#include "core/float16.hpp"
+
+#if defined(MFX_ISA_AVX512_BF16)
+#define MFX_ISA_AVX512 1
+#endif
+
+namespace mfx::MFX_ISA {
+
+#if defined(MFX_ISA_AVX512)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kVectorRegisters = 32;
+#elif defined(MFX_ISA_AVX2)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kVectorRegisters = 16;
+#else
+inline constexpr int kVectorBytes = 16;
+#if defined(__aarch64__)
+inline constexpr int kVectorRegisters = 32;
+#else
+inline constexpr int kVectorRegisters = 16;
+#endif
+#endif
+
+template <typename T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vec = typename VecOf<T>::type;
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+using VecU32 = Vec<std::uint32_t>;
+using VecI32 = Vec<std::int32_t>;
+using VecI64 = Vec<std::int64_t>;
+typedef std::uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as VecF
+
+template <typename T>
+inline constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
+
+// The type that values stored as T are computed in.
+template <typename T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulate = typename AccumulateOf<T>::type;
+
+template <typename T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // vector minus zero keeps the sign of zero, which plus zero would not
+}
+
+template <typename V, typename T>
+inline V load_raw(const T* p) {
+  V v;
+  static_assert(sizeof(V) <= static_cast<std::size_t>(kVectorBytes));
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+inline VecF load(const float* p) {
+  return load_raw<VecF>(p);
+}
+inline VecD load(const double* p) {
+  return load_raw<VecD>(p);
+}
+inline VecF load(const BFloat16* p) {
+  const VecU32 wide = __builtin_convertvector(load_raw<VecU16>(p), VecU32) << 16;
+  return reinterpret_cast<VecF>(wide);
+}
+inline VecF load(const Float16* p) {
+#if defined(MFX_ISA_AVX512)
+  return reinterpret_cast<VecF>(_mm512_cvtph_ps(load_raw<__m256i>(p)));
+#elif defined(MFX_ISA_AVX2)
+  return reinterpret_cast<VecF>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
+#else
+  VecF v;
+  for (int i = 0; i < kWidth<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+// bf16 bits of each lane, in the low half, rounded to nearest even.
+inline VecU32 round_bf16(VecF v) {
+  const VecU32 bits = reinterpret_cast<VecU32>(v);
+  const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return v == v ? rounded : ((bits >> 16) | 0x40u);
+}
+
+inline void store(float* p, VecF v) {
+  std::memcpy(p, &v, sizeof v);
+}
+inline void store(double* p, VecD v) {
+  std::memcpy(p, &v, sizeof v);
+}
+inline void store(BFloat16* p, VecF v) {
+#if defined(MFX_ISA_AVX512_BF16)
+  const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+  std::memcpy(p, &half, sizeof half);
+#else
+  const VecU16 half = __builtin_convertvector(round_bf16(v), VecU16);
+  std::memcpy(p, &half, sizeof half);
+#endif
+}
+inline void store(Float16* p, VecF v) {
+#if defined(MFX_ISA_AVX512)
+  const __m256i half = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
+#elif defined(MFX_ISA_AVX2)
+  const __m128i half = _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
+#else
+  for (int i = 0; i < kWidth<float>; ++i) p[i] = from_float<Float16>(v[i]);
+#endif
+}
+
+// The first n lanes (0 <= n <= width); the rest read as zero, or are left unwritten.
+template <typename T>
+inline Vec<Accumulate<T>> load_partial(const T* p, int n) {
+  T lanes[kWidth<Accumulate<T>>] = {};
+  std::memcpy(lanes, p, static_cast<std::size_t>(n) * sizeof(T));
+  return load(lanes);
+}
+template <typename T>
+inline void store_partial(T* p, Vec<Accumulate<T>> v, int n) {
+  T lanes[kWidth<Accumulate<T>>];
+  store(lanes, v);
+  std::memcpy(p, lanes, static_cast<std::size_t>(n) * sizeof(T));
+}
+#if defined(MFX_ISA_AVX512)
+template <>
+inline VecF load_partial<float>(const float* p, int n) {
+  return reinterpret_cast<VecF>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p));
+}
+template <>
+inline void store_partial<float>(float* p, VecF v, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), reinterpret_cast<__m512>(v));
+}
+#endif
+
+// Two rows of B for a bf16 brgemm: lane i holds the pair (even[i], odd[i]) of a VNNI row.
+inline VecU32 interleave_bf16(VecF even, VecF odd) {
+#if defined(MFX_ISA_AVX512_BF16)
+  typedef std::uint16_t Packed __attribute__((vector_size(32)));
+  const VecU32 low =
+      __builtin_convertvector(reinterpret_cast<Packed>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(even))), VecU32);
+  const VecU32 high =
+      __builtin_convertvector(reinterpret_cast<Packed>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(odd))), VecU32);
+  return low | (high << 16);
+#else
+  return round_bf16(even) | (round_bf16(odd) << 16);
+#endif
+}
+
+template <typename V>
+inline V min(V a, V b) {
+  return a < b ? a : b;
+}
+template <typename V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <typename V>
+inline auto reduce_add(V v) {
+  auto sum = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
+  return sum;
+}
+template <typename V>
+inline auto reduce_max(V v) {
+  auto best = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^x to about 1 ulp for |x| <= 87 (float) or 708 (double), where no scaling can overflow; outside, undefined.
+// x = n ln 2 + r, with n by adding and subtracting 1.5 * 2^mantissa, then a polynomial in |r| <= ln 2 / 2.
+inline VecF exp_bounded(VecF x) {
+  const VecF shifted = x * 1.44269504088896341f + 12582912.0f;
+  const VecF n = shifted - 12582912.0f;
+  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const VecI32 scale = reinterpret_cast<VecI32>(shifted) << 23;  // the low bits of `shifted` are n
+  return reinterpret_cast<VecF>(reinterpret_cast<VecI32>(p) + scale);
+}
+
+inline VecD exp_bounded(VecD x) {
+  const VecD shifted = x * 1.4426950408889634074 + 6755399441055744.0;
+  const VecD n = shifted - 6755399441055744.0;
+  const VecD r = (x - n * 0.69314718055966295651) - n * 2.8235290563031577122e-13;
+  VecD p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * (r * r) + (r + 1.0);
+  const VecI64 scale = reinterpret_cast<VecI64>(shifted) << 52;
+  return reinterpret_cast<VecD>(reinterpret_cast<VecI64>(p) + scale);
+}
+
+// e^x everywhere: 0 and infinity at the ends (with gradual underflow cut off), NaN for NaN.
+inline VecF exp(VecF x) {
+  const VecF inside = exp_bounded(min(max(x, broadcast(-87.0f)), broadcast(88.0f)));
+  const VecF high = x > 88.72283f ? broadcast(__builtin_inff()) : inside * exp_bounded(x - 88.0f);
+  const VecF value = x > 88.0f ? high : inside;
+  return x < -87.0f ? VecF{} : (x == x ? value : x);
+}
+inline VecD exp(VecD x) {
+  const VecD inside = exp_bounded(min(max(x, broadcast(-708.0)), broadcast(709.0)));
+  const VecD high = x > 709.782712893384 ? broadcast(__builtin_inf()) : inside * exp_bounded(x - 709.0);
+  const VecD value = x > 709.0 ? high : inside;
+  return x < -708.0 ? VecD{} : (x == x ? value : x);
+}
+
+}  // namespace mfx::MFX_ISA

@@ -1,0 +1,25 @@
+// expert_layout: group routed slots by expert with a stable counting sort.
+//
+// Slot s = t * K + j is choice j of token t. Slots of one expert become consecutive positions, experts in ascending
+// order, slots of one expert in ascending order (stable), so that a grouped GEMM can walk them.
+#pragma once
+
+#include "moduleformer_ext/common.hpp"
+
+namespace mfx {
+
+struct ExpertLayoutParams {
+  const void* expert_ids;  // [num_slots], int32 or int64, each in [0, num_experts)
+  bool ids_are_int64;
+  std::int64_t num_slots;
+  std::int64_t num_experts;
+  std::int32_t* counts;      // [num_experts]
+  std::int32_t* offsets;     // [num_experts + 1], exclusive prefix sums of counts
+  std::int32_t* slot_order;  // [num_slots], position -> slot
+  std::int32_t* position;    // [num_slots], slot -> position (inverse of slot_order)
+};
+
+// Returns an error, with nothing written to slot_order or position, when an id is out of range.
+Status expert_layout_cpu(const ExpertLayoutParams& params);
+
+}  // namespace mfx

@@ -1,0 +1,30 @@
+"""Loads the native extension once, and says in words what to do when it cannot be loaded."""
+
+import torch
+
+try:
+    from moduleformer_ext import _C
+except ImportError as error:
+    raise ImportError(
+        f"moduleformer_ext's native extension cannot be loaded with torch {torch.__version__}: {error}. It is built "
+        "against one torch release: after installing or changing torch, build it again with "
+        "`pip install --no-build-isolation --force-reinstall --no-deps .` in the source directory (`make build` in a "
+        "checkout)."
+    ) from error
+
+
+def _release(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+if _release(_C.torch_version) != _release(torch.__version__):
+    raise ImportError(
+        f"moduleformer_ext was built against torch {_C.torch_version}, but torch {torch.__version__} is installed, "
+        "and torch promises no binary compatibility between releases. Build it again: `pip install "
+        "--no-build-isolation --force-reinstall --no-deps .` in the source directory (`make build` in a checkout)."
+    )
+
+
+def build_info() -> dict[str, object]:
+    """How the extension was built and what it runs with: versions, instruction sets, CUDA library."""
+    return dict(_C.build_info())

@@ -1,0 +1,9 @@
+"""The ops: native kernels as drop-in, differentiable PyTorch functions.
+
+Each has a plain-PyTorch twin of the same name and signature in :mod:`moduleformer_ext.reference`.
+"""
+
+from moduleformer_ext import _extension  # noqa: F401  (registers torch.ops.moduleformer_ext)
+from moduleformer_ext.ops.expert_layout import expert_layout
+
+__all__ = ["expert_layout"]

@@ -1,0 +1,47 @@
+"""Bridge from setuptools to CMake, which knows how to build the extension (CMakeLists.txt, docs/build.md)."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+OPTIONS = ("MFX_CUDA", "MFX_CUDA_ARCHS", "MFX_CUTLASS_DIR", "MFX_CPU_ISAS", "MFX_SANITIZE", "MFX_WERROR")
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs the native libraries into the package."""
+
+    def run(self) -> None:
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            sys.exit(
+                "moduleformer_ext: cmake was not found; install it with `pip install cmake ninja` and try again."
+            )
+        package = Path(self.get_ext_fullpath("moduleformer_ext._C")).resolve().parent
+        # A fixed build folder makes the next build incremental, editable or not.
+        build = Path(os.environ.get("MFX_BUILD_DIR", ROOT / "build"))
+        options = [f"-D{name}={os.environ[name]}" for name in OPTIONS if name in os.environ]
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        try:
+            subprocess.run([*configure, *generator, *options], check=True)
+            subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+            subprocess.run([cmake, "--install", str(build), "--prefix", str(package)], check=True)
+        except subprocess.CalledProcessError as error:
+            step = " ".join(map(str, error.cmd))
+            sys.exit(
+                f"moduleformer_ext: building the native extension failed at `{step}`; its own message is above. "
+                "docs/build.md lists what a build needs and the environment variables that steer it."
+            )
+
+
+setup(
+    ext_modules=[Extension("moduleformer_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
