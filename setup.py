@@ -19,9 +19,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         cmake = shutil.which("cmake")
         if cmake is None:
-            sys.exit(
-                "moduleformer_ext: cmake was not found; install it with `pip install cmake ninja` and try again."
-            )
+            sys.exit("moduleformer_ext: cmake was not found; install it with `pip install cmake ninja` and try again.")
         package = Path(self.get_ext_fullpath("moduleformer_ext._C")).resolve().parent
         # A fixed build folder makes the next build incremental, editable or not.
         build = Path(os.environ.get("MFX_BUILD_DIR", ROOT / "build"))

@@ -49,9 +49,7 @@ def test_many_slots_in_chunks_do_not_depend_on_threads():
     order = ids.flatten().sort(stable=True).indices.int()
     for layout in results:
         assert torch.equal(layout.slot_order, order)
-        assert torch.equal(
-            layout.position[layout.slot_order.long()], torch.arange(order.numel(), dtype=torch.int32)
-        )
+        assert torch.equal(layout.position[layout.slot_order.long()], torch.arange(order.numel(), dtype=torch.int32))
         assert torch.equal(layout.counts, ids.flatten().bincount(minlength=37).int())
 
 

@@ -52,9 +52,7 @@ def grouped_gemm(
     """
     orders = ("token", "slot", "expert")
     if x_order not in orders or out_order not in orders:
-        raise ValueError(
-            f"grouped_gemm: x_order, out_order must be of {orders}, got {x_order!r}, {out_order!r}"
-        )
+        raise ValueError(f"grouped_gemm: x_order, out_order must be of {orders}, got {x_order!r}, {out_order!r}")
     if gates is not None and out_order != "token":
         raise ValueError(f"grouped_gemm: gates need out_order='token', got {out_order!r}")
     full_weight = joined(weight)

@@ -35,9 +35,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor) -> tup
 def _grouped(q: Tensor, num_kv_heads: int) -> Tensor:
     """[..., H_q, D] -> [..., H_kv, G, D]."""
     if q.shape[-2] % num_kv_heads:
-        raise ValueError(
-            f"stick_attention: q must have a multiple of k's {num_kv_heads} heads, got {q.shape[-2]}"
-        )
+        raise ValueError(f"stick_attention: q must have a multiple of k's {num_kv_heads} heads, got {q.shape[-2]}")
     return torch.unflatten(q, -2, (num_kv_heads, -1))
 
 
@@ -132,9 +130,7 @@ def stick_attention_decode(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     t_new = q.shape[1]
-    last = (
-        cache_lengths.long()[:, None] - t_new + torch.arange(t_new, device=q.device) - int(not attend_current)
-    )
+    last = cache_lengths.long()[:, None] - t_new + torch.arange(t_new, device=q.device) - int(not attend_current)
     slots = torch.arange(k_cache.shape[1], device=q.device)
     valid = slots <= last[:, :, None]
     if key_padding_mask is not None:
