@@ -24,6 +24,8 @@ $(STAMP): requirements-dev.txt tools/make_venv.sh
 # CMake decides what is out of date; unchanged sources cost a second.
 build: $(STAMP)
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
+	@test -e $(VENV)/bin/moduleformer-ext || PATH="$(abspath $(VENV))/bin:$$PATH" \
+	  $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 
 demo: build
 	$(PY) -m moduleformer_ext.cli demo --run runs/demo

@@ -22,7 +22,7 @@ class CMakeBuild(build_ext):
             sys.exit("moduleformer_ext: cmake was not found; install it with `pip install cmake ninja` and try again.")
         package = Path(self.get_ext_fullpath("moduleformer_ext._C")).resolve().parent
         # A fixed build folder makes the next build incremental, editable or not.
-        build = Path(os.environ.get("MFX_BUILD_DIR", ROOT / "build"))
+        build = Path(os.environ.get("MFX_BUILD_DIR", ROOT / "build" / f"native-{sys.implementation.cache_tag}"))
         options = [f"-D{name}={os.environ[name]}" for name in OPTIONS if name in os.environ]
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]

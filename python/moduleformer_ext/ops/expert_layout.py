@@ -23,5 +23,5 @@ def expert_layout(expert_ids: Tensor, num_experts: int) -> ExpertLayout:
     Raises:
         ValueError: for another shape, dtype or device, for ``num_experts < 1``, and for an id out of range.
     """
-    tensors = torch.ops.moduleformer_ext.expert_layout(expert_ids, num_experts)
-    return ExpertLayout(*tensors, num_choices=expert_ids.shape[1])
+    counts, offsets, slot_order, position = torch.ops.moduleformer_ext.expert_layout(expert_ids, num_experts)
+    return ExpertLayout(counts, offsets, slot_order, position, num_choices=expert_ids.shape[1])

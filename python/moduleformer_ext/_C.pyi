@@ -1,0 +1,3 @@
+torch_version: str
+
+def build_info() -> dict[str, object]: ...

@@ -1,0 +1,21 @@
+#!/bin/sh
+# Runs the op tests on a build of the C++ code with AddressSanitizer and UndefinedBehaviorSanitizer:
+# tools/asan.sh PYTHON [pytest arguments]. The build lies in build-asan/, apart from the ordinary one.
+set -eu
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+package=$root/build-asan/python/moduleformer_ext
+mkdir -p "$package"
+PATH="$(dirname "$python"):$PATH"
+cmake -S . -B build-asan -G Ninja -DPython_EXECUTABLE="$python" -DMFX_CUDA=OFF -DMFX_SANITIZE=address,undefined
+cmake --build build-asan --parallel "${MAX_JOBS:-2}"
+cp -r python/moduleformer_ext/. "$package"
+cmake --install build-asan --prefix "$package"
+
+# The interpreter itself is not instrumented, so the runtimes come first; libstdc++ with them, or its exceptions pass
+# the interceptors by. Python never frees some things: leaks are not looked for.
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)" \
+ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH="$root/build-asan/python" \
+  "$python" -m pytest -p no:cacheprovider -m 'not slow' "${@:-tests/ops}"

@@ -1,0 +1,105 @@
+"""Enforces the dependency directions of docs/architecture.md. Exits 1 and lists every import that breaks one."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "moduleformer_ext"
+
+# Python: what each room may import besides itself. Rooms are the package's direct children.
+COMMON = {"types", "_version"}
+PYTHON_LAYERS: dict[str, set[str]] = {
+    "_version": set(),
+    "types": set(),
+    "_extension": {"_C"},
+    "reference": COMMON,
+    "ops": COMMON | {"_extension"},
+    "nn": COMMON | {"ops"},
+    "models": COMMON | {"ops", "nn"},
+    "surgery": COMMON | {"ops", "nn", "models"},
+    "data": COMMON,
+    "train": COMMON | {"ops", "nn", "models", "surgery", "data"},
+    "cli": COMMON | {"_extension", "ops", "nn", "models", "surgery", "data", "train"},
+    "testing": COMMON | {"_extension", "ops", "reference", "nn", "models"},
+    "__init__": COMMON,
+    "__main__": {"cli"},
+}
+
+# C++: folder -> pattern of includes that are forbidden there.
+TORCH = r"^(torch|ATen|c10|pybind11)/"
+CUTLASS = r"^(cutlass|cute)/"
+
+
+def python_imports(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "." * node.level + (node.module or "")
+            elif node.module == PACKAGE:
+                yield from ((node.lineno, f"{PACKAGE}.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module or ""
+
+
+def check_python() -> Iterator[str]:
+    package = ROOT / "python" / PACKAGE
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        where = path.relative_to(ROOT)
+        if room not in PYTHON_LAYERS:
+            yield f"{where}: the room '{room}' is not in tools/check_layers.py"
+            continue
+        for line, name in python_imports(path):
+            if name.startswith("."):
+                yield f"{where}:{line}: relative import; name the room in full"
+                continue
+            parts = name.split(".")
+            if parts[0] != PACKAGE or len(parts) == 1:
+                continue
+            if parts[1] != room and parts[1] not in PYTHON_LAYERS[room]:
+                yield f"{where}:{line}: {room} must not import {parts[1]}"
+
+
+def cpp_rules(path: Path) -> Iterator[tuple[str, str]]:
+    parts = path.relative_to(ROOT).parts
+    sees_torch = "bindings" in parts or path.name.startswith("aten_")
+    if not sees_torch:
+        yield TORCH, "only csrc/bindings and csrc/core/aten_*.cpp may see torch"
+        yield r"^bindings/", "nothing but the bindings includes bindings"
+    if parts[0] == "include":
+        yield CUTLASS, "public headers are free of CUTLASS"
+        yield r"^(?!moduleformer_ext/)[a-z_]+/", "public headers include public headers only"
+    if parts[:2] == ("csrc", "core"):
+        yield r"^(?!core/|moduleformer_ext/common|ATen/|c10/|immintrin)[a-z_0-9]+/", "core stands on core alone"
+    if parts[:2] == ("csrc", "device"):
+        yield r"^(?!device/|moduleformer_ext/common|cuda|cute/|cutlass/)[a-z_0-9]+/", "device stands on device alone"
+
+
+def check_cpp() -> Iterator[str]:
+    include = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]')
+    for folder in ("csrc", "include"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix not in {".hpp", ".cpp", ".cu", ".cuh", ".h"}:
+                continue
+            for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                match = include.match(text)
+                if not match:
+                    continue
+                for pattern, reason in cpp_rules(path):
+                    if re.match(pattern, match[1]):
+                        yield f"{path.relative_to(ROOT)}:{number}: includes {match[1]}: {reason}"
+
+
+def main() -> int:
+    problems = [*check_python(), *check_cpp()]
+    print("\n".join(problems) or "layers: every import points the right way")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
