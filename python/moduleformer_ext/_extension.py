@@ -3,7 +3,7 @@
 import torch
 
 try:
-    from moduleformer_ext import _C
+    import moduleformer_ext._C as _C
 except ImportError as error:
     raise ImportError(
         f"moduleformer_ext's native extension cannot be loaded with torch {torch.__version__}: {error}. It is built "
