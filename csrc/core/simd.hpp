@@ -14,6 +14,7 @@
 #endif
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/float16.hpp"
 
@@ -171,6 +172,28 @@ inline VecU32 interleave_bf16(VecF even, VecF odd) {
 #else
   return round_bf16(even) | (round_bf16(odd) << 16);
 #endif
+}
+
+// Transposes a square block, one row per lane: swaps its off-diagonal blocks of 1, 2, 4, ... lanes.
+template <int kStep, typename T>
+inline void transpose_step(Vec<T>* rows) {
+  using Lanes = Vec<std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>>;
+  Lanes upper, lower;
+  for (int lane = 0; lane < kWidth<T>; ++lane) {
+    upper[lane] = (lane & kStep) ? kWidth<T> + lane - kStep : lane;
+    lower[lane] = (lane & kStep) ? kWidth<T> + lane : lane + kStep;
+  }
+  for (int i = 0; i < kWidth<T>; ++i) {
+    if (i & kStep) continue;
+    const Vec<T> a = rows[i], b = rows[i + kStep];
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + kStep] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (2 * kStep < kWidth<T>) transpose_step<2 * kStep, T>(rows);
+}
+template <typename T>
+inline void transpose(Vec<T>* rows) {
+  transpose_step<1, T>(rows);
 }
 
 template <typename V>
