@@ -1,0 +1,226 @@
+#include "moduleformer_ext/stick_attention_decode.hpp"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "bindings/checks.hpp"
+
+namespace mfx {
+namespace {
+
+constexpr const char* kOp = "stick_attention_decode";
+constexpr double kDefaultEpsilon = 0x1p-24;
+using Outputs = std::tuple<at::Tensor, at::Tensor>;
+using OptionalTensor = std::optional<at::Tensor>;
+
+void check_cache(const char* name, const at::Tensor& cache, const at::Tensor& q) {
+  check_dim(kOp, name, cache, 4);
+  check_same_dtype(kOp, name, cache, "q", q);
+  check_same_device(kOp, name, cache, "q", q);
+  MFX_CHECK_ARG(cache.sym_size(0) == q.sym_size(0), kOp, name, c10::str("have q's batch size ", q.sym_size(0)),
+                "shape ", cache.sym_sizes());
+  MFX_CHECK_ARG(cache.sym_size(3) == q.sym_size(-1), kOp, name, c10::str("have q's head dimension ", q.sym_size(-1)),
+                "shape ", cache.sym_sizes());
+  MFX_CHECK_ARG(cache.sym_stride(3) == 1, kOp, name, "be contiguous in its last dimension", "strides ",
+                cache.sym_strides());
+}
+
+void check_arguments(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
+                     const at::Tensor& cache_lengths, std::optional<double> scale,
+                     const OptionalTensor& key_padding_mask, std::optional<double> stick_epsilon) {
+  MFX_CHECK_ARG(q.dim() == 4 || q.dim() == 5, kOp, "q", "be [B, T, H_q, D] or [B, T, H_kv, G, D]", "shape ",
+                q.sym_sizes());
+  check_float_dtype(kOp, "q", q);
+  const auto head_dim = q.sym_size(-1);
+  MFX_CHECK_ARG(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 1024, kOp, "q",
+                "have a head dimension that is a multiple of 8 from 8 to 1024", head_dim);
+  MFX_CHECK_ARG(q.sym_stride(-1) == 1, kOp, "q", "be contiguous in its last dimension", "strides ", q.sym_strides());
+
+  check_cache("k_cache", k_cache, q);
+  if (v_cache) {
+    check_cache("v_cache", *v_cache, q);
+    MFX_CHECK_ARG(v_cache->sym_sizes() == k_cache.sym_sizes(), kOp, "v_cache",
+                  c10::str("have k_cache's shape ", k_cache.sym_sizes()), "shape ", v_cache->sym_sizes());
+  }
+  const auto kv_heads = k_cache.sym_size(2);
+  MFX_CHECK_ARG(kv_heads >= 1, kOp, "k_cache", "have at least one head", "shape ", k_cache.sym_sizes());
+  if (q.dim() == 4) {
+    MFX_CHECK_ARG(q.sym_size(2) % kv_heads == 0, kOp, "q",
+                  c10::str("have a multiple of k_cache's ", kv_heads, " heads"), q.sym_size(2));
+  } else {
+    MFX_CHECK_ARG(q.sym_size(2) == kv_heads, kOp, "q", c10::str("have k_cache's ", kv_heads, " heads"), q.sym_size(2));
+  }
+
+  check_dim(kOp, "cache_lengths", cache_lengths, 1);
+  MFX_CHECK_ARG(cache_lengths.scalar_type() == at::kInt, kOp, "cache_lengths", "be int32", cache_lengths.scalar_type());
+  MFX_CHECK_ARG(cache_lengths.sym_size(0) == q.sym_size(0), kOp, "cache_lengths",
+                c10::str("hold one length for each of q's ", q.sym_size(0), " sequences"), cache_lengths.sym_size(0));
+  check_same_device(kOp, "cache_lengths", cache_lengths, "q", q);
+
+  if (key_padding_mask) {
+    check_dim(kOp, "key_padding_mask", *key_padding_mask, 2);
+    MFX_CHECK_ARG(key_padding_mask->scalar_type() == at::kBool, kOp, "key_padding_mask", "be bool",
+                  key_padding_mask->scalar_type());
+    MFX_CHECK_ARG(
+        key_padding_mask->sym_size(0) == k_cache.sym_size(0) && key_padding_mask->sym_size(1) == k_cache.sym_size(1),
+        kOp, "key_padding_mask", c10::str("be [B, S_max] = [", k_cache.sym_size(0), ", ", k_cache.sym_size(1), "]"),
+        "shape ", key_padding_mask->sym_sizes());
+    check_same_device(kOp, "key_padding_mask", *key_padding_mask, "q", q);
+  }
+  MFX_CHECK_ARG(!scale || std::isfinite(*scale), kOp, "scale", "be finite", *scale);
+  MFX_CHECK_ARG(!stick_epsilon || (*stick_epsilon >= 0 && *stick_epsilon < 1), kOp, "stick_epsilon", "lie in [0, 1)",
+                *stick_epsilon);
+}
+
+Outputs allocate(const at::Tensor& q) {
+  const auto dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {at::empty_like(q), at::empty_symint(q.sym_sizes().slice(0, q.dim() - 1), q.options().dtype(dtype))};
+}
+
+Outputs stick_attention_decode_meta(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
+                                    const at::Tensor& cache_lengths, std::optional<double> scale, bool,
+                                    const OptionalTensor& key_padding_mask, std::optional<double> stick_epsilon) {
+  check_arguments(q, k_cache, v_cache, cache_lengths, scale, key_padding_mask, stick_epsilon);
+  return allocate(q);
+}
+
+// Strides of the token, K/V head and group dimensions, whichever of the two forms q has.
+struct QueryStrides {
+  int64_t batch, token, head, group;
+  QueryStrides(const at::Tensor& q, int64_t group_size)
+      : batch(q.stride(0)),
+        token(q.stride(1)),
+        head(q.dim() == 5 ? q.stride(2) : q.stride(2) * group_size),
+        group(q.dim() == 5 ? q.stride(3) : q.stride(2)) {}
+};
+
+Outputs stick_attention_decode(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
+                               const at::Tensor& cache_lengths, std::optional<double> scale, bool attend_current,
+                               const OptionalTensor& key_padding_mask, std::optional<double> stick_epsilon) {
+  check_arguments(q, k_cache, v_cache, cache_lengths, scale, key_padding_mask, stick_epsilon);
+  check_cpu(kOp, "q", q);
+
+  const at::Tensor lengths = cache_lengths.contiguous();
+  const int64_t max_keys = k_cache.size(1);
+  for (int64_t b = 0; b < lengths.numel(); ++b) {
+    const int32_t length = lengths.const_data_ptr<int32_t>()[b];
+    MFX_CHECK_ARG(length >= 0 && length <= max_keys, kOp, "cache_lengths",
+                  c10::str("lie in [0, S_max] = [0, ", max_keys, "]"), length, " for sequence ", b);
+  }
+
+  Outputs outputs = allocate(q);
+  auto& [out, remainder] = outputs;
+  const int64_t kv_heads = k_cache.size(2);
+  const int64_t group_size = q.dim() == 5 ? q.size(3) : q.size(2) / kv_heads;
+  const QueryStrides q_strides(q, group_size), out_strides(out, group_size);
+  const at::Tensor& v = v_cache ? *v_cache : k_cache;
+  check_status(stick_attention_decode_cpu({
+      .dtype = check_float_dtype(kOp, "q", q),
+      .q = q.const_data_ptr(),
+      .q_batch_stride = q_strides.batch,
+      .q_token_stride = q_strides.token,
+      .q_head_stride = q_strides.head,
+      .q_group_stride = q_strides.group,
+      .k_cache = k_cache.const_data_ptr(),
+      .k_batch_stride = k_cache.stride(0),
+      .k_key_stride = k_cache.stride(1),
+      .k_head_stride = k_cache.stride(2),
+      .v_cache = v.const_data_ptr(),
+      .v_batch_stride = v.stride(0),
+      .v_key_stride = v.stride(1),
+      .v_head_stride = v.stride(2),
+      .lengths = lengths.const_data_ptr<int32_t>(),
+      .key_padding_mask = key_padding_mask ? key_padding_mask->const_data_ptr<bool>() : nullptr,
+      .mask_batch_stride = key_padding_mask ? key_padding_mask->stride(0) : 0,
+      .mask_key_stride = key_padding_mask ? key_padding_mask->stride(1) : 0,
+      .out = out.mutable_data_ptr(),
+      .out_batch_stride = out_strides.batch,
+      .out_token_stride = out_strides.token,
+      .out_head_stride = out_strides.head,
+      .out_group_stride = out_strides.group,
+      .remainder = remainder.mutable_data_ptr(),
+      .batch = q.size(0),
+      .num_new = q.size(1),
+      .num_kv_heads = kv_heads,
+      .group_size = group_size,
+      .max_keys = max_keys,
+      .head_dim = q.size(-1),
+      .scale = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1)))),
+      .stick_epsilon = stick_epsilon.value_or(q.scalar_type() == at::kDouble ? 0 : kDefaultEpsilon),
+      .attend_current = attend_current,
+  }));
+  return outputs;
+}
+
+Outputs redispatch(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
+                   const at::Tensor& cache_lengths, std::optional<double> scale, bool attend_current,
+                   const OptionalTensor& key_padding_mask, std::optional<double> stick_epsilon) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("moduleformer_ext::stick_attention_decode", "")
+                             .typed<decltype(stick_attention_decode)>();
+  return op.call(q, k_cache, v_cache, cache_lengths, scale, attend_current, key_padding_mask, stick_epsilon);
+}
+
+// Decoding is inference: asking for a gradient is a mistake to hear about, not to run into a detached result.
+Outputs stick_attention_decode_autograd(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
+                                        const at::Tensor& cache_lengths, std::optional<double> scale,
+                                        bool attend_current, const OptionalTensor& key_padding_mask,
+                                        std::optional<double> stick_epsilon) {
+  const auto check = [](const char* name, const at::Tensor& tensor) {
+    MFX_CHECK_ARG(!(at::GradMode::is_enabled() && tensor.requires_grad()), kOp, name,
+                  "not require grad: decoding has no backward. Use torch.no_grad(), or stick_attention to train",
+                  "requires_grad=True");
+  };
+  check("q", q);
+  check("k_cache", k_cache);
+  if (v_cache) check("v_cache", *v_cache);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return redispatch(q, k_cache, v_cache, cache_lengths, scale, attend_current, key_padding_mask, stick_epsilon);
+}
+
+// The cache decides: converting the few queries costs nothing, converting the cache would be a copy of it.
+Outputs stick_attention_decode_autocast(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
+                                        const at::Tensor& cache_lengths, std::optional<double> scale,
+                                        bool attend_current, const OptionalTensor& key_padding_mask,
+                                        std::optional<double> stick_epsilon) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return redispatch(q.to(k_cache.scalar_type()), k_cache, v_cache, cache_lengths, scale, attend_current,
+                    key_padding_mask, stick_epsilon);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
+  m.def(
+      "stick_attention_decode(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor cache_lengths, float? scale=None, bool "
+      "attend_current=True, Tensor? key_padding_mask=None, float? stick_epsilon=None) -> (Tensor out, Tensor "
+      "remainder)",
+      {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, CPU, m) {
+  m.impl("stick_attention_decode", &stick_attention_decode);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, CUDA, m) {
+  m.impl("stick_attention_decode", &stick_attention_decode);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
+  m.impl("stick_attention_decode", &stick_attention_decode_meta);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
+  m.impl("stick_attention_decode", &stick_attention_decode_autograd);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCPU, m) {
+  m.impl("stick_attention_decode", &stick_attention_decode_autocast);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCUDA, m) {
+  m.impl("stick_attention_decode", &stick_attention_decode_autocast);
+}
+
+}  // namespace mfx

@@ -1,0 +1,322 @@
+// One split of a cache, walked in tiles from the newest key to the oldest; see README.md for the recurrence.
+//
+// A tile's K rows are multiplied with blocks of query rows, every load of K serving all rows of a block; the scan runs
+// on the [rows, tile] scores in the linear domain; the V rows, which are the K rows still in cache where K is V, are
+// summed over strips of the head dimension in registers. Whatever is read next is prefetched by the loop before it, in
+// step with its own reads: hardware prefetchers do not follow a walk that turns back after each tile.
+#include "core/aligned_buffer.hpp"
+#include "core/denormals.hpp"
+#include "core/simd.hpp"
+#include "stick_attention/stick_attention_decode_cpu.hpp"
+
+namespace mfx::MFX_ISA {
+namespace {
+
+constexpr int kTileKeys = 16;
+constexpr int kMaxRowBlock = 4;
+constexpr int kAccumulators = kVectorRegisters == 32 ? 16 : 8;
+
+// Beyond these beta is 0 or 1 to every digit, and 1 - beta is still a normal number.
+template <typename A>
+constexpr A kScoreBound = sizeof(A) == 8 ? A(700) : A(80);
+
+void prefetch(const void* p, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+// Rows of a tile: keys * stride apart, or their mirror image in the array that is read next.
+template <typename T>
+struct Rows {
+  const T* first;
+  std::int64_t stride;
+  const T* row(std::int64_t j) const { return first + j * stride; }
+};
+
+template <typename T>
+class SplitWalk {
+ public:
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  static constexpr int kW = kWidth<A>;
+
+  SplitWalk(const StickAttentionDecodeParams& params, const StickDecodeSplit& split, const StickDecodePart& part)
+      : p(params),
+        split(split),
+        rows(p.num_new * p.group_size),
+        row_elements(stick_decode_row_elements(p)),
+        full(p.head_dim / kW * kW),
+        tail(static_cast<int>(p.head_dim - full)),
+        out(static_cast<A*>(part.out)),
+        remainder(part.remainder),
+        queries(rows * row_elements),
+        weights(rows * kTileKeys) {
+    for (std::int64_t i = 0; i < rows * row_elements; ++i) out[i] = 0;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      remainder[row] = 1;
+      const T* q = static_cast<const T*>(p.q) + split.batch * p.q_batch_stride + split.kv_head * p.q_head_stride +
+                   row / p.group_size * p.q_token_stride + row % p.group_size * p.q_group_stride;
+      A* wide = &queries[row * row_elements];
+      for (std::int64_t d = 0; d < full; d += kW) store(wide + d, load(q + d));
+      if (tail > 0) store_partial(wide + full, load_partial(q + full, tail), tail);
+    }
+  }
+
+  void run() {
+    const ScopedFlushDenormals flush;
+    for (std::int64_t end = split.end; end > split.begin;) {
+      const int keys = static_cast<int>(end - split.begin < kTileKeys ? end - split.begin : kTileKeys);
+      const std::int64_t begin = end - keys;
+      if (any_kept(begin, end)) {
+        tile(begin, keys);
+        if (exhausted()) return;
+      }
+      end = begin;
+    }
+  }
+
+ private:
+  bool kept(std::int64_t key) const {
+    return p.key_padding_mask == nullptr ||
+           p.key_padding_mask[split.batch * p.mask_batch_stride + key * p.mask_key_stride];
+  }
+  bool any_kept(std::int64_t begin, std::int64_t end) const {
+    for (std::int64_t key = begin; key < end; ++key) {
+      if (kept(key)) return true;
+    }
+    return false;
+  }
+  bool exhausted() const {
+    for (std::int64_t row = 0; row < rows; ++row) {
+      if (!(remainder[row] <= p.stick_epsilon)) return false;
+    }
+    return p.stick_epsilon > 0;
+  }
+
+  Rows<T> keys_at(std::int64_t key) const {
+    return {static_cast<const T*>(p.k_cache) + split.batch * p.k_batch_stride + split.kv_head * p.k_head_stride +
+                key * p.k_key_stride,
+            p.k_key_stride};
+  }
+  Rows<T> values_at(std::int64_t key) const {
+    return {static_cast<const T*>(p.v_cache) + split.batch * p.v_batch_stride + split.kv_head * p.v_head_stride +
+                key * p.v_key_stride,
+            p.v_key_stride};
+  }
+
+  void tile(std::int64_t begin, int keys) {
+    const Rows<T> k = keys_at(begin), v = values_at(begin);
+    // The tile before this one; at the start of the cache this one again, which costs nothing.
+    const Rows<T> next = begin - split.begin >= kTileKeys ? keys_at(begin - kTileKeys) : k;
+    for (std::int64_t row = 0; row < rows; row += kMaxRowBlock) {
+      const bool first = row == 0;
+      switch (rows - row) {
+        case 1: scores<1>(row, k, keys, first, v); break;
+        case 2: scores<2>(row, k, keys, first, v); break;
+        case 3: scores<3>(row, k, keys, first, v); break;
+        default: scores<4>(row, k, keys, first, v); break;
+      }
+    }
+    for (std::int64_t row = 0; row < rows; ++row) scan(row, begin, keys);
+    for (std::int64_t row = 0; row < rows; row += kMaxRowBlock) {
+      const bool first = row == 0;
+      switch (rows - row) {
+        case 1: values<1>(row, v, keys, first, next); break;
+        case 2: values<2>(row, v, keys, first, next); break;
+        case 3: values<3>(row, v, keys, first, next); break;
+        default: values<4>(row, v, keys, first, next); break;
+      }
+    }
+  }
+
+  // weights[row, j] = q_row . k_j for a block of rows.
+  template <int kRows>
+  void scores(std::int64_t row, Rows<T> k, int keys, bool fetch, Rows<T> fetched) {
+    constexpr int kKeys = kAccumulators / (kRows == 3 ? 4 : kRows) < 8 ? kAccumulators / (kRows == 3 ? 4 : kRows) : 8;
+    fetch = fetch && fetched.first != k.first;
+    int j = 0;
+    for (; j + kKeys <= keys; j += kKeys) {
+      if (fetch) {
+        for (int jj = 0; jj < kKeys; ++jj) prefetch(fetched.row(j + jj), p.head_dim * std::int64_t{sizeof(T)});
+      }
+      score_block<kRows, kKeys>(row, k, j);
+    }
+    for (; j < keys; ++j) {
+      if (fetch) prefetch(fetched.row(j), p.head_dim * std::int64_t{sizeof(T)});
+      score_block<kRows, 1>(row, k, j);
+    }
+  }
+
+  template <int kRows, int kKeys>
+  void score_block(std::int64_t row, Rows<T> k, int j) {
+    const A* q = &queries[row * row_elements];
+    const T* key[kKeys];
+    V sum[kRows][kKeys];
+    for (int jj = 0; jj < kKeys; ++jj) {
+      key[jj] = k.row(j + jj);
+      for (int i = 0; i < kRows; ++i) sum[i][jj] = V{};
+    }
+    for (std::int64_t d = 0; d < full; d += kW) {
+      V query[kRows];
+      for (int i = 0; i < kRows; ++i) query[i] = load(q + i * row_elements + d);
+      for (int jj = 0; jj < kKeys; ++jj) {
+        const V x = load(key[jj] + d);
+        for (int i = 0; i < kRows; ++i) sum[i][jj] += query[i] * x;
+      }
+    }
+    if (tail > 0) {
+      for (int jj = 0; jj < kKeys; ++jj) {
+        const V x = load_partial(key[jj] + full, tail);
+        for (int i = 0; i < kRows; ++i) sum[i][jj] += load_partial(q + i * row_elements + full, tail) * x;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int jj = 0; jj < kKeys; ++jj) weights[(row + i) * kTileKeys + j + jj] = reduce_add(sum[i][jj]);
+    }
+  }
+
+  // Replaces a row's scores by its weights A and takes the tile's share off its stick.
+  void scan(std::int64_t row, std::int64_t begin, int keys) {
+    A* weight = &weights[row * kTileKeys];
+    alignas(64) A take[kTileKeys], leave[kTileKeys];
+    for (int j = 0; j < kTileKeys; j += kW) {
+      // Written so that NaN, which compares false, passes through.
+      V s = load(weight + j) * static_cast<A>(p.scale);
+      s = s > kScoreBound<A> ? broadcast(kScoreBound<A>) : s;
+      s = s < -kScoreBound<A> ? broadcast(-kScoreBound<A>) : s;
+      const V e = exp_bounded(s);
+      const V u = A(1) / (A(1) + e);
+      store(leave + j, u);
+      store(take + j, e * u);
+    }
+    const std::int64_t last =
+        p.lengths[split.batch] - p.num_new + row / p.group_size - (p.attend_current ? 0 : 1);  // newest key in sight
+    if (p.key_padding_mask != nullptr || begin + keys - 1 > last) {
+      for (int j = 0; j < keys; ++j) {
+        if (begin + j > last || !kept(begin + j)) take[j] = 0, leave[j] = 1;
+      }
+    }
+    A left = 1, mass = 0;
+    for (int j = keys - 1; j >= 0; --j) {
+      weight[j] = take[j] * left;
+      mass += weight[j];
+      left *= leave[j];
+    }
+    const A stick = static_cast<A>(remainder[row]);
+    for (int j = 0; j < keys; ++j) weight[j] *= stick;
+    // 1 - mass keeps a long tail of tiny weights exact, the product keeps a nearly used-up stick exact.
+    remainder[row] *= mass < A(0.5) ? 1.0 - static_cast<double>(mass) : static_cast<double>(left);
+  }
+
+  // out[row] += sum_j weights[row, j] v_j for a block of rows.
+  template <int kRows>
+  void values(std::int64_t row, Rows<T> v, int keys, bool fetch, Rows<T> fetched) {
+    constexpr int kVectors =
+        kAccumulators / (kRows == 3 ? 4 : kRows) < 8 ? kAccumulators / (kRows == 3 ? 4 : kRows) : 8;
+    std::int64_t d = 0;
+    for (; d + kVectors * kW <= full; d += kVectors * kW) value_strip<kRows, kVectors>(row, v, keys, d, fetch, fetched);
+    for (; d < full; d += kW) value_strip<kRows, 1>(row, v, keys, d, fetch, fetched);
+    if (tail > 0) {
+      for (int i = 0; i < kRows; ++i) {
+        A* o = out + (row + i) * row_elements + full;
+        V sum = load_partial(o, tail);
+        for (int j = 0; j < keys; ++j) sum += weights[(row + i) * kTileKeys + j] * load_partial(v.row(j) + full, tail);
+        store_partial(o, sum, tail);
+      }
+    }
+  }
+
+  template <int kRows, int kVectors>
+  void value_strip(std::int64_t row, Rows<T> v, int keys, std::int64_t d, bool fetch, Rows<T> fetched) {
+    A* o = out + row * row_elements + d;
+    const A* weight = &weights[row * kTileKeys];
+    V sum[kRows][kVectors];
+    for (int i = 0; i < kRows; ++i) {
+      for (int c = 0; c < kVectors; ++c) sum[i][c] = load(o + i * row_elements + c * kW);
+    }
+    for (int j = 0; j < keys; ++j) {
+      if (fetch) prefetch(fetched.row(j) + d, kVectors * kW * std::int64_t{sizeof(T)});
+      const T* value = v.row(j) + d;
+      for (int c = 0; c < kVectors; ++c) {
+        const V x = load(value + c * kW);
+        for (int i = 0; i < kRows; ++i) sum[i][c] += weight[i * kTileKeys + j] * x;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int c = 0; c < kVectors; ++c) store(o + i * row_elements + c * kW, sum[i][c]);
+    }
+  }
+
+  const StickAttentionDecodeParams& p;
+  const StickDecodeSplit& split;
+  const std::int64_t rows, row_elements;
+  const std::int64_t full;   // head dimensions in whole vectors
+  const int tail;            // and the rest
+  A* const out;              // [rows, row_elements]
+  double* const remainder;   // [rows]; double, because a long walk multiplies it thousands of times
+  AlignedBuffer<A> queries;  // [rows, row_elements], widened once
+  AlignedBuffer<A> weights;  // [rows, kTileKeys]: scores, then A
+};
+
+template <typename T>
+void combine(const StickAttentionDecodeParams& p, const StickDecodePart& total, const StickDecodePart& older) {
+  using A = Accumulate<T>;
+  const std::int64_t elements = stick_decode_row_elements(p);
+  for (std::int64_t row = 0; row < p.num_new * p.group_size; ++row) {
+    A* o = static_cast<A*>(total.out) + row * elements;
+    const A* more = static_cast<const A*>(older.out) + row * elements;
+    const A stick = static_cast<A>(total.remainder[row]);
+    for (std::int64_t d = 0; d < elements; d += kWidth<A>) store(o + d, load(o + d) + stick * load(more + d));
+    total.remainder[row] *= older.remainder[row];
+  }
+}
+
+template <typename T>
+void store_result(const StickAttentionDecodeParams& p, std::int64_t batch, std::int64_t head,
+                  const StickDecodePart& total) {
+  using A = Accumulate<T>;
+  constexpr int kW = kWidth<A>;
+  const std::int64_t elements = stick_decode_row_elements(p);
+  for (std::int64_t t = 0; t < p.num_new; ++t) {
+    for (std::int64_t g = 0; g < p.group_size; ++g) {
+      const std::int64_t row = t * p.group_size + g;
+      const A* from = static_cast<const A*>(total.out) + row * elements;
+      T* to = static_cast<T*>(p.out) + batch * p.out_batch_stride + t * p.out_token_stride + head * p.out_head_stride +
+              g * p.out_group_stride;
+      std::int64_t d = 0;
+      for (; d + kW <= p.head_dim; d += kW) store(to + d, load(from + d));
+      if (d < p.head_dim) store_partial(to + d, load(from + d), static_cast<int>(p.head_dim - d));
+      static_cast<A*>(p.remainder)[((batch * p.num_new + t) * p.num_kv_heads + head) * p.group_size + g] =
+          static_cast<A>(total.remainder[row]);
+    }
+  }
+}
+
+// Calls f with a value of the storage type.
+template <typename F>
+void for_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat64: return f(double{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Float16{});
+  }
+}
+
+}  // namespace
+
+void stick_decode_split(const StickAttentionDecodeParams& params, const StickDecodeSplit& split,
+                        const StickDecodePart& part) {
+  for_dtype(params.dtype, [&](auto type) { SplitWalk<decltype(type)>(params, split, part).run(); });
+}
+
+void stick_decode_combine(const StickAttentionDecodeParams& params, const StickDecodePart& total,
+                          const StickDecodePart& older) {
+  for_dtype(params.dtype, [&](auto type) { combine<decltype(type)>(params, total, older); });
+}
+
+void stick_decode_store(const StickAttentionDecodeParams& params, std::int64_t batch, std::int64_t kv_head,
+                        const StickDecodePart& total) {
+  for_dtype(params.dtype, [&](auto type) { store_result<decltype(type)>(params, batch, kv_head, total); });
+}
+
+}  // namespace mfx::MFX_ISA

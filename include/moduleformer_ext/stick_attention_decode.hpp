@@ -1,0 +1,41 @@
+// stick_attention_decode: a few new queries against a preallocated key/value cache.
+//
+// Query t of sequence b stands at position p = lengths[b] - num_new + t and sees the keys j <= p (attend_current) or
+// j < p: o = sum_j A_j v_j with A_j = beta_j * prod_{j < m <= p} (1 - beta_m), beta_j = sigmoid(scale * q . k_j), and
+// the remainder r = prod_m (1 - beta_m). The cache is read from the newest key backwards, and no further than where
+// every query's r has fallen to stick_epsilon; entries at or beyond lengths[b] are never read.
+#pragma once
+
+#include "moduleformer_ext/common.hpp"
+
+namespace mfx {
+
+struct StickAttentionDecodeParams {
+  DType dtype;  // of q, k_cache, v_cache and out
+
+  const void* q;  // [batch, num_new, num_kv_heads, group_size, head_dim], last dimension contiguous
+  std::int64_t q_batch_stride, q_token_stride, q_head_stride, q_group_stride;  // strides count elements
+
+  const void* k_cache;  // [batch, max_keys, num_kv_heads, head_dim], last dimension contiguous
+  std::int64_t k_batch_stride, k_key_stride, k_head_stride;
+  const void* v_cache;  // equal to k_cache where K is V, which is then read once
+  std::int64_t v_batch_stride, v_key_stride, v_head_stride;
+
+  const std::int32_t* lengths;   // [batch], keys in the cache, the new ones included
+  const bool* key_padding_mask;  // [batch, max_keys], true = keep; null: keep all
+  std::int64_t mask_batch_stride, mask_key_stride;
+
+  void* out;  // like q
+  std::int64_t out_batch_stride, out_token_stride, out_head_stride, out_group_stride;
+  void* remainder;  // [batch, num_new, num_kv_heads, group_size] contiguous, float (double for float64)
+
+  std::int64_t batch, num_new, num_kv_heads, group_size, max_keys, head_dim;
+  double scale;
+  double stick_epsilon;  // 0: every key is read
+  bool attend_current;
+};
+
+// Returns an error, with nothing written, when a length is outside [0, max_keys].
+Status stick_attention_decode_cpu(const StickAttentionDecodeParams& params);
+
+}  // namespace mfx
