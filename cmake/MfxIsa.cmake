@@ -34,7 +34,8 @@ function(mfx_add_isa_sources target)
     # -fno-math-errno and no traps let gcc vectorise; contraction gives fused multiply-adds. Nothing here may
     # assume away NaN or infinity.
     target_compile_options(${target}_${isa} PRIVATE
-      ${MFX_FLAGS_${isa}} -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi)
+      ${MFX_FLAGS_${isa}} -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi
+      $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized -Wno-maybe-uninitialized>)  # gcc's own intrinsics trip over these
     target_sources(_mfx_isa_objects INTERFACE $<TARGET_OBJECTS:${target}_${isa}>)
   endforeach()
   target_link_libraries(${target} PUBLIC _mfx_isa_objects)
