@@ -86,9 +86,18 @@ inline VecF load(const float* p) {
 inline VecD load(const double* p) {
   return load_raw<VecD>(p);
 }
+// gcc takes vector conversions between 16 and 32 bits apart into halves, hence the instructions by name.
+inline VecU32 widen_u16(VecU16 v) {
+#if defined(MFX_ISA_AVX512)
+  return reinterpret_cast<VecU32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
+#elif defined(MFX_ISA_AVX2)
+  return reinterpret_cast<VecU32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, VecU32);
+#endif
+}
 inline VecF load(const BFloat16* p) {
-  const VecU32 wide = __builtin_convertvector(load_raw<VecU16>(p), VecU32) << 16;
-  return reinterpret_cast<VecF>(wide);
+  return reinterpret_cast<VecF>(widen_u16(load_raw<VecU16>(p)) << 16);
 }
 inline VecF load(const Float16* p) {
 #if defined(MFX_ISA_AVX512)
@@ -120,7 +129,11 @@ inline void store(BFloat16* p, VecF v) {
   const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
   std::memcpy(p, &half, sizeof half);
 #else
+#if defined(MFX_ISA_AVX512)
+  const __m256i half = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(round_bf16(v)));
+#else
   const VecU16 half = __builtin_convertvector(round_bf16(v), VecU16);
+#endif
   std::memcpy(p, &half, sizeof half);
 #endif
 }
@@ -163,11 +176,8 @@ inline void store_partial<float>(float* p, VecF v, int n) {
 // Two rows of B for a bf16 brgemm: lane i holds the pair (even[i], odd[i]) of a VNNI row.
 inline VecU32 interleave_bf16(VecF even, VecF odd) {
 #if defined(MFX_ISA_AVX512_BF16)
-  typedef std::uint16_t Packed __attribute__((vector_size(32)));
-  const VecU32 low =
-      __builtin_convertvector(reinterpret_cast<Packed>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(even))), VecU32);
-  const VecU32 high =
-      __builtin_convertvector(reinterpret_cast<Packed>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(odd))), VecU32);
+  const VecU32 low = widen_u16(reinterpret_cast<VecU16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(even))));
+  const VecU32 high = widen_u16(reinterpret_cast<VecU16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(odd))));
   return low | (high << 16);
 #else
   return round_bf16(even) | (round_bf16(odd) << 16);
@@ -205,11 +215,20 @@ inline V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// By halves, which is a logarithmic number of steps, each of independent lanes.
 template <typename V>
 inline auto reduce_add(V v) {
-  auto sum = v[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
-  return sum;
+  using T = std::remove_reference_t<decltype(v[0])>;
+  if constexpr (sizeof(V) > 16) {
+    typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half half[2];
+    std::memcpy(half, &v, sizeof v);
+    return reduce_add(half[0] + half[1]);
+  } else if constexpr (sizeof(V) / sizeof(T) == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    return v[0] + v[1];
+  }
 }
 template <typename V>
 inline auto reduce_max(V v) {
