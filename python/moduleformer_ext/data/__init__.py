@@ -1,0 +1,33 @@
+"""Text to batches: corpora, split, tokenizer, token streams, Transformer-XL lanes, n-gram baselines."""
+
+from moduleformer_ext.data.corpus import Document, standard_library, text_files
+from moduleformer_ext.data.dataset import Dataset, build_dataset, open_dataset
+from moduleformer_ext.data.lanes import LaneReader, Segment, share_lanes
+from moduleformer_ext.data.ngram import Bigram, NGram, Unigram, stream_bits
+from moduleformer_ext.data.split import Split, split_documents
+from moduleformer_ext.data.stream import TokenStream, tokenize
+from moduleformer_ext.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "Bigram",
+    "Dataset",
+    "Document",
+    "LaneReader",
+    "NGram",
+    "Segment",
+    "Split",
+    "TokenStream",
+    "Unigram",
+    "build_dataset",
+    "end_of_text_id",
+    "load_tokenizer",
+    "open_dataset",
+    "share_lanes",
+    "split_documents",
+    "standard_library",
+    "stream_bits",
+    "text_files",
+    "tokenize",
+    "train_tokenizer",
+]

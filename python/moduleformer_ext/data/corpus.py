@@ -1,0 +1,163 @@
+"""Documents to train on: the user's text files, or the code and the prose that come with every Python."""
+
+import ast
+import os
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+# Tests are not part of every installation; the others are tables or generated text rather than code.
+_SKIPPED_FOLDERS = {
+    "dist-packages", "encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests", "__pycache__"
+}  # fmt: skip
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a domain. `name` is relative to its root, and alone decides the split it falls into."""
+
+    domain: str
+    name: str
+    text: str
+
+
+def standard_library() -> list[Document]:
+    """Return the running Python's standard library as two domains.
+
+    `code` is the source without its docstrings; `prose` is the docstrings, one document per source file, and
+    the language reference in `pydoc_data.topics`. A file's code and docstrings share a name, hence a split.
+    """
+    code, prose = [], []
+    for name, source in _library_sources(Path(sysconfig.get_path("stdlib"))):
+        body, docstrings = separate_docstrings(source)
+        code.append(Document("code", name, body))
+        prose.append(Document("prose", name, docstrings))
+    prose += [Document("prose", f"topics/{name}", text) for name, text in sorted(topics.items())]
+    return _distinct([*code, *_without_repeated_paragraphs(prose)])
+
+
+def _library_sources(root: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _SKIPPED_FOLDERS.isdisjoint(relative.parts) and not path.name.startswith("_sysconfigdata"):
+            try:
+                with tokenize.open(path) as file:  # honours the coding declared in the source
+                    yield relative.as_posix(), file.read()
+            except (SyntaxError, UnicodeDecodeError):
+                continue  # templates and samples of broken source
+
+
+def separate_docstrings(source: str) -> tuple[str, str]:
+    """Split Python `source` into the code without docstrings and the dedented docstrings in file order."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return source, ""
+    found: list[tuple[int, int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)) is not None:
+            statement = node.body[0]
+            found.append((statement.lineno, statement.end_lineno or statement.lineno, text))
+    found.sort()
+    removed = {line for first, last, _ in found for line in range(first, last + 1)}
+    lines = source.splitlines(keepends=True)
+    code = "".join(line for number, line in enumerate(lines, start=1) if number not in removed)
+    return code, "\n\n".join(text for _, _, text in found)
+
+
+def _without_repeated_paragraphs(documents: Sequence[Document]) -> list[Document]:
+    """Keep each paragraph only in the longest document that has it.
+
+    Topics quote one another at length ("compound" holds "if", "for", ...): without this the held-out topics
+    would be found in the training split.
+    """
+    seen: set[str] = set()
+    kept: dict[int, Document] = {}
+    for index in sorted(range(len(documents)), key=lambda i: (-len(documents[i].text), i)):
+        document, paragraphs = documents[index], []
+        for paragraph in re.split(r"\n{2,}", document.text):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                seen.add(words)
+                paragraphs.append(paragraph)
+        kept[index] = Document(document.domain, document.name, "\n\n".join(paragraphs))
+    return [kept[index] for index in range(len(documents))]
+
+
+def _distinct(documents: Iterable[Document]) -> list[Document]:
+    """Drop blank documents and those whose text came before: a copy might fall into the other split."""
+    seen: set[str] = set()
+    kept = []
+    for document in documents:
+        if document.text.strip() and document.text not in seen:
+            seen.add(document.text)
+            kept.append(document)
+    return kept
+
+
+def text_files(sources: Sequence[str], *, without: Path | None = None) -> list[Document]:
+    """Read text files and folders (recursively, hidden entries aside) as documents.
+
+    Each source is `PATH` or `DOMAIN=PATH`; without a name the domain is the stem of the path. Files that are
+    not UTF-8 text, empty files, repeated contents and what is in the folder `without` are left out. A source
+    without any text is an error.
+    """
+    documents: list[Document] = []
+    for source in sources:
+        domain, root = _parse_source(source)
+        found = []
+        for path in _files_below(root):
+            if without is not None and without.resolve() in path.resolve().parents:
+                continue
+            if (text := _read_text(path)) is not None:
+                name = path.name if path == root else path.relative_to(root).as_posix()
+                found.append(Document(domain, name, text))
+        if not found:
+            raise ValueError(f"text: no non-empty UTF-8 text file found at '{root}'")
+        documents += found
+    return _distinct(documents)
+
+
+def _parse_source(source: str) -> tuple[str, Path]:
+    name, separator, location = source.partition("=")
+    if separator and not Path(source).exists():
+        domain, root = name, Path(location)
+    else:
+        root = Path(source)
+        domain = root.resolve().stem
+    if not root.exists():
+        raise FileNotFoundError(f"text: '{root}' does not exist; expected a text file or a folder of text files")
+    if not re.fullmatch(r"[\w.+-]+", domain):
+        raise ValueError(
+            f"text: a domain name takes letters, digits and ._+- but '{source}' gives '{domain}'; write NAME=PATH"
+        )
+    return domain, root
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    if root.is_file():
+        yield root
+        return
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and Path(folder, name).is_file():
+                yield Path(folder, name)
+
+
+def _read_text(path: Path) -> str | None:
+    content = path.read_bytes()
+    if b"\0" in content or not content.strip():
+        return None
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,58 @@
+"""Token streams: the documents of one domain and split, end to end, in one memory-mapped array."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from moduleformer_ext.data.corpus import Document
+from moduleformer_ext.data.tokenizer import encode_texts, end_of_text_id
+
+TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+_DOCUMENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Token ids [N] of some documents, with `END_OF_TEXT` before, between and after them.
+
+    A model is scored on tokens[1:], each given those before it: every byte of the text and where it ends.
+    """
+
+    tokens: TokenArray
+    num_bytes: int
+    num_documents: int
+
+    @property
+    def num_scored(self) -> int:
+        """Number of predicted tokens."""
+        return len(self.tokens) - 1
+
+
+def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStream:
+    """Encode documents in the given order."""
+    width = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    separator = np.array([end_of_text_id(tokenizer)], dtype=width)
+    pieces = [separator]
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+        for ids in encode_texts(tokenizer, texts):
+            pieces += [np.array(ids, dtype=width), separator]
+    num_bytes = sum(len(document.text.encode()) for document in documents)
+    return TokenStream(np.concatenate(pieces), num_bytes, len(documents))
+
+
+def save_tokens(path: Path, tokens: TokenArray) -> None:
+    """Write token ids as .npy."""
+    np.save(path, tokens, allow_pickle=False)
+
+
+def map_tokens(path: Path) -> TokenArray:
+    """Open token ids as a read-only memory map."""
+    tokens: TokenArray = np.load(path, mmap_mode="r", allow_pickle=False)
+    if tokens.ndim != 1 or tokens.dtype.kind != "u":
+        raise ValueError(f"tokens: '{path}' must hold unsigned integers [N], got {tokens.dtype} {tokens.shape}")
+    return tokens

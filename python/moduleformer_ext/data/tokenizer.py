@@ -1,0 +1,56 @@
+"""Byte-level BPE: any text becomes token ids and comes back byte for byte."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+"""Stands before, between and after documents; the published MoLM tokenizer has the same."""
+
+MIN_VOCAB_SIZE = 257
+"""The 256 bytes and `END_OF_TEXT`."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE of at most `vocab_size` entries; `END_OF_TEXT` gets id 0."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size: byte-level BPE needs at least {MIN_VOCAB_SIZE} entries, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a `tokenizer.json`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"tokenizer: '{path}' does not exist")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"tokenizer: '{path}' is not a tokenizer.json: {error}") from error
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Return the id of `END_OF_TEXT`."""
+    if (token_id := tokenizer.token_to_id(END_OF_TEXT)) is None:
+        raise ValueError(f"tokenizer: has no '{END_OF_TEXT}' entry, which separates documents")
+    return int(token_id)
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Return the token ids of each text. A look-alike of `END_OF_TEXT` in a text is plain bytes."""
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        tokenizer.encode_special_tokens = before
