@@ -4,7 +4,17 @@ Each has a plain-PyTorch twin of the same name and signature in :mod:`moduleform
 """
 
 from moduleformer_ext import _extension  # noqa: F401  (registers torch.ops.moduleformer_ext)
+from moduleformer_ext.ops import losses
 from moduleformer_ext.ops.expert_layout import expert_layout
+from moduleformer_ext.ops.route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
 from moduleformer_ext.ops.stick_attention_decode import stick_attention_decode
 
-__all__ = ["expert_layout", "stick_attention_decode"]
+__all__ = [
+    "expert_layout",
+    "losses",
+    "route_topk",
+    "route_topk_gmm",
+    "route_topk_linear",
+    "route_topk_mlp",
+    "stick_attention_decode",
+]

@@ -1,0 +1,83 @@
+// route_topk: gate network, softmax over the experts, top-k and the sums that routing losses are made of.
+//
+//   logits [T, E] = x                                            kLogits
+//                 = x W^T                                        kLinear, W [E, D]
+//                 = gelu(x V^T + b) W^T                          kMlp, V [G, D], b [G], W [E, G], erf GELU
+//                 = normalize(x V^T) W^T                         kGmm, V [G, D], W [E, G]
+//
+// "Result type" below is float, and double where x is double. Everything between x and the results is computed in it.
+#pragma once
+
+#include "moduleformer_ext/common.hpp"
+
+namespace mfx {
+
+enum class RouterGate : std::uint8_t { kLogits, kLinear, kMlp, kGmm };
+
+enum class RouterOrder : std::uint8_t {
+  kSoftmaxTopK,  // gates are the chosen experts' share of the softmax over all experts, not renormalised
+  kTopKSoftmax,  // gates are the softmax over the chosen experts' logits
+};
+
+// The gate network and its input. Double goes with double only; the other types may be mixed.
+struct RouterGateParams {
+  RouterGate gate;
+  std::int64_t num_tokens;   // T
+  std::int64_t dim;          // D (kLogits: E)
+  std::int64_t hidden_dim;   // G (kLogits, kLinear: 0)
+  std::int64_t num_experts;  // E
+  const void* x;             // [T, D]
+  DType x_dtype;
+  const void* hidden_weight;  // V
+  DType hidden_weight_dtype;
+  const void* hidden_bias;       // b, result type
+  std::int64_t num_segments;     // W in consecutive pieces along E
+  const void* const* segments;   // [E_i, D or G] each
+  const std::int64_t* num_rows;  // E_i
+  DType weight_dtype;
+};
+
+struct RouteTopKParams {
+  RouterGateParams network;
+  std::int64_t k;
+  RouterOrder order;
+  // Of the k, this many come last and are sampled: those of the remaining experts with the largest
+  // (p + 1e-6) / noise, which for noise drawn from Exp(1) is sampling without replacement in proportion to p + 1e-6.
+  std::int64_t num_sampled;
+  const void* noise;  // [T, E], result type
+  // Results. Experts are ranked by logit, NaN first and the lower index first among equals.
+  void* gates;               // [T, k]
+  std::int32_t* expert_ids;  // [T, k]
+  void* prob_sum;            // [E] sum over t of p
+  void* plogp_sum;           // [] sum over t and e of p log p
+  void* logsumexp_sq_sum;    // [] sum over t of logsumexp(logits)^2
+  std::int32_t* counts;      // [E]
+  void* logits;              // [T, E]
+  void* hidden;              // [T, G] x V^T + b for the backward pass, or null
+};
+
+struct RouteTopKBackwardParams {
+  RouterGateParams network;
+  std::int64_t k;
+  RouterOrder order;
+  const void* logits;  // of the forward pass, as the next two
+  const void* hidden;
+  const std::int32_t* expert_ids;
+  // Gradients of the results, result type; null stands for zero.
+  const void* grad_gates;
+  const void* grad_prob_sum;
+  const void* grad_plogp_sum;
+  const void* grad_logsumexp_sq_sum;
+  const void* grad_logits;
+  // Gradients wanted, each of its input's type (grad_hidden_bias: result type); null where not wanted.
+  void* grad_x;
+  void* grad_hidden_weight;
+  void* grad_hidden_bias;
+  void* const* grad_segments;  // one per segment
+};
+
+// Sums over tokens are taken tile by tile in a fixed order: the same bits for every number of threads.
+Status route_topk_cpu(const RouteTopKParams& params);
+Status route_topk_backward_cpu(const RouteTopKBackwardParams& params);
+
+}  // namespace mfx
