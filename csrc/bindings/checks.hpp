@@ -16,6 +16,10 @@ namespace mfx {
 inline void check_status(const Status& status) {
   TORCH_CHECK_VALUE(status.ok(), status.message);
 }
+// For launchers behind several ops, whose messages leave the op out.
+inline void check_status(const char* op, const Status& status) {
+  TORCH_CHECK_VALUE(status.ok(), op, ": ", status.message);
+}
 
 inline void check_dim(const char* op, const char* argument, const at::Tensor& tensor, int64_t dim) {
   MFX_CHECK_ARG(tensor.dim() == dim, op, argument, c10::str("have ", dim, " dimensions"), "shape ", tensor.sym_sizes());

@@ -5,12 +5,16 @@ Each has a plain-PyTorch twin of the same name and signature in :mod:`moduleform
 
 from moduleformer_ext import _extension  # noqa: F401  (registers torch.ops.moduleformer_ext)
 from moduleformer_ext.ops import losses
+from moduleformer_ext.ops.expert_ffn import expert_ffn
 from moduleformer_ext.ops.expert_layout import expert_layout
+from moduleformer_ext.ops.grouped_gemm import grouped_gemm
 from moduleformer_ext.ops.route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
 from moduleformer_ext.ops.stick_attention_decode import stick_attention_decode
 
 __all__ = [
+    "expert_ffn",
     "expert_layout",
+    "grouped_gemm",
     "losses",
     "route_topk",
     "route_topk_gmm",

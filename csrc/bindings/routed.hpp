@@ -1,0 +1,219 @@
+// What grouped_gemm and expert_ffn share at the border to torch: the layout's tensors, rows in their three orders,
+// matrices in segments, and an autograd node that refuses to be differentiated.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "bindings/checks.hpp"
+#include "core/scratch.hpp"
+#include "moduleformer_ext/grouped_gemm.hpp"
+
+namespace mfx {
+
+// The arguments that stand for an ExpertLayout in a schema.
+struct LayoutTensors {
+  const at::Tensor& offsets;
+  const at::Tensor& slot_order;
+  const at::Tensor& position;
+  int64_t num_choices;
+
+  c10::SymInt num_experts() const { return offsets.sym_size(0) - 1; }
+  c10::SymInt num_slots() const { return slot_order.sym_size(0); }
+  c10::SymInt num_tokens() const { return num_slots() / num_choices; }
+
+  RoutedLayout view() const {
+    return {offsets.const_data_ptr<int32_t>(), slot_order.const_data_ptr<int32_t>(),
+            position.const_data_ptr<int32_t>(), offsets.size(0) - 1, slot_order.size(0) / num_choices, num_choices};
+  }
+};
+
+inline void check_layout(const char* op, const LayoutTensors& layout, const at::Tensor& x) {
+  const auto check = [&](const char* name, const at::Tensor& tensor) {
+    check_dim(op, name, tensor, 1);
+    MFX_CHECK_ARG(tensor.scalar_type() == at::kInt, op, name, "be int32", tensor.scalar_type());
+    MFX_CHECK_ARG(tensor.is_contiguous(), op, name, "be contiguous", "strides ", tensor.sym_strides());
+    check_same_device(op, name, tensor, "x", x);
+  };
+  check("layout.offsets", layout.offsets);
+  check("layout.slot_order", layout.slot_order);
+  check("layout.position", layout.position);
+  MFX_CHECK_ARG(layout.num_choices >= 1, op, "layout.num_choices", "be at least 1", layout.num_choices);
+  MFX_CHECK_ARG(layout.offsets.sym_size(0) >= 2, op, "layout.offsets", "have num_experts + 1 elements",
+                layout.offsets.sym_size(0));
+  MFX_CHECK_ARG(layout.num_slots() % layout.num_choices == 0, op, "layout.slot_order",
+                c10::str("have a multiple of num_choices (", layout.num_choices, ") elements"), layout.num_slots());
+  MFX_CHECK_ARG(layout.position.sym_size(0) == layout.num_slots(), op, "layout.position",
+                c10::str("have as many elements as layout.slot_order (", layout.num_slots(), ")"),
+                layout.position.sym_size(0));
+}
+
+inline RowOrder parse_order(const char* op, const char* argument, std::string_view name) {
+  if (name == "token") return RowOrder::kToken;
+  if (name == "slot") return RowOrder::kSlot;
+  MFX_CHECK_ARG(name == "expert", op, argument, "be 'token', 'slot' or 'expert'", "'", name, "'");
+  return RowOrder::kExpert;
+}
+
+inline ActivationSpec parse_activation(const char* op, std::string_view name) {
+  if (name == "gelu_tanh") return {Activation::kGeluTanh, false};
+  if (name == "gelu") return {Activation::kGelu, false};
+  if (name == "silu") return {Activation::kSilu, false};
+  if (name == "relu") return {Activation::kRelu, false};
+  if (name == "geglu_tanh") return {Activation::kGeluTanh, true};
+  if (name == "geglu") return {Activation::kGelu, true};
+  if (name == "swiglu") return {Activation::kSilu, true};
+  MFX_CHECK_ARG(name == "reglu", op, "activation",
+                "be one of 'gelu_tanh', 'gelu', 'silu', 'relu', 'geglu_tanh', 'geglu', 'swiglu', 'reglu'", "'", name,
+                "'");
+  return {Activation::kRelu, true};
+}
+
+// The shape of rows of `columns` elements in a given order.
+inline c10::SymDimVector rows_shape(const LayoutTensors& layout, RowOrder order, const c10::SymInt& columns) {
+  switch (order) {
+    case RowOrder::kToken: return {layout.num_tokens(), columns};
+    case RowOrder::kSlot: return {layout.num_tokens(), layout.num_choices, columns};
+    case RowOrder::kExpert: break;
+  }
+  return {layout.num_slots(), columns};
+}
+
+inline void check_rows(const char* op, const char* argument, const at::Tensor& rows, const LayoutTensors& layout,
+                       RowOrder order) {
+  const bool slots = order == RowOrder::kSlot;
+  const c10::SymInt leading = order == RowOrder::kExpert ? layout.num_slots() : layout.num_tokens();
+  const bool fits = rows.dim() == (slots ? 3 : 2) && rows.sym_size(0) == leading &&
+                    (!slots || rows.sym_size(1) == layout.num_choices) && rows.sym_size(-1) >= 1;
+  MFX_CHECK_ARG(fits, op, argument,
+                slots ? c10::str("have shape [", leading, ", ", layout.num_choices, ", features] as the layout says")
+                      : c10::str("have shape [", leading, ", features] as the layout says"),
+                "shape ", rows.sym_sizes());
+}
+
+// Rows whose last dimension is contiguous, copied only where it is not.
+inline at::Tensor with_unit_stride(const at::Tensor& rows) {
+  return rows.stride(-1) == 1 || rows.size(-1) == 1 ? rows : rows.contiguous();
+}
+
+inline RoutedRows view_rows(const at::Tensor& rows, RowOrder order) {
+  return {rows.const_data_ptr(), order, rows.stride(0), order == RowOrder::kSlot ? rows.stride(1) : 0};
+}
+
+// Matrices [E_i, in, out] of consecutive experts, which must add up to the layout's.
+inline void check_segments(const char* op, const char* argument, at::TensorList segments, const LayoutTensors& layout,
+                           const at::Tensor& x) {
+  MFX_CHECK_ARG(!segments.empty(), op, argument, "be a tensor or a non-empty sequence of tensors", "none");
+  c10::SymInt experts = 0;
+  for (const at::Tensor& segment : segments) {
+    check_dim(op, argument, segment, 3);
+    check_same_dtype(op, argument, segment, "x", x);
+    check_same_device(op, argument, segment, "x", x);
+    MFX_CHECK_ARG(segment.sym_size(1) == segments[0].sym_size(1) && segment.sym_size(2) == segments[0].sym_size(2), op,
+                  argument, "have segments that agree in their last two dimensions", "shapes ", segments[0].sym_sizes(),
+                  " and ", segment.sym_sizes());
+    experts += segment.sym_size(0);
+  }
+  MFX_CHECK_ARG(segments[0].sym_size(1) >= 1 && segments[0].sym_size(2) >= 1, op, argument,
+                "have at least one row and one column per expert", "shape ", segments[0].sym_sizes());
+  MFX_CHECK_ARG(experts == layout.num_experts(), op, argument,
+                c10::str("have as many experts as the layout (", layout.num_experts(), ")"), experts);
+}
+
+inline void check_gates(const char* op, const at::Tensor& gates, const LayoutTensors& layout, const at::Tensor& x) {
+  check_dim(op, "gates", gates, 2);
+  MFX_CHECK_ARG(gates.sym_size(0) == layout.num_tokens() && gates.sym_size(1) == layout.num_choices, op, "gates",
+                c10::str("have shape [", layout.num_tokens(), ", ", layout.num_choices, "] as the layout says"),
+                "shape ", gates.sym_sizes());
+  const auto expected = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  MFX_CHECK_ARG(gates.scalar_type() == expected, op, "gates",
+                c10::str("be ", expected, " beside x of ", x.scalar_type()), gates.scalar_type());
+  check_same_device(op, "gates", gates, "x", x);
+}
+
+inline std::vector<at::Tensor> contiguous(at::TensorList tensors) {
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& tensor : tensors) result.push_back(tensor.contiguous());
+  return result;
+}
+
+// One pointer per expert; experts of undefined segments get null.
+inline std::vector<void*> expert_pointers(at::TensorList segments, at::TensorList shapes) {
+  std::vector<void*> pointers;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const int64_t experts = shapes[i].size(0);
+    const bool present = segments[i].numel() > 0 || experts == 0;
+    char* data = present && experts > 0 ? static_cast<char*>(const_cast<void*>(segments[i].const_data_ptr())) : nullptr;
+    const int64_t bytes = shapes[i].size(1) * shapes[i].size(2) * static_cast<int64_t>(shapes[i].element_size());
+    for (int64_t e = 0; e < experts; ++e) pointers.push_back(present ? data + e * bytes : nullptr);
+  }
+  return pointers;
+}
+
+// Fresh memory of any size is written at once by the kernels: large pages save most of the faults.
+inline at::Tensor empty_rows(at::SymIntArrayRef shape, const at::TensorOptions& options) {
+  at::Tensor tensor = at::empty_symint(shape, options);
+  if (tensor.device().is_cpu() && tensor.has_storage() && tensor.key_set().has_backend(c10::BackendComponent::CPUBit)) {
+    advise_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
+  }
+  return tensor;
+}
+
+// Stands for a gradient that nobody asked for: ops return tensors of every kind, never undefined ones.
+inline at::Tensor no_tensor(const at::Tensor& like) {
+  return at::empty({0}, like.options());
+}
+inline void* data_or_null(const at::Tensor& tensor) {
+  return tensor.numel() > 0 ? tensor.data_ptr() : nullptr;
+}
+inline at::Tensor gradient_or_undefined(bool wanted, const at::Tensor& gradient) {
+  return wanted ? gradient : at::Tensor();
+}
+
+// Under autocast x and the matrices take its dtype; gates stay float32, as the router made them.
+struct AutocastOperands {
+  at::ScalarType dtype;
+  c10::DeviceType device;
+
+  explicit AutocastOperands(c10::DeviceType device) : dtype(at::autocast::get_autocast_dtype(device)), device(device) {}
+
+  at::Tensor lower(const at::Tensor& tensor) const { return at::autocast::cached_cast(dtype, tensor, device); }
+  std::vector<at::Tensor> lower(at::TensorList tensors) const {
+    return at::autocast::cached_cast(dtype, tensors, device);
+  }
+  at::Tensor gates(const at::Tensor& tensor) const { return at::autocast::cached_cast(at::kFloat, tensor, device); }
+};
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Calls a backward op below autograd; differentiating its results raises.
+template <typename Call>
+std::vector<at::Tensor> once_differentiable(const char* op, at::TensorList inputs, Call call) {
+  c10::intrusive_ptr<torch::autograd::Node> node;
+  if (torch::autograd::compute_requires_grad(inputs)) {
+    node = c10::make_intrusive<torch::autograd::Error>(
+        c10::str(op, ": the backward pass cannot be differentiated again (double backward is not implemented)"),
+        torch::autograd::collect_next_edges(inputs));
+  }
+  std::vector<at::Tensor> results = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call();
+  }();
+  if (node.defined()) torch::autograd::set_history(results, node);
+  return results;
+}
+
+}  // namespace mfx

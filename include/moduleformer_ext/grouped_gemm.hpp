@@ -1,0 +1,93 @@
+// grouped_gemm and expert_ffn: every routed slot is multiplied by the matrix of its expert.
+//
+// Slot s = t * K + j is choice j of token t; the layout sorts slots by expert (see expert_layout.hpp), and a position
+// p is a place in that order. Matrices are [in, out], row-major and contiguous, one pointer per expert, so that a
+// parameter may lie in several tensors. All rows have their last dimension contiguous; strides count elements.
+#pragma once
+
+#include "moduleformer_ext/common.hpp"
+
+namespace mfx {
+
+// token: one row per token, shared by (or summed over) its K slots; slot: [T, K, ...]; expert: sorted by expert.
+enum class RowOrder : std::uint8_t { kToken, kSlot, kExpert };
+
+enum class Activation : std::uint8_t { kNone, kGeluTanh, kGelu, kSilu, kRelu };
+
+// Gated: the first half of the columns is activated and multiplied by the second half.
+struct ActivationSpec {
+  Activation function = Activation::kNone;
+  bool gated = false;
+};
+
+struct RoutedLayout {
+  const std::int32_t* offsets;     // [num_experts + 1]
+  const std::int32_t* slot_order;  // [T * K], position -> slot
+  const std::int32_t* position;    // [T * K], slot -> position
+  std::int64_t num_experts;
+  std::int64_t num_tokens;
+  std::int64_t num_choices;
+  std::int64_t num_slots() const { return num_tokens * num_choices; }
+};
+
+struct RoutedRows {
+  const void* data = nullptr;
+  RowOrder order = RowOrder::kToken;
+  std::int64_t stride = 0;         // between tokens (token, slot order) or positions (expert order)
+  std::int64_t choice_stride = 0;  // slot order: between the choices of a token
+};
+
+// y_s = activation(x_s W_e(s)). Gates are float32, or float64 beside float64 data, and need the token order.
+struct GroupedGemmParams {
+  DType dtype;  // of x, weight, out, hidden
+  RoutedLayout layout;
+  ActivationSpec activation;
+  std::int64_t in_features;
+  std::int64_t out_features;  // columns of the matrices: twice the columns of `out` where the activation is gated
+  RoutedRows x;
+  const void* const* weight;  // [num_experts] of [in_features, out_features]
+  const void* gates;          // [T, K], or null
+  RowOrder out_order;
+  void* out;     // [T, n], [T, K, n] or [S, n], contiguous
+  void* hidden;  // [S, out_features] before the activation, in expert order; or null
+};
+
+struct GroupedGemmBackwardParams {
+  GroupedGemmParams forward;  // `out` is not read; `hidden` is, where there is an activation
+  RoutedRows grad;            // in out_order
+  void* grad_x;               // contiguous, in the order of x; or null
+  void* grad_gates;           // [T, K], dtype of the gates; or null
+  void* const* grad_weight;   // [num_experts] of [in_features, out_features], null for experts without; or null
+};
+
+// y_t = sum over k of gate_tk * activation(x_t up_e) down_e.
+struct ExpertFfnParams {
+  DType dtype;
+  RoutedLayout layout;
+  ActivationSpec activation;
+  std::int64_t model_features;
+  std::int64_t hidden_features;  // rows of down; up has twice as many columns where the activation is gated
+  RoutedRows x;                  // token order
+  const void* const* up;
+  const void* const* down;
+  const void* gates;  // [T, K]
+  void* out;          // [T, model_features]
+  void* hidden;       // [S, columns of up] before the activation, in expert order; or null
+};
+
+struct ExpertFfnBackwardParams {
+  ExpertFfnParams forward;  // `out` is not read, `hidden` is
+  RoutedRows grad;          // token order
+  void* grad_x;             // or null, like the others
+  void* grad_gates;
+  void* const* grad_up;
+  void* const* grad_down;
+};
+
+// Every launcher checks the layout's contents first and returns an error, with nothing written, if they cannot be one.
+Status grouped_gemm_cpu(const GroupedGemmParams& params);
+Status grouped_gemm_backward_cpu(const GroupedGemmBackwardParams& params);
+Status expert_ffn_cpu(const ExpertFfnParams& params);
+Status expert_ffn_backward_cpu(const ExpertFfnBackwardParams& params);
+
+}  // namespace mfx
