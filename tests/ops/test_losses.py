@@ -54,7 +54,7 @@ def test_switch(logits):
     share = [route.expert_ids.flatten().tolist().count(expert) / 18 for expert in range(6)]
     balance = 6 * sum(p * f for p, f in zip(mean_distribution(logits), share, strict=True))
     z = sum(math.log(sum(math.exp(value) for value in row)) ** 2 for row in logits.tolist()) / 9
-    assert switch_loss(route).item() == pytest.approx(balance + 0.1 * z, rel=1e-12)
+    assert switch_loss(route).item() == pytest.approx(balance + 0.1 * z, rel=1e-7)  # the share is float32
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -66,8 +66,8 @@ def switch_loss(route: RouteTopK) -> Tensor:
         A scalar in the dtype of ``route.gates``.
     """
     tokens, slots = _tokens(route), max(route.expert_ids.numel(), 1)
+    # The published loss takes the share of slots in float32, for float64 models too.
+    share = (route.counts.float() / slots).to(route.prob_sum.dtype)
     # The probabilities of a token sum to one, so P = prob_sum / tokens.
-    balance = torch.dot(route.prob_sum, route.counts.to(route.prob_sum.dtype)) * (
-        route.prob_sum.shape[0] / (tokens * slots)
-    )
+    balance = torch.dot(route.prob_sum, share) * (route.prob_sum.shape[0] / tokens)
     return balance + Z_LOSS_WEIGHT * route.logsumexp_sq_sum / tokens

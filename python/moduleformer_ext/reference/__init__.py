@@ -4,11 +4,11 @@ Same names, signatures and results as :mod:`moduleformer_ext.ops`, differentiabl
 sums are carried in float32 (float64 for float64). No attention is paid to speed or memory.
 """
 
-from . import losses
-from .expert_layout import expert_layout
-from .grouped_gemm import expert_ffn, grouped_gemm
-from .route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
-from .stick_attention import stick_attention, stick_attention_decode
+from moduleformer_ext.reference import losses
+from moduleformer_ext.reference.expert_layout import expert_layout
+from moduleformer_ext.reference.grouped_gemm import expert_ffn, grouped_gemm
+from moduleformer_ext.reference.route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
+from moduleformer_ext.reference.stick_attention import stick_attention, stick_attention_decode
 
 __all__ = [
     "expert_ffn",

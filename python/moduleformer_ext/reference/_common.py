@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..types import Segments
+from moduleformer_ext.types import Segments
 
 P = ParamSpec("P")
 R = TypeVar("R")

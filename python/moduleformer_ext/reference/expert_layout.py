@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import ExpertLayout
+from moduleformer_ext.types import ExpertLayout
 
 
 def expert_layout(expert_ids: Tensor, num_experts: int) -> ExpertLayout:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import ExpertLayout, Segments
-from ._common import accumulation_dtype, joined, without_autocast
+from moduleformer_ext.reference._common import accumulation_dtype, joined, without_autocast
+from moduleformer_ext.types import ExpertLayout, Segments
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),

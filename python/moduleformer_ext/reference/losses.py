@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import RouteTopK
-from ._common import without_autocast
+from moduleformer_ext.reference._common import without_autocast
+from moduleformer_ext.types import RouteTopK
 
 ENTROPY_EPSILON = 1e-8
 Z_LOSS_WEIGHT = 0.1
@@ -38,6 +38,6 @@ def concentration_loss(route: RouteTopK) -> Tensor:
 def switch_loss(route: RouteTopK) -> Tensor:
     """E · Σ_e (share of probability of e) · (share of slots of e) + 0.1 · mean logsumexp²."""
     mass = route.logits.softmax(-1).sum(0)
-    slots = route.counts.to(mass.dtype)
+    slots = route.counts.float()  # the published loss takes this share in float32, for float64 models too
     balance = route.logits.shape[-1] * (mass / mass.sum() * (slots / slots.sum())).sum()
     return balance + Z_LOSS_WEIGHT * torch.logsumexp(route.logits, -1).square().mean()

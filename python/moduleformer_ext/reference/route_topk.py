@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import RouteTopK, Segments
-from ._common import accumulation_dtype, joined, without_autocast
+from moduleformer_ext.reference._common import accumulation_dtype, joined, without_autocast
+from moduleformer_ext.types import RouteTopK, Segments
 
 SAMPLING_FLOOR = 1e-6
 """Added to every probability before sampling, so that an expert whose probability underflowed can still be

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import accumulation_dtype, without_autocast
+from moduleformer_ext.reference._common import accumulation_dtype, without_autocast
 
 
 def _stick_breaking(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

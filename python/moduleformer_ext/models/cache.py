@@ -1,0 +1,94 @@
+"""What a model remembers of the tokens it has read: the keys and values of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
+
+from torch import Tensor
+
+from moduleformer_ext.nn import LayerCache
+
+Pair = tuple[Tensor, Tensor]
+
+
+class KVCache(Sequence[Pair]):
+    """Keys and values of all layers for the tokens read so far; also the history of Transformer-XL training.
+
+    It is passed as ``past_key_values``, and comes back extended. Like a value it is never changed under the caller:
+    two continuations of one past do not disturb each other. Without autograd extending it is amortised O(new
+    tokens).
+
+    As a sequence it yields one pair (keys, values) per layer, [B, length, att_hidden] each; where values are the
+    keys, both are the same tensor. ``KVCache.from_pairs`` takes such a sequence back.
+    """
+
+    def __init__(self, layers: Sequence[LayerCache]) -> None:
+        self.layers = tuple(layers)
+
+    @classmethod
+    def empty(cls, n_layer: int, capacity: int = 0) -> KVCache:
+        """A cache of no tokens that will allocate room for ``capacity`` of them at once."""
+        return cls([LayerCache(capacity) for _ in range(n_layer)])
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[Pair], *, n_head: int, identity_kv: bool) -> KVCache:
+        """Take pairs (keys, values) of shape [B, S, att_hidden], one per layer; with ``identity_kv`` the values are
+        not kept.
+        """
+        layers = []
+        for keys, values in pairs:
+            if keys.dim() != 3 or keys.shape != values.shape:
+                raise ValueError(
+                    f"KVCache: keys and values must be [B, S, att_hidden] alike, got {list(keys.shape)} "
+                    f"and {list(values.shape)}"
+                )
+            heads = (*keys.shape[:2], n_head, -1)
+            layers.append(LayerCache.of(keys.reshape(heads), None if identity_kv else values.reshape(heads)))
+        return cls(layers)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors to save, by name; :meth:`from_state_dict` takes them back."""
+        state = {}
+        for i, layer in enumerate(self.layers):
+            if layer.length:
+                state[f"{i}.keys"] = layer.keys
+                if layer.values is not None:
+                    state[f"{i}.values"] = layer.values
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> KVCache:
+        """The inverse of :meth:`state_dict`."""
+        n_layer = sum(name.endswith(".keys") for name in state)
+        return cls([LayerCache.of(state[f"{i}.keys"], state.get(f"{i}.values")) for i in range(n_layer)])
+
+    @property
+    def length(self) -> int:
+        """Tokens remembered."""
+        return self.layers[0].length if self.layers else 0
+
+    def last(self, length: int) -> KVCache:
+        """Forget all but the last ``length`` tokens."""
+        return KVCache([layer.last(length) for layer in self.layers])
+
+    def select(self, rows: Tensor) -> KVCache:
+        """The sequences ``rows`` (an index tensor [B']) of the batch, in that order; repeats are allowed."""
+        return KVCache([layer.select(rows) for layer in self.layers])
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Pair]: ...
+    def __getitem__(self, index: int | slice) -> Pair | Sequence[Pair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        layer = self.layers[index]
+        keys = layer.keys.flatten(2)
+        return keys, keys if layer.values is None else layer.values.flatten(2)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (self[i] for i in range(len(self)))

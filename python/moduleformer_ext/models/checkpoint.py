@@ -1,0 +1,151 @@
+"""Models on disk: our own directories, written atomically, and published ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moduleformer_ext.models.config import MoLMConfig
+from moduleformer_ext.models.convert import from_reference, model_from_state
+from moduleformer_ext.models.modeling import MoLMForCausalLM
+
+FORMAT = "moduleformer_ext"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_SINGLE_FILES = (WEIGHTS_FILE, "pytorch_model.bin")
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def save_pretrained(model: MoLMForCausalLM, directory: str | Path) -> None:
+    """Write ``model.safetensors`` and ``config.json``, replacing earlier ones.
+
+    Interrupted at any moment, the directory holds the old model or the new one, never a mixture: the weights file
+    carries the configuration in its header, and that copy is the one that is read; config.json is for people and
+    other tools.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    with replacing(directory / WEIGHTS_FILE) as path:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in state.items()},
+            path,
+            metadata={"format": FORMAT, "config": config},
+        )
+    with replacing(directory / CONFIG_FILE) as path:
+        path.write_text(config)
+
+
+def from_pretrained(
+    directory: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> MoLMForCausalLM:
+    """Read a directory that :func:`save_pretrained` wrote, or one of a published MoLM as it is downloaded.
+
+    Published ones hold a config.json and weights as .safetensors or .bin (read with ``weights_only=True``), in one
+    file or in shards with an index.
+
+    Args:
+    dtype: convert the weights; by default they keep the type they are stored in.
+    device: where the weights go.
+
+    Returns:
+    The model, in evaluation mode.
+
+    Raises:
+    FileNotFoundError: a file is missing; the message says which.
+    ValueError: the weights do not fit the configuration; the message lists the tensors.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"from_pretrained: {directory} is not a directory")
+    own_config = _own_config(directory / WEIGHTS_FILE)
+    if own_config is not None:
+        state = load_file(directory / WEIGHTS_FILE)
+        model = model_from_state(MoLMConfig.from_dict(own_config), state, copy=False)
+    else:
+        model = from_reference(_read_json(directory / CONFIG_FILE), read_weights(directory), copy=False)
+    return model.to(device=device, dtype=dtype)
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a published directory."""
+    for name in _SINGLE_FILES:
+        if (directory / name).is_file():
+            return _read_tensors(directory / name)
+    for name in _INDEX_FILES:
+        if (directory / name).is_file():
+            return _read_shards(directory / name)
+    raise FileNotFoundError(f"from_pretrained: {directory} has none of {', '.join(_SINGLE_FILES + _INDEX_FILES)}")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map: dict[str, str] = _read_json(index)["weight_map"]
+    state: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise ValueError(f"from_pretrained: {index.name} must name files beside it, got {shard!r}")
+        path = index.parent / shard
+        if not path.is_file():
+            raise FileNotFoundError(f"from_pretrained: {index.name} names {shard}, which is not in {index.parent}")
+        state |= _read_tensors(path)
+    absent = sorted(set(weight_map) - set(state))
+    if absent:
+        raise ValueError(f"from_pretrained: tensors named by {index.name} are in no shard: {', '.join(absent)}")
+    return state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"from_pretrained: {path} is missing")
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"from_pretrained: {path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _own_config(weights: Path) -> dict[str, Any] | None:
+    """The configuration in a weights file of ours, None for anybody else's."""
+    if not weights.is_file():
+        return None
+    with safe_open(weights, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return json.loads(metadata["config"]) if metadata.get("format") == FORMAT else None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it, durably and in one step, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

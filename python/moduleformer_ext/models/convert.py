@@ -1,0 +1,166 @@
+"""To and from the published format of MoLM: its configuration, and its names for the weights.
+
+Parameters have the same names and shapes here, so that converting weights is checking them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moduleformer_ext.models.config import ACTIVATIONS, MoLMConfig
+from moduleformer_ext.models.modeling import MoLMForCausalLM
+
+_SHARED_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50295,
+    "block_size": 512,
+    "history_length": 512,
+    "n_embd": 1024,
+    "n_layer": 24,
+    "n_head": 8,
+    "att_hidden": 512,
+    "ffd_hidden": 2048,
+    "activation_function": "gelu_new",
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "moe_pdrop": 0.0,
+    "sample_topk": 0,
+    "gating_size": 256,
+    "n_att_experts": 32,
+    "k_att": 2,
+    "n_mlp_experts": 32,
+    "k_mlp": 2,
+    "initializer_range": 0.02,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "tie_word_embeddings": False,
+    "aux_loss_type": "mi",
+    "aux_loss_weight": 0,
+    "gate_type": "mlp",
+}
+"""Fields that mean the same in both formats, with what a published config.json leaves out."""
+
+_ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+_LAYER_NORM_EPSILON = 1e-5
+_DROPPED_BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
+
+
+def config_from_reference(fields: Mapping[str, Any]) -> MoLMConfig:
+    """Read a published config.json.
+
+    Absent fields take the published defaults, and fields of the surrounding framework are skipped. Two fields had no
+    effect in the published implementation and have none here: ``layer_norm_epsilon`` (it is 1e-5) and ``attn_pdrop``.
+    """
+    own = {alias: fields[name] for name, alias in _ALIASES.items() if name in fields}
+    own |= {name: fields[name] for name in _SHARED_DEFAULTS if name in fields}
+    if own.get("aux_loss_type", "mi") != "mi":
+        own["aux_loss_type"] = "switch"  # what the published implementation understands by any other name
+    return MoLMConfig(**{**_SHARED_DEFAULTS, **own}, layer_norm_epsilon=_LAYER_NORM_EPSILON)
+
+
+def config_to_reference(config: MoLMConfig) -> dict[str, Any]:
+    """The config.json of the published format.
+
+    The losses ``"concentration"`` and ``"none"`` have no name there; they do not change what the model computes, so
+    that they are written as ``"mi"`` with weight 0.
+
+    Raises:
+    ValueError: the model has something that the format cannot say; the message names the field.
+    """
+
+    def reject(name: str, expected: str, value: object) -> None:
+        raise ValueError(f"config_to_reference: {name} must be {expected} in the published format, got {value!r}")
+
+    fields = {name: getattr(config, name) for name in _SHARED_DEFAULTS}
+    for name in ("n_att_experts", "n_mlp_experts"):
+        value = fields[name]
+        if isinstance(value, tuple):
+            if len(set(value)) != 1:
+                reject(name, "the same in every layer", value)
+            fields[name] = value[0]
+    if config.layer_norm_epsilon != _LAYER_NORM_EPSILON:
+        reject("layer_norm_epsilon", str(_LAYER_NORM_EPSILON), config.layer_norm_epsilon)
+    if config.router_order != "softmax_topk":
+        reject("router_order", "'softmax_topk'", config.router_order)
+    activation = ACTIVATIONS[config.activation_function]
+    if activation not in _PUBLISHED_ACTIVATIONS:
+        reject("activation_function", f"one of {', '.join(_PUBLISHED_ACTIVATIONS)}", config.activation_function)
+    fields["activation_function"] = _PUBLISHED_ACTIVATIONS[activation]
+    if config.aux_loss_type not in ("mi", "switch"):
+        fields |= {"aux_loss_type": "mi", "aux_loss_weight": 0}
+    return {
+        "model_type": "moduleformer",
+        "architectures": ["ModuleFormerForCausalLM"],
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "attn_pdrop": 0.0,
+        "use_cache": True,
+        **fields,
+    }
+
+
+_PUBLISHED_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+
+
+def from_reference(
+    config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, copy: bool = True
+) -> MoLMForCausalLM:
+    """A model with the weights of a published checkpoint, in the types they have there.
+
+    Args:
+    config: the fields of its config.json.
+    state_dict: all its tensors. The attention buffers ``mask`` and ``cum_weight`` are not needed and may be absent.
+    copy: with False the model uses these very tensors.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+    ValueError: names are missing or unknown, or shapes do not match the configuration; all of them are listed.
+    """
+    return model_from_state(MoLMConfig.from_reference(config), state_dict, copy=copy)
+
+
+def to_reference(model: MoLMForCausalLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, state dict) of the published format. The tensors are the model's own, detached."""
+    return config_to_reference(model.config), {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def model_from_state(config: MoLMConfig, state_dict: Mapping[str, Tensor], *, copy: bool = True) -> MoLMForCausalLM:
+    """The model of ``config`` with exactly these weights; see :func:`from_reference` for the errors."""
+    state = {name: tensor for name, tensor in state_dict.items() if not _DROPPED_BUFFERS.fullmatch(name)}
+    if config.tie_word_embeddings and "transformer.wte.weight" in state:
+        state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    with torch.device("meta"):
+        model = MoLMForCausalLM(config)
+    expected = model.state_dict()
+    _check_keys(expected, state)
+    if copy:
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    model.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model.eval()
+
+
+def _check_keys(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unknown": [name for name in state if name not in expected],
+        "of the wrong shape": [
+            f"{name} (expected {list(tensor.shape)}, got {list(state[name].shape)})"
+            for name, tensor in expected.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+        "not floating point": [
+            f"{name} ({state[name].dtype})"
+            for name in expected
+            if name in state and not state[name].is_floating_point()
+        ],
+    }
+    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError("the weights do not fit the configuration; tensors " + "; ".join(found))

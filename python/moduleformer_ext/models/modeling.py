@@ -1,0 +1,331 @@
+"""The language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moduleformer_ext import ops
+from moduleformer_ext.models import generation
+from moduleformer_ext.models.cache import KVCache, Pair
+from moduleformer_ext.models.config import ACTIVATIONS, MoLMConfig
+from moduleformer_ext.nn import (
+    Block,
+    BlockRoutes,
+    ExpertLinear,
+    GMMRouter,
+    LayerCache,
+    MixtureOfAttention,
+    MixtureOfFFN,
+    Router,
+    make_router,
+)
+from moduleformer_ext.nn.router import GateType, RouterOrder
+from moduleformer_ext.types import RouteTopK
+
+_AUX_LOSSES: dict[str, Callable[[RouteTopK], Tensor]] = {
+    "mi": lambda route: ops.losses.mutual_information_loss(route),
+    "concentration": lambda route: ops.losses.concentration_loss(route),
+    "switch": lambda route: ops.losses.switch_loss(route),
+}
+
+
+@dataclass(kw_only=True)
+class MoLMOutput:
+    """What the stack of blocks computed for input_ids [B, T]."""
+
+    last_hidden_state: Tensor
+    """[B, T, D], after the final norm."""
+    aux_loss: Tensor
+    """[] float32 (float64 for a float64 model): the routing loss summed over all routers of all layers, unweighted."""
+    past_key_values: KVCache | None = None
+    """If ``use_cache``: past and new tokens. In training mode only the last ``config.history_length`` of them."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """If ``output_hidden_states``: the input of every block and ``last_hidden_state``, n_layer + 1 tensors."""
+    routes: list[BlockRoutes] | None = None
+    """If ``output_routes``: per layer, how attention and feed-forward experts were chosen for the B·T tokens."""
+
+
+@dataclass(kw_only=True)
+class CausalLMOutput(MoLMOutput):
+    """What the language model computed for input_ids [B, T]."""
+
+    logits: Tensor
+    """[B, T, V] float32."""
+    uncast_logits: Tensor
+    """[B, T, V] as the head made them, in the model's type."""
+    loss: Tensor | None = None
+    """If labels were given: mean cross-entropy + aux_loss_weight · aux_loss, in the type of ``aux_loss``."""
+
+
+class MoLM(nn.Module):
+    """Embedding, blocks and final norm of a ModuleFormer language model.
+
+    Args:
+        config: the model's description. Weights start as in the published training: linear and embedding weights
+            N(0, initializer_range), expert matrices U(-1/in, 1/in), gmm centroids N(0, 1), biases and temperatures 0.
+    """
+
+    def __init__(self, config: MoLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(_make_block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.apply(lambda module: _draw(module, config.initializer_range))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        use_cache: bool = False,
+        *,
+        output_hidden_states: bool = False,
+        output_routes: bool = False,
+    ) -> MoLMOutput:
+        """Read new tokens. Arguments are those of :meth:`MoLMForCausalLM.forward`."""
+        if input_ids.dim() != 2:
+            raise ValueError(f"MoLM: input_ids must be [batch, tokens], got shape {list(input_ids.shape)}")
+        past = self._as_cache(past_key_values, input_ids.shape[0])
+        keep = self._as_key_mask(attention_mask, input_ids, 0 if past is None else past.length)
+
+        x = self.drop(self.wte(input_ids))
+        states: list[Tensor] = []
+        routes: list[BlockRoutes] = []
+        presents: list[LayerCache] = []
+        for layer, block in enumerate(self.h):
+            if output_hidden_states:
+                states.append(x)
+            arguments = (x, None if past is None else past.layers[layer], keep, use_cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, route, present = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, route, present = block(*arguments)
+            routes.append(route)
+            if use_cache:
+                presents.append(present)
+        x = self.ln_f(x)
+        states.append(x)
+
+        return MoLMOutput(
+            last_hidden_state=x,
+            aux_loss=self._aux_loss(routes),
+            past_key_values=self._remember(presents) if use_cache else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            routes=routes if output_routes else None,
+        )
+
+    def _aux_loss(self, routes: Sequence[BlockRoutes]) -> Tensor:
+        loss = _AUX_LOSSES.get(self.config.aux_loss_type)
+        if loss is None:
+            return torch.zeros_like(routes[0].ffn.plogp_sum)
+        return torch.stack([loss(route) for block in routes for route in block]).sum()
+
+    def _remember(self, presents: Sequence[LayerCache]) -> KVCache:
+        cache = KVCache(presents)
+        return cache.last(self.config.history_length) if self.training else cache
+
+    def _as_cache(self, past: KVCache | Sequence[Pair] | None, batch: int) -> KVCache | None:
+        if past is None:
+            return None
+        if not isinstance(past, KVCache):
+            identity_kv = self.config.att_hidden == self.config.n_embd and self.config.n_head == 1
+            past = KVCache.from_pairs(past, n_head=self.config.n_head, identity_kv=identity_kv)
+        if len(past) != len(self.h):
+            raise ValueError(f"MoLM: past_key_values must have {len(self.h)} layers, got {len(past)}")
+        if past.length and past.layers[0].keys.shape[0] != batch:
+            raise ValueError(
+                f"MoLM: past_key_values must have the batch size of input_ids ({batch}), "
+                f"got {past.layers[0].keys.shape[0]}"
+            )
+        return past
+
+    def _as_key_mask(self, mask: Tensor | None, input_ids: Tensor, past_length: int) -> Tensor | None:
+        if mask is None:
+            return None
+        batch, length = input_ids.shape
+        if mask.shape != (batch, past_length + length):
+            raise ValueError(
+                f"MoLM: attention_mask must be [{batch}, {past_length + length}] (batch, past + new tokens), "
+                f"got {list(mask.shape)}"
+            )
+        return mask.bool()
+
+
+class MoLMForCausalLM(nn.Module):
+    """A ModuleFormer language model with its head.
+
+    Parameters are named and shaped as in the published checkpoints.
+
+    Example:
+        >>> model = MoLMForCausalLM(MoLMConfig.preset("molm-nano"))
+        >>> tokens = torch.randint(1024, (1, 16))
+        >>> output = model(tokens, labels=tokens)
+        >>> output.logits.shape
+        torch.Size([1, 16, 1024])
+        >>> output.loss.backward()
+        >>> model.eval().generate(tokens, max_new_tokens=4).shape
+        torch.Size([1, 20])
+    """
+
+    def __init__(self, config: MoLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = MoLM(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        _draw(self.lm_head, config.initializer_range)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        use_cache: bool = False,
+        *,
+        output_hidden_states: bool = False,
+        output_routes: bool = False,
+    ) -> CausalLMOutput:
+        """Read new tokens and predict the one after each.
+
+        Args:
+        input_ids: [B, T] int64, the new tokens.
+        attention_mask: [B, past + T], non-zero for tokens that may be attended to. Padding, on either side, is still
+        routed and counted by the routing loss.
+        labels: [B, T] int64, usually input_ids themselves: position t is scored against labels[:, t + 1]; -100 is
+        skipped.
+        past_key_values: what an earlier call returned. No gradient flows into it.
+        use_cache: return ``past_key_values`` for the next call. In training mode it is the history of
+        Transformer-XL, cut to ``config.history_length`` tokens; in evaluation mode nothing is cut.
+        output_hidden_states: return the input of every block.
+        output_routes: return every routing decision.
+
+        Raises:
+        ValueError: shapes do not fit together.
+        """
+        output = self.transformer(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            use_cache,
+            output_hidden_states=output_hidden_states,
+            output_routes=output_routes,
+        )
+        uncast_logits = self.lm_head(output.last_hidden_state)
+        logits = uncast_logits.float()
+        loss = None
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ValueError(
+                    f"MoLMForCausalLM: labels must have the shape of input_ids {list(input_ids.shape)}, "
+                    f"got {list(labels.shape)}"
+                )
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            loss = loss.to(output.aux_loss.dtype)
+            if self.config.aux_loss_weight > 0:
+                loss = loss + self.config.aux_loss_weight * output.aux_loss
+        return CausalLMOutput(**vars(output), logits=logits, uncast_logits=uncast_logits, loss=loss)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Continue prompts; see :func:`moduleformer_ext.models.generation.generate`."""
+        return generation.generate(self, input_ids, max_new_tokens, **options)
+
+    def generate_stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """Continue prompts token by token; see :func:`moduleformer_ext.models.generation.generate_stream`."""
+        return generation.generate_stream(self, input_ids, max_new_tokens, **options)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, for example after ``to_empty`` of a model made on the meta device."""
+        for module in self.modules():
+            if isinstance(module, (nn.LayerNorm, ExpertLinear, GMMRouter)):
+                module.reset_parameters()
+            else:
+                _draw(module, self.config.initializer_range)
+
+    def set_activation_checkpointing(self, enabled: bool = True) -> None:
+        """Trade a second forward pass of every block for the memory of its activations."""
+        self.transformer.activation_checkpointing = enabled
+
+    @classmethod
+    def from_reference(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MoLMForCausalLM:
+        """A model with published weights; see :func:`moduleformer_ext.models.convert.from_reference`."""
+        from moduleformer_ext.models.convert import from_reference
+
+        return from_reference(config, state_dict)
+
+    def to_reference(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(config, state dict) as published; see :func:`moduleformer_ext.models.convert.to_reference`."""
+        from moduleformer_ext.models.convert import to_reference
+
+        return to_reference(self)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config and weights; see :func:`moduleformer_ext.models.checkpoint.save_pretrained`."""
+        from moduleformer_ext.models.checkpoint import save_pretrained
+
+        save_pretrained(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> MoLMForCausalLM:
+        """Read config and weights; see :func:`moduleformer_ext.models.checkpoint.from_pretrained`."""
+        from moduleformer_ext.models.checkpoint import from_pretrained
+
+        return from_pretrained(directory, dtype=dtype, device=device)
+
+
+def _make_block(config: MoLMConfig, layer: int) -> Block:
+    def router(num_experts: int, k: int) -> Router:
+        return make_router(
+            cast(GateType, config.gate_type),
+            config.n_embd,
+            num_experts,
+            k,
+            gating_size=config.gating_size,
+            dropout=config.moe_pdrop,
+            order=cast(RouterOrder, config.router_order),
+            sample_topk=config.sample_topk,
+        )
+
+    attention = MixtureOfAttention(
+        config.n_embd,
+        config.att_hidden,
+        config.n_head,
+        router(config.att_experts[layer], config.k_att),
+        stick_epsilon=config.stick_epsilon,
+    )
+    ffn = MixtureOfFFN(
+        config.n_embd,
+        config.ffd_hidden,
+        router(config.mlp_experts[layer], config.k_mlp),
+        activation=ACTIVATIONS[config.activation_function],
+    )
+    return Block(
+        config.n_embd,
+        attention,
+        ffn,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+        dropout=config.resid_pdrop,
+    )
+
+
+def _draw(module: nn.Module, std: float) -> None:
+    """Initialise what PyTorch would initialise differently; all other layers of ours start as they should."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

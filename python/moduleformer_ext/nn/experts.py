@@ -1,0 +1,63 @@
+"""Expert matrices, and the mixture of feed-forward experts made of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moduleformer_ext import ops
+from moduleformer_ext.nn.router import Router
+from moduleformer_ext.types import RouteTopK
+
+GATED_ACTIVATIONS = frozenset({"geglu_tanh", "geglu", "swiglu", "reglu"})
+
+
+class ExpertLinear(nn.Module):
+    """One matrix per expert, weight [E, in, out] with y = x W_e. A holder: the layers around it launch the products."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / self.weight.shape[1]
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def extra_repr(self) -> str:
+        num_experts, in_features, out_features = self.weight.shape
+        return f"num_experts={num_experts}, in_features={in_features}, out_features={out_features}"
+
+
+class MixtureOfFFN(nn.Module):
+    """y = Σ_k gate_k · down_k(activation(up_k(x))) over the experts that the router chose.
+
+    Args:
+        n_embd: D.
+        ffd_hidden: width of one expert.
+        router: decides which experts see a token.
+        activation: as in :func:`moduleformer_ext.ops.grouped_gemm`; gated ones double the columns of ``experts``.
+    """
+
+    def __init__(self, n_embd: int, ffd_hidden: int, router: Router, *, activation: str = "gelu_tanh") -> None:
+        super().__init__()
+        columns = 2 * ffd_hidden if activation in GATED_ACTIVATIONS else ffd_hidden
+        self.experts = ExpertLinear(router.num_experts, n_embd, columns)
+        self.output_experts = ExpertLinear(router.num_experts, ffd_hidden, n_embd)
+        self.gate = router
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouteTopK]:
+        """x [..., D] -> y [..., D] and how its tokens (leading dimensions flattened) were routed."""
+        tokens = x.reshape(-1, x.shape[-1])
+        route = self.gate(tokens)
+        layout = ops.expert_layout(route.expert_ids, self.gate.num_experts)
+        y = ops.expert_ffn(
+            tokens,
+            self.experts.weight,
+            self.output_experts.weight,
+            layout,
+            route.gates,
+            activation=self.activation,
+        )
+        return y.view_as(x), route
