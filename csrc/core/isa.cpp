@@ -1,8 +1,9 @@
 #include "core/isa.hpp"
 
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace mfx {
 namespace {
@@ -41,11 +42,10 @@ Isa choose_isa() {
     const Isa isa = static_cast<Isa>(i);
     if (usable(isa) && (any || std::strcmp(wanted, kNames[i]) == 0)) return isa;
   }
-  std::fprintf(stderr,
-               "moduleformer_ext: MFX_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16, compiled in and within "
-               "what this processor has, got '%s'\n",
-               wanted);
-  std::abort();
+  throw std::invalid_argument(
+      "moduleformer_ext: MFX_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16, compiled in and within what this "
+      "processor has, got '" +
+      std::string(wanted) + "'");
 }
 
 }  // namespace

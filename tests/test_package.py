@@ -1,0 +1,57 @@
+"""The package as a whole: what importing it does, and what the README shows."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_importing_the_package_loads_nothing_native():
+    result = run("import sys, moduleformer_ext; print('torch' in sys.modules, 'moduleformer_ext._C' in sys.modules)")
+    assert result.stdout.split() == ["False", "False"], result.stderr
+
+
+def test_importing_the_ops_touches_no_gpu():
+    result = run("import torch, moduleformer_ext.ops; print(torch.cuda.is_initialized())")
+    assert result.stdout.split() == ["False"], result.stderr
+
+
+@pytest.mark.parametrize(
+    "pretend",
+    [
+        "import torch; torch.__version__ = '99.1.0'; ",
+        "import sys, torch; sys.modules['moduleformer_ext._C'] = None; ",
+    ],
+    ids=["other torch", "extension missing"],
+)
+def test_an_extension_that_does_not_fit_says_what_to_do(pretend):
+    result = run(pretend + "import moduleformer_ext.ops")
+    assert result.returncode != 0
+    assert "pip install --no-build-isolation" in result.stderr
+    assert "torch" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("isa", ["nonsense", "AVX2"])
+def test_an_unknown_instruction_set_is_refused(isa):
+    code = "import os; os.environ['MFX_CPU_ISA'] = {!r}; import moduleformer_ext._extension as e; e.build_info()"
+    result = run(code.format(isa))
+    assert result.returncode != 0
+    assert f"got '{isa}'" in result.stderr
+
+
+def test_readme_example_of_the_ops_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(blocks[0], "README.md", "exec"), {})
+
+
+def test_layers():
+    result = subprocess.run([sys.executable, ROOT / "tools" / "check_layers.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
