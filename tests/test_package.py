@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +38,19 @@ def test_an_extension_that_does_not_fit_says_what_to_do(pretend):
     assert result.returncode != 0
     assert "pip install --no-build-isolation" in result.stderr
     assert "torch" in result.stderr.splitlines()[-1]
+
+
+def test_the_extension_has_every_op_as_a_function():
+    from moduleformer_ext import _C, ops
+
+    ids = torch.tensor([[1, 0], [1, 2]])
+    for expected, tensor in zip(ops.expert_layout(ids, 3), _C.expert_layout(ids, num_experts=3), strict=False):
+        assert torch.equal(tensor, expected)
+    assert _C.expert_layout.__doc__.splitlines()[-1] == str(torch.ops.moduleformer_ext.expert_layout.default._schema)
+
+    q = torch.randn(1, 3, 1, 8, requires_grad=True)
+    _C.stick_attention(q, q, q)[0].sum().backward()
+    assert q.grad is not None
 
 
 @pytest.mark.parametrize("isa", ["nonsense", "AVX2"])

@@ -1,8 +1,10 @@
 // The Python module moduleformer_ext._C. Loading it registers the ops (torch.ops.moduleformer_ext.*, one file per op
-// beside this one); the module itself tells how it was built.
+// beside this one). The module has each of them as a function, too, which spares eager callers the look-ups of
+// torch.ops, and tells how it was built.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <string>
 
@@ -44,6 +46,22 @@ py::dict build_info() {
   return info;
 }
 
+// Arguments and defaults are the schema's, gradients and autocast as with torch.ops: both enter the dispatcher.
+void define_ops(py::module_& m) {
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (name.getNamespace() != "moduleformer_ext") continue;
+    const auto overloads = torch::jit::getAllOperatorsFor(c10::Symbol::fromQualString(name.name));
+    const std::string stem = name.name.substr(name.name.find("::") + 2);
+    const std::string schema = c10::str(overloads.at(0)->schema());
+    m.def(
+        stem.c_str(),
+        [overloads](const py::args& args, const py::kwargs& kwargs) {
+          return torch::jit::invokeOperatorFromPython(overloads, args, kwargs);
+        },
+        schema.c_str());
+  }
+}
+
 }  // namespace
 }  // namespace mfx
 
@@ -51,4 +69,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of moduleformer_ext; use moduleformer_ext.ops.";
   m.attr("torch_version") = MFX_TORCH_VERSION;
   m.def("build_info", &mfx::build_info, "How this extension was built and what it runs with, as a dict.");
+  mfx::define_ops(m);
 }
