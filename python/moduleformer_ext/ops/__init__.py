@@ -9,6 +9,7 @@ from moduleformer_ext.ops.expert_ffn import expert_ffn
 from moduleformer_ext.ops.expert_layout import expert_layout
 from moduleformer_ext.ops.grouped_gemm import grouped_gemm
 from moduleformer_ext.ops.route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
+from moduleformer_ext.ops.stick_attention import stick_attention
 from moduleformer_ext.ops.stick_attention_decode import stick_attention_decode
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "route_topk_gmm",
     "route_topk_linear",
     "route_topk_mlp",
+    "stick_attention",
     "stick_attention_decode",
 ]

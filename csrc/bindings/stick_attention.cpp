@@ -1,0 +1,453 @@
+#include "moduleformer_ext/stick_attention.hpp"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "bindings/checks.hpp"
+
+namespace mfx {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // o, remainder, residual, first_tiles
+using Grads = std::tuple<Tensor, Tensor, Tensor>;
+
+constexpr const char* kOp = "stick_attention";
+
+bool present(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->defined();
+}
+
+at::ScalarType stick_type(const Tensor& q) {
+  return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Whether q is [.., H_kv, G, D] and not [.., H_q, D].
+bool is_grouped(const Tensor& q, bool packed) {
+  return q.dim() == (packed ? 4 : 5);
+}
+
+void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, const Tensor& q) {
+  check_dim(kOp, name, cu_seqlens, 1);
+  MFX_CHECK_ARG(cu_seqlens.scalar_type() == at::kInt, kOp, name, "be int32", cu_seqlens.scalar_type());
+  MFX_CHECK_ARG(cu_seqlens.sym_size(0) >= 1, kOp, name, "have sequences + 1 elements", "none");
+  check_same_device(kOp, name, cu_seqlens, "q", q);
+}
+
+void check_arguments(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
+                     const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
+                     const OptionalTensor& cu_seqlens_k, std::optional<double> epsilon) {
+  const bool packed = present(cu_seqlens_q);
+  check_float_dtype(kOp, "q", q);
+  if (packed) {
+    MFX_CHECK_ARG(q.dim() == 3 || q.dim() == 4, kOp, "q",
+                  "be [total, H_q, D] or [total, H_kv, G, D] with cu_seqlens_q", "shape ", q.sym_sizes());
+    MFX_CHECK_ARG(k.dim() == 3, kOp, "k", "be [total, H_kv, D] with cu_seqlens_q", "shape ", k.sym_sizes());
+  } else {
+    MFX_CHECK_ARG(q.dim() == 4 || q.dim() == 5, kOp, "q", "be [B, T_q, H_q, D] or [B, T_q, H_kv, G, D]", "shape ",
+                  q.sym_sizes());
+    MFX_CHECK_ARG(k.dim() == 4, kOp, "k", "be [B, T_k, H_kv, D]", "shape ", k.sym_sizes());
+  }
+  check_same_dtype(kOp, "k", k, "q", q);
+  check_same_device(kOp, "k", k, "q", q);
+  const auto dim = q.sym_size(-1);
+  MFX_CHECK_ARG(dim >= 8 && dim <= 1024 && dim % 8 == 0, kOp, "q", "have a head dim that is a multiple of 8 in [8, 1024]",
+                dim);
+  MFX_CHECK_ARG(k.sym_size(-1) == dim, kOp, "k", c10::str("have q's head dim (", dim, ")"), k.sym_size(-1));
+  MFX_CHECK_ARG(k.sym_size(-2) >= 1, kOp, "k", "have at least one head", "shape ", k.sym_sizes());
+  if (is_grouped(q, packed)) {
+    MFX_CHECK_ARG(q.sym_size(-3) == k.sym_size(-2), kOp, "q", c10::str("have k's ", k.sym_size(-2), " heads"),
+                  q.sym_size(-3));
+    MFX_CHECK_ARG(q.sym_size(-2) >= 1, kOp, "q", "have at least one head per K/V head", "shape ", q.sym_sizes());
+  } else {
+    MFX_CHECK_ARG(q.sym_size(-2) >= 1 && q.sym_size(-2) % k.sym_size(-2) == 0, kOp, "q",
+                  c10::str("have a multiple of k's ", k.sym_size(-2), " heads"), q.sym_size(-2));
+  }
+  if (!packed) {
+    MFX_CHECK_ARG(q.sym_size(0) == k.sym_size(0), kOp, "k", c10::str("have q's batch size (", q.sym_size(0), ")"),
+                  k.sym_size(0));
+    MFX_CHECK_ARG(q.sym_size(1) <= k.sym_size(1), kOp, "q",
+                  c10::str("not have more positions than k (", k.sym_size(1), ")"), q.sym_size(1));
+  }
+  if (present(v)) {
+    check_same_dtype(kOp, "v", *v, "q", q);
+    check_same_device(kOp, "v", *v, "q", q);
+    MFX_CHECK_ARG(v->sym_sizes() == k.sym_sizes(), kOp, "v", c10::str("have k's shape ", k.sym_sizes()), "shape ",
+                  v->sym_sizes());
+  }
+  MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), kOp, "scale", "be finite in float32", *scale);
+  MFX_CHECK_ARG(!epsilon || (*epsilon >= 0 && std::isfinite(*epsilon)), kOp, "stick_epsilon", "be finite and >= 0",
+                *epsilon);
+  if (present(key_padding_mask)) {
+    MFX_CHECK_ARG(!packed, kOp, "key_padding_mask", "be None where cu_seqlens_q is given", "both");
+    check_dim(kOp, "key_padding_mask", *key_padding_mask, 2);
+    MFX_CHECK_ARG(key_padding_mask->scalar_type() == at::kBool, kOp, "key_padding_mask", "be bool",
+                  key_padding_mask->scalar_type());
+    MFX_CHECK_ARG(key_padding_mask->sym_size(0) == k.sym_size(0) && key_padding_mask->sym_size(1) == k.sym_size(1), kOp,
+                  "key_padding_mask", c10::str("be [B, T_k] = [", k.sym_size(0), ", ", k.sym_size(1), "]"), "shape ",
+                  key_padding_mask->sym_sizes());
+    check_same_device(kOp, "key_padding_mask", *key_padding_mask, "q", q);
+  }
+  if (packed) check_cu_seqlens("cu_seqlens_q", *cu_seqlens_q, q);
+  if (present(cu_seqlens_k)) {
+    MFX_CHECK_ARG(packed, kOp, "cu_seqlens_k", "come with cu_seqlens_q", "cu_seqlens_q=None");
+    check_cu_seqlens("cu_seqlens_k", *cu_seqlens_k, q);
+    MFX_CHECK_ARG(cu_seqlens_k->sym_size(0) == cu_seqlens_q->sym_size(0), kOp, "cu_seqlens_k",
+                  c10::str("have cu_seqlens_q's length (", cu_seqlens_q->sym_size(0), ")"), cu_seqlens_k->sym_size(0));
+  } else if (packed) {
+    MFX_CHECK_ARG(q.sym_size(0) == k.sym_size(0), kOp, "cu_seqlens_k",
+                  "be given where q and k have different lengths", "None");
+  }
+}
+
+// The kernels take any strides over a contiguous head dimension.
+Tensor with_contiguous_heads(const Tensor& tensor) {
+  return tensor.sym_stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+// Without gaps, and with the strides in the order of `tensor`'s.
+Tensor empty_in_order_of(const Tensor& tensor) {
+  Tensor result = at::empty_like(tensor);
+  return result.sym_stride(-1) == 1 ? result : at::empty_symint(tensor.sym_sizes(), tensor.options());
+}
+
+Outputs allocate(const Tensor& q, bool for_backward) {
+  const auto rows = q.sym_sizes().slice(0, q.dim() - 1);
+  const bool rounded = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
+  return {empty_in_order_of(q), at::empty_symint(rows, q.options().dtype(stick_type(q))),
+          for_backward && rounded ? empty_in_order_of(q) : at::empty({0}, q.options()),
+          at::empty_symint(rows, q.options().dtype(at::kInt))};
+}
+
+StickQueryStrides query_strides(const Tensor& q, bool packed, int64_t group) {
+  const int64_t token = packed ? 0 : 1;
+  const int64_t batch_stride = packed ? 0 : q.stride(0);
+  if (is_grouped(q, packed)) return {batch_stride, q.stride(token), q.stride(-3), q.stride(-2)};
+  return {batch_stride, q.stride(token), q.stride(-2) * group, q.stride(-2)};
+}
+
+StickKeyStrides key_strides(const Tensor& k, bool packed) {
+  return {packed ? 0 : k.stride(0), k.stride(packed ? 0 : 1), k.stride(-2)};
+}
+
+// Holds the tensors that a problem's pointers point into.
+struct Problem {
+  Tensor q, k, v, mask, cu_q, cu_k;
+  StickAttentionProblem params;
+
+  Problem(const Tensor& q_in, const Tensor& k_in, const OptionalTensor& v_in, std::optional<double> scale,
+          bool attend_current, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
+          const OptionalTensor& cu_seqlens_k)
+      : q(with_contiguous_heads(q_in)),
+        k(with_contiguous_heads(k_in)),
+        v(present(v_in) ? with_contiguous_heads(*v_in) : k) {
+    check_cpu(kOp, "q", q);
+    const bool packed = present(cu_seqlens_q);
+    if (present(key_padding_mask)) mask = key_padding_mask->contiguous();
+    if (packed) cu_q = cu_seqlens_q->contiguous();
+    if (packed) cu_k = present(cu_seqlens_k) ? cu_seqlens_k->contiguous() : cu_q;
+    const int64_t heads = k.size(-2);
+    const int64_t group = is_grouped(q, packed) ? q.size(-2) : q.size(-2) / heads;
+    params = {
+        .dtype = check_float_dtype(kOp, "q", q),
+        .sequences = packed ? cu_q.size(0) - 1 : q.size(0),
+        .tokens_q = q.size(packed ? 0 : 1),
+        .tokens_k = k.size(packed ? 0 : 1),
+        .heads = heads,
+        .group = group,
+        .head_dim = q.size(-1),
+        .q = q.const_data_ptr(),
+        .k = k.const_data_ptr(),
+        .v = v.const_data_ptr(),
+        .q_strides = query_strides(q, packed, group),
+        .k_strides = key_strides(k, packed),
+        .v_strides = key_strides(v, packed),
+        .key_padding_mask = mask.defined() ? mask.const_data_ptr<bool>() : nullptr,
+        .cu_seqlens_q = packed ? cu_q.const_data_ptr<int32_t>() : nullptr,
+        .cu_seqlens_k = packed ? cu_k.const_data_ptr<int32_t>() : nullptr,
+        .scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(-1)))),
+        .attend_current = attend_current,
+    };
+  }
+};
+
+// ---- Forward ----
+
+Outputs forward_meta(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale, bool,
+                     const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
+                     const OptionalTensor& cu_seqlens_k, std::optional<double> stick_epsilon, bool for_backward) {
+  check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, stick_epsilon);
+  return allocate(with_contiguous_heads(q), for_backward);
+}
+
+Outputs forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
+                bool attend_current, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
+                const OptionalTensor& cu_seqlens_k, std::optional<double> stick_epsilon, bool for_backward) {
+  check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, stick_epsilon);
+  const Problem problem(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k);
+  const bool packed = present(cu_seqlens_q);
+  Outputs outputs = allocate(problem.q, for_backward);
+  auto& [o, remainder, residual, first_tiles] = outputs;
+  check_status(stick_attention_forward_cpu({
+      .problem = problem.params,
+      .stick_epsilon = stick_epsilon.value_or(q.scalar_type() == at::kDouble ? 0.0 : 0x1p-24),
+      .o = o.mutable_data_ptr(),
+      .o_strides = query_strides(o, packed, problem.params.group),
+      .residual = residual.numel() == 0 ? nullptr : residual.mutable_data_ptr(),
+      .remainder = remainder.mutable_data_ptr(),
+      .first_tiles = first_tiles.mutable_data_ptr<int32_t>(),
+  }));
+  return outputs;
+}
+
+Outputs call_forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
+                     bool attend_current, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
+                     const OptionalTensor& cu_seqlens_k, std::optional<double> stick_epsilon, bool for_backward) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("moduleformer_ext::stick_attention_forward", "")
+                             .typed<decltype(forward)>();
+  return op.call(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k, stick_epsilon,
+                 for_backward);
+}
+
+// ---- Backward ----
+
+void check_backward_arguments(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q,
+                              const Tensor& o, const Tensor& remainder, const Tensor& residual,
+                              const Tensor& first_tiles) {
+  const auto check_like = [](const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+    MFX_CHECK_ARG(tensor.sym_sizes() == other.sym_sizes(), kOp, name,
+                  c10::str("have ", other_name, "'s shape ", other.sym_sizes()), "shape ", tensor.sym_sizes());
+    check_same_dtype(kOp, name, tensor, other_name, other);
+    check_same_device(kOp, name, tensor, other_name, other);
+  };
+  check_like("grad_o", grad_o, "q", q);
+  check_like("o", o, "q", q);
+  if (residual.sym_numel() != 0) check_like("residual", residual, "q", q);
+  const auto check_rows = [&](const char* name, const Tensor& tensor, at::ScalarType type) {
+    MFX_CHECK_ARG(tensor.scalar_type() == type, kOp, name, c10::str("be ", type), tensor.scalar_type());
+    MFX_CHECK_ARG(tensor.sym_sizes() == q.sym_sizes().slice(0, q.dim() - 1), kOp, name,
+                  "have q's shape without the head dim", "shape ", tensor.sym_sizes());
+  };
+  check_rows("remainder", remainder, stick_type(q));
+  check_rows("first_tiles", first_tiles, at::kInt);
+  if (present(grad_remainder)) check_like("grad_remainder", *grad_remainder, "remainder", remainder);
+}
+
+Grads allocate_grads(const Tensor& q, const Tensor& k, const OptionalTensor& v) {
+  return {empty_in_order_of(q), empty_in_order_of(k),
+          present(v) ? empty_in_order_of(with_contiguous_heads(*v)) : at::empty({0}, k.options())};
+}
+
+Grads backward_meta(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q, const Tensor& k,
+                    const OptionalTensor& v, const Tensor& o, const Tensor& remainder, const Tensor& residual,
+                    const Tensor& first_tiles, std::optional<double> scale, bool,
+                    const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
+                    const OptionalTensor& cu_seqlens_k) {
+  check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, std::nullopt);
+  check_backward_arguments(grad_o, grad_remainder, q, o, remainder, residual, first_tiles);
+  return allocate_grads(with_contiguous_heads(q), with_contiguous_heads(k), v);
+}
+
+Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q, const Tensor& k,
+               const OptionalTensor& v, const Tensor& o, const Tensor& remainder, const Tensor& residual,
+               const Tensor& first_tiles, std::optional<double> scale, bool attend_current,
+               const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
+               const OptionalTensor& cu_seqlens_k) {
+  check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, std::nullopt);
+  check_backward_arguments(grad_o, grad_remainder, q, o, remainder, residual, first_tiles);
+  const Problem problem(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k);
+  const bool packed = present(cu_seqlens_q);
+  const int64_t group = problem.params.group;
+  const Tensor output = with_contiguous_heads(o);
+  // In o's strides: the kernel reads both alike.
+  const Tensor rounding = residual.numel() == 0 || residual.strides() == output.strides()
+                              ? residual
+                              : at::empty_like(output).copy_(residual);
+  const Tensor grad_output = with_contiguous_heads(grad_o);
+  const Tensor sticks = remainder.contiguous(), notes = first_tiles.contiguous();
+  const Tensor grad_sticks = present(grad_remainder) ? grad_remainder->contiguous() : Tensor();
+  Grads grads = allocate_grads(problem.q, problem.k, v);
+  auto& [grad_q, grad_k, grad_v] = grads;
+  check_status(stick_attention_backward_cpu({
+      .problem = problem.params,
+      .grad_o = grad_output.const_data_ptr(),
+      .grad_o_strides = query_strides(grad_output, packed, group),
+      .grad_remainder = grad_sticks.defined() ? grad_sticks.const_data_ptr() : nullptr,
+      .o = output.const_data_ptr(),
+      .residual = rounding.numel() == 0 ? nullptr : rounding.const_data_ptr(),
+      .o_strides = query_strides(output, packed, group),
+      .remainder = sticks.const_data_ptr(),
+      .first_tiles = notes.const_data_ptr<int32_t>(),
+      .grad_q = grad_q.mutable_data_ptr(),
+      .grad_q_strides = query_strides(grad_q, packed, group),
+      .grad_k = grad_k.mutable_data_ptr(),
+      .grad_k_strides = key_strides(grad_k, packed),
+      .grad_v = present(v) ? grad_v.mutable_data_ptr() : nullptr,
+      .grad_v_strides = present(v) ? key_strides(grad_v, packed) : StickKeyStrides{},
+  }));
+  return grads;
+}
+
+Grads call_backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q, const Tensor& k,
+                    const OptionalTensor& v, const Tensor& o, const Tensor& remainder, const Tensor& residual,
+                    const Tensor& first_tiles, std::optional<double> scale, bool attend_current,
+                    const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
+                    const OptionalTensor& cu_seqlens_k) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("moduleformer_ext::stick_attention_backward", "")
+                             .typed<decltype(backward)>();
+  return op.call(grad_o, grad_remainder, q, k, v, o, remainder, residual, first_tiles, scale, attend_current,
+                 key_padding_mask, cu_seqlens_q, cu_seqlens_k);
+}
+
+// ---- Autograd ----
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+Tensor or_undefined(const OptionalTensor& tensor) {
+  return tensor.value_or(Tensor());
+}
+
+struct StickAttention : torch::autograd::Function<StickAttention> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const OptionalTensor& v,
+                               std::optional<double> scale, bool attend_current, const OptionalTensor& mask,
+                               const OptionalTensor& cu_q, const OptionalTensor& cu_k, std::optional<double> epsilon) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [o, remainder, residual, first_tiles] =
+        call_forward(q, k, v, scale, attend_current, mask, cu_q, cu_k, epsilon, /*for_backward=*/true);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({residual, first_tiles});
+    ctx->save_for_backward({q, k, or_undefined(v), o, remainder, residual, first_tiles, or_undefined(mask),
+                            or_undefined(cu_q), or_undefined(cu_k)});
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["attend_current"] = attend_current;
+    return {o, remainder, residual, first_tiles};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &o = saved[3];
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(9);
+    const auto [grad_q, grad_k, grad_v] =
+        call_backward(grads[0].defined() ? grads[0] : at::zeros_like(o), optional(grads[1]), q, k, optional(v), o,
+                      saved[4], saved[5], saved[6], ctx->saved_data["scale"].toOptional<double>(),
+                      ctx->saved_data["attend_current"].toBool(), optional(saved[7]), optional(saved[8]),
+                      optional(saved[9]));
+    variable_list result(9);
+    result[0] = grad_q;
+    result[1] = grad_k;
+    if (v.defined()) result[2] = grad_v;
+    return result;
+  }
+};
+
+bool wants_grad(const Tensor& tensor) {
+  return tensor.defined() && tensor.requires_grad();
+}
+
+Outputs forward_autograd(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
+                         bool attend_current, const OptionalTensor& mask, const OptionalTensor& cu_q,
+                         const OptionalTensor& cu_k, std::optional<double> epsilon, bool for_backward) {
+  if (!at::GradMode::is_enabled() || !(wants_grad(q) || wants_grad(k) || wants_grad(or_undefined(v)))) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call_forward(q, k, v, scale, attend_current, mask, cu_q, cu_k, epsilon, for_backward);
+  }
+  const auto out = StickAttention::apply(q, k, v, scale, attend_current, mask, cu_q, cu_k, epsilon);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+// Backward is an op of its own, so that a second derivative meets these words instead of a silently missing term.
+struct StickAttentionBackward : torch::autograd::Function<StickAttentionBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_o, const OptionalTensor& grad_remainder,
+                               const Tensor& q, const Tensor& k, const OptionalTensor& v, const Tensor& o,
+                               const Tensor& remainder, const Tensor& residual, const Tensor& first_tiles,
+                               std::optional<double> scale, bool attend_current, const OptionalTensor& mask,
+                               const OptionalTensor& cu_q, const OptionalTensor& cu_k) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [grad_q, grad_k, grad_v] = call_backward(grad_o, grad_remainder, q, k, v, o, remainder, residual,
+                                                        first_tiles, scale, attend_current, mask, cu_q, cu_k);
+    return {grad_q, grad_k, grad_v};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "stick_attention: double backward is not implemented");
+  }
+};
+
+Grads backward_autograd(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q, const Tensor& k,
+                        const OptionalTensor& v, const Tensor& o, const Tensor& remainder, const Tensor& residual,
+                        const Tensor& first_tiles, std::optional<double> scale, bool attend_current,
+                        const OptionalTensor& mask, const OptionalTensor& cu_q, const OptionalTensor& cu_k) {
+  const auto out = StickAttentionBackward::apply(grad_o, grad_remainder, q, k, v, o, remainder, residual, first_tiles,
+                                                 scale, attend_current, mask, cu_q, cu_k);
+  return {out[0], out[1], out[2]};
+}
+
+// ---- Autocast: q, k, v in the autocast type; the sticks are float32 whatever that is ----
+
+template <at::DeviceType kDevice, c10::DispatchKey kKey>
+Outputs forward_autocast(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
+                         bool attend_current, const OptionalTensor& mask, const OptionalTensor& cu_q,
+                         const OptionalTensor& cu_k, std::optional<double> epsilon, bool for_backward) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
+  const auto cast = [type = at::autocast::get_autocast_dtype(kDevice)](const Tensor& tensor) {
+    return at::autocast::cached_cast(type, tensor, kDevice);
+  };
+  return call_forward(cast(q), cast(k), present(v) ? OptionalTensor(cast(*v)) : std::nullopt, scale, attend_current,
+                      mask, cu_q, cu_k, epsilon, for_backward);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
+  m.def(
+      "stick_attention_forward(Tensor q, Tensor k, Tensor? v, float? scale, bool attend_current, "
+      "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float? stick_epsilon, bool for_backward) "
+      "-> (Tensor o, Tensor remainder, Tensor residual, Tensor first_tiles)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "stick_attention_backward(Tensor grad_o, Tensor? grad_remainder, Tensor q, Tensor k, Tensor? v, Tensor o, "
+      "Tensor remainder, Tensor residual, Tensor first_tiles, float? scale, bool attend_current, "
+      "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+      {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, CPU, m) {
+  m.impl("stick_attention_forward", &forward);
+  m.impl("stick_attention_backward", &backward);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, CUDA, m) {
+  m.impl("stick_attention_forward", &forward);
+  m.impl("stick_attention_backward", &backward);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
+  m.impl("stick_attention_forward", &forward_meta);
+  m.impl("stick_attention_backward", &backward_meta);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
+  m.impl("stick_attention_forward", &forward_autograd);
+  m.impl("stick_attention_backward", &backward_autograd);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCPU, m) {
+  m.impl("stick_attention_forward", &forward_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCUDA, m) {
+  m.impl("stick_attention_forward", &forward_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+}  // namespace mfx

@@ -1,0 +1,338 @@
+// Backward: one task per sequence, K/V head and chunk of query tiles. Per query tile it walks the key tiles that forward
+// visited, newest first, recomputing the scores:
+//
+//   S^T = K_tile Q^T,  dP^T = V_tile dO^T,  (weights, dS^T) = scan(S^T, dP^T),
+//   dV_tile += weights dO,  dK_tile += dS^T Q,  dQ^T += K_tile^T dS^T,
+//
+// all five of the form row-major A times packed B. dK and dV accumulate in the task's own buffers (in one where K is V),
+// in a fixed order: no atomics, the same bits for every number of threads. Where there are fewer heads than work for
+// many threads, query tiles are split into a fixed number of chunks of about equal cost, whose buffers are then added up.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "core/aligned_buffer.hpp"
+#include "core/denormals.hpp"
+#include "core/parallel.hpp"
+#include "stick_attention/stick_scan.hpp"
+#include "stick_attention/stick_tiles.hpp"
+
+namespace mfx::MFX_ISA {
+namespace {
+
+constexpr std::int64_t kTasksWanted = 16;  // chunks make up for heads up to here, at most kMostChunks per head
+constexpr std::int64_t kMostChunks = 8;
+
+template <typename T, typename Op>
+class StickBackward {
+  using Real = Accumulate<T>;
+  static constexpr bool kVnni = std::is_same_v<Op, BFloat16>;
+
+ public:
+  explicit StickBackward(const StickAttentionBackwardParams& params)
+      : params_(params),
+        p_(params.problem),
+        g_(p_),
+        padded_dim_(round_up(p_.head_dim, 16)),
+        key_is_value_(params.grad_v == nullptr),
+        keys_(plan()) {}
+
+  void run() {
+    parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) {
+      const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, packs_[i].sequence, packs_[i].head);
+      pack_keys_transposed(k, packs_[i].tile * kTileKeys, p_.head_dim, packed(packs_[i]));
+      packs_[i].longest = longest_value(packs_[i]);
+    });
+    parallel_tasks(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t i) { accumulate(tasks_[i]); });
+    parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) {
+      if (!has_one_task(packs_[i])) reduce(packs_[i]);
+    });
+  }
+
+ private:
+  struct Pack {
+    std::int64_t sequence, head, tile, at;  // the at-th key tile of all
+    Real longest;                           // greatest squared length of its values
+  };
+  // The standard containers hold types of this instruction set only, so that none of their code is shared with another.
+  struct Buffer : AlignedBuffer<Real> {
+    using AlignedBuffer<Real>::AlignedBuffer;
+  };
+  struct Range {
+    std::size_t begin, end;
+  };
+  struct Task {
+    std::int64_t sequence, head, begin_row, end_row;  // query rows
+    std::int64_t first_pack;                          // of this sequence and head
+    std::int64_t tiles;                               // key tiles it can reach: its buffers' length
+    Real longest;                                     // greatest squared length of a value it can reach
+    std::unique_ptr<Buffer> grads;                    // dK [tiles * 64, padded D], then dV
+  };
+
+  // Lists packed key tiles and tasks; returns the size of packed K.
+  std::int64_t plan() {
+    const std::int64_t heads = std::max<std::int64_t>(1, p_.sequences * p_.heads);
+    const std::int64_t chunks = std::clamp<std::int64_t>((kTasksWanted + heads - 1) / heads, 1, kMostChunks);
+    for (std::int64_t i = 0; i < p_.sequences; ++i) {
+      const StickSequence& s = g_.sequences[i];
+      for (std::int64_t h = 0; h < p_.heads; ++h) {
+        const std::int64_t first_pack = static_cast<std::int64_t>(packs_.size());
+        for (std::int64_t t = 0; t < g_.key_tiles(s); ++t) packs_.push_back({i, h, t, first_pack + t, 0});
+        split(i, h, first_pack, chunks);
+      }
+    }
+    return static_cast<std::int64_t>(packs_.size()) * kTileKeys * p_.head_dim;
+  }
+
+  // Cuts a head's query tiles into chunks that can visit about the same number of key tiles each.
+  void split(std::int64_t sequence, std::int64_t head, std::int64_t first_pack, std::int64_t chunks) {
+    const StickSequence& s = g_.sequences[sequence];
+    const std::int64_t m = g_.tile_rows;
+    std::int64_t total = 0;
+    const auto reach = [&](std::int64_t row) {  // key tiles up to the newest key of the tile that begins at row
+      const std::int64_t newest = g_.newest_key(s, std::min(row + m, s.rows) - 1);
+      return newest < 0 ? 0 : newest / kTileKeys + 1;
+    };
+    for (std::int64_t row = 0; row < s.rows; row += m) total += reach(row);
+    const std::size_t first_task = tasks_.size();
+    std::int64_t begin = 0, cost = 0, done = 0;
+    for (std::int64_t row = 0; row < s.rows; row += m) {
+      cost += reach(row);
+      const bool last = row + m >= s.rows;
+      if (!last && cost * chunks < total * (done + 1)) continue;
+      const std::int64_t end = std::min(row + m, s.rows);
+      tasks_.push_back({sequence, head, begin, end, first_pack, last ? g_.key_tiles(s) : reach(row), 0, nullptr});
+      begin = end;
+      done = cost * chunks / std::max<std::int64_t>(1, total);
+    }
+    for (std::int64_t t = first_pack; t < static_cast<std::int64_t>(packs_.size()); ++t) {
+      contributors_.push_back({first_task, tasks_.size()});
+    }
+  }
+
+  Op* packed(const Pack& t) { return packed(t.at); }
+  Op* packed(std::int64_t at) { return keys_.data() + at * kTileKeys * p_.head_dim; }
+
+  Real longest_value(const Pack& pack) const {
+    constexpr int w = kWidth<Real>;
+    const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, pack.sequence, pack.head);
+    const std::int64_t first = pack.tile * kTileKeys;
+    Real longest = 0;
+    for (std::int64_t j = first; j < std::min(first + kTileKeys, v.count); ++j) {
+      Vec<Real> squares{};
+      for (std::int64_t d = 0; d < p_.head_dim; d += w) {
+        const Vec<Real> x = load_words(v[j] + d, static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d)));
+        squares += x * x;
+      }
+      longest = std::max(longest, reduce_add(squares));
+    }
+    return longest;
+  }
+
+  struct Scratch {
+    AlignedBuffer<Real> reals;
+    AlignedBuffer<Op> operands;
+    Real *scores, *grad_weights, *mass, *grad_q, *stick, *newest, *delta, *passed, *reach;
+    Op *q_columns, *grad_o_columns, *q_rows, *grad_o_rows, *weights, *grad_scores, *grad_scores_vnni;
+    Op *key_scratch, *value_scratch;
+
+    Scratch(std::int64_t m, std::int64_t dim, std::int64_t padded)
+        : reals(3 * kTileKeys * m + dim * m + 5 * m),
+          operands(2 * dim * m + 2 * padded * m + 3 * kTileKeys * m + 2 * kTileKeys * dim) {
+      scores = reals.data();
+      grad_weights = scores + kTileKeys * m;
+      mass = grad_weights + kTileKeys * m;
+      grad_q = mass + kTileKeys * m;
+      stick = grad_q + dim * m;
+      newest = stick + m;
+      delta = newest + m;
+      passed = delta + m;
+      reach = passed + m;
+      q_columns = operands.data();
+      grad_o_columns = q_columns + dim * m;
+      q_rows = grad_o_columns + dim * m;
+      grad_o_rows = q_rows + padded * m;
+      weights = grad_o_rows + padded * m;
+      grad_scores = weights + kTileKeys * m;
+      grad_scores_vnni = grad_scores + kTileKeys * m;
+      key_scratch = grad_scores_vnni + kTileKeys * m;
+      value_scratch = key_scratch + kTileKeys * dim;
+    }
+  };
+
+  void accumulate(Task& task) {
+    const ScopedFlushDenormals flush;
+    const BrgemmScope scope;
+    for (std::int64_t t = 0; t < task.tiles; ++t) {
+      task.longest = std::max(task.longest, packs_[task.first_pack + t].longest);
+    }
+    const std::int64_t size = task.tiles * kTileKeys * padded_dim_;
+    const std::int64_t buffers = key_is_value_ ? 1 : 2;
+    task.grads = std::make_unique<Buffer>(buffers * size);
+    std::fill_n(task.grads->data(), buffers * size, Real(0));
+    Real* const grad_k = task.grads->data();
+    Real* const grad_v = grad_k + (key_is_value_ ? 0 : size);
+    Scratch scratch(g_.tile_rows, p_.head_dim, padded_dim_);
+    for (std::int64_t row = task.begin_row; row < task.end_row; row += g_.tile_rows) {
+      walk(task, {task.sequence, task.head, row}, scratch, grad_k, grad_v);
+    }
+    if (!has_one_task(packs_[task.first_pack])) return;
+    for (std::int64_t t = 0; t < task.tiles; ++t) reduce(packs_[task.first_pack + t]);
+    task.grads.reset();
+  }
+
+  void walk(const Task& task, const StickQueryTile& tile, Scratch& x, Real* grad_k, Real* grad_v) {
+    const std::int64_t m = g_.tile_rows, dim = p_.head_dim, padded = padded_dim_;
+    const StickSequence& s = g_.sequences[tile.sequence];
+    const StickRows<const T> q(static_cast<const T*>(p_.q), p_.q_strides, g_, tile);
+    const StickRows<const T> grad_o(static_cast<const T*>(params_.grad_o), params_.grad_o_strides, g_, tile);
+    const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, tile.sequence, tile.head);
+    const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, tile.sequence, tile.head);
+    const StickKeep mask(g_, tile.sequence);
+
+    pack_rows_transposed(q, dim, m, x.q_columns);
+    pack_rows_transposed(grad_o, dim, m, x.grad_o_columns);
+    pack_rows(q, dim, m, padded, x.q_rows);
+    pack_rows(grad_o, dim, m, padded, x.grad_o_rows);
+    start_rows(tile, grad_o, task.longest, x);
+
+    const std::int64_t newest_key = g_.newest_key(s, tile.first_row + q.count - 1);
+    const std::int64_t oldest_newest = g_.newest_key(s, tile.first_row);
+    const std::int64_t first_tile = params_.first_tiles[g_.flat_row(tile, tile.first_row)];
+    const Real factor = StickOdds::factor(p_.scale, Real{});
+
+    bool started = false;
+    for (std::int64_t t = newest_key < 0 ? 0 : newest_key / kTileKeys + 1; t-- > first_tile;) {
+      const std::int64_t first = t * kTileKeys;
+      const std::int64_t keys = std::min(kTileKeys, round_up(newest_key - first + 1, 16));
+      std::uint8_t bytes[kTileKeys];
+      const std::uint8_t* keep;
+      if (!mask.tile(first, keys, bytes, &keep)) continue;
+      const bool diagonal = oldest_newest < first + keys - 1;
+      if (diagonal) {
+        for (std::int64_t row = 0; row < m; ++row) {
+          x.newest[row] = static_cast<Real>(std::min(g_.newest_key(s, tile.first_row + row) - first, kTileKeys));
+        }
+      }
+      const OperandA<Op> key_rows = row_operand(k, first, keys, dim, x.key_scratch);
+      const OperandA<Op> value_rows = row_operand(v, first, keys, dim, x.value_scratch);
+      tile_gemm(keys, m, dim, key_rows.data, key_rows.ld, x.q_columns, m, x.scores, m, false);
+      tile_gemm(keys, m, dim, value_rows.data, value_rows.ld, x.grad_o_columns, m, x.grad_weights, m, false);
+      stick_scan_backward<Op, Real>({.tile = {.scores = x.scores,
+                                              .rows = m,
+                                              .keys = keys,
+                                              .keep = keep,
+                                              .newest = diagonal ? x.newest : nullptr,
+                                              .factor = factor,
+                                              .stick = x.stick},
+                                     .grad_scratch = x.grad_weights,
+                                     .score_scratch = x.scores,
+                                     .mass = x.mass,
+                                     .delta = x.delta,
+                                     .reach = x.reach,
+                                     .scale = static_cast<Real>(p_.scale),
+                                     .passed = x.passed},
+                                    x.weights, x.grad_scores, x.grad_scores_vnni);
+      gemm_columns(keys, padded, m, x.weights, m, x.grad_o_rows, grad_v + first * padded);
+      gemm_columns(keys, padded, m, x.grad_scores, m, x.q_rows, grad_k + first * padded);
+      tile_gemm(dim, m, keys, packed(task.first_pack + t), kTileKeys, kVnni ? x.grad_scores_vnni : x.grad_scores, m,
+                x.grad_q, m, started);
+      started = true;
+    }
+    if (!started) std::fill_n(x.grad_q, dim * m, Real(0));
+    const StickRows<T> grad_q(static_cast<T*>(params_.grad_q), params_.grad_q_strides, g_, tile);
+    transpose_words<Vec<Real>>(
+        dim, m, [&](std::int64_t d, std::int64_t row, int) { return load(x.grad_q + d * m + row); },
+        [&](std::int64_t row, std::int64_t d, Vec<Real> values, int n) {
+          if (row < grad_q.count) store_words(grad_q[row] + d, values, n);
+        });
+  }
+
+  // The rows' state at the newest key, and delta = do . o + d_remainder * remainder, with o as it was before rounding.
+  void start_rows(const StickQueryTile& tile, const StickRows<const T>& grad_o, Real longest, Scratch& x) {
+    constexpr int w = kWidth<Real>;
+    const StickRows<const T> o(static_cast<const T*>(params_.o), params_.o_strides, g_, tile);
+    const T* const residual_base = static_cast<const T*>(params_.residual);
+    const StickRows<const T> residual(residual_base, params_.o_strides, g_, tile);
+    const Real* const remainder = static_cast<const Real*>(params_.remainder);
+    const Real* const grad_remainder = static_cast<const Real*>(params_.grad_remainder);
+    for (std::int64_t row = 0; row < g_.tile_rows; ++row) {
+      x.stick[row] = row < o.count ? 1 : 0;
+      x.passed[row] = 0;
+      x.delta[row] = 0;
+      x.reach[row] = 0;
+      if (row >= o.count) continue;
+      Vec<Real> sum{}, squares{};
+      for (std::int64_t d = 0; d < p_.head_dim; d += w) {
+        const int n = static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d));
+        Vec<Real> unrounded = load_words(o[row] + d, n);
+        if (residual_base != nullptr) unrounded += load_words(residual[row] + d, n);
+        const Vec<Real> grad = load_words(grad_o[row] + d, n);
+        sum += grad * unrounded;
+        squares += grad * grad;
+      }
+      const std::int64_t flat = g_.flat_row(tile, tile.first_row + row);
+      x.delta[row] = reduce_add(sum);
+      // 1.01 for the rounding of weights and of the lengths.
+      x.reach[row] = Real(1.01) * std::sqrt(reduce_add(squares)) * std::sqrt(longest);
+      if (grad_remainder != nullptr) {
+        x.delta[row] += grad_remainder[flat] * remainder[flat];
+        x.reach[row] += Real(1.01) * std::abs(grad_remainder[flat]);
+      }
+      // Where lengths overflow, no bound: but 0 times it must be 0.
+      constexpr Real most = std::numeric_limits<Real>::max();
+      x.reach[row] = x.reach[row] < most ? x.reach[row] : most;
+    }
+  }
+
+  // Then its task writes its gradients itself, while they are in the cache.
+  bool has_one_task(const Pack& pack) const {
+    const auto [begin, end] = contributors_[pack.at];
+    return end - begin == 1;
+  }
+
+  // Adds up one key tile's gradients over the chunks of its head that reach it, and writes them.
+  void reduce(const Pack& pack) {
+    const auto [begin, end] = contributors_[pack.at];
+    const std::int64_t tile_size = kTileKeys * padded_dim_;
+    for (const bool value : {false, true}) {
+      if (value && key_is_value_) break;
+      const StickKeys<T> grad(static_cast<T*>(value ? params_.grad_v : params_.grad_k),
+                              value ? params_.grad_v_strides : params_.grad_k_strides, g_, pack.sequence, pack.head);
+      const std::int64_t first = pack.tile * kTileKeys;
+      constexpr int w = kWidth<Real>;
+      for (std::int64_t j = 0; j < std::min(kTileKeys, grad.count - first); ++j) {
+        for (std::int64_t d = 0; d < p_.head_dim; d += w) {
+          const int n = static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d));
+          Vec<Real> sum{};
+          for (std::size_t i = begin; i < end; ++i) {
+            Task& task = tasks_[i];
+            if (pack.tile >= task.tiles) continue;
+            const std::int64_t at = (value ? task.tiles * tile_size : 0) + (first + j) * padded_dim_ + d;
+            sum += load_words(task.grads->data() + at, n);
+          }
+          store_words(grad[first + j] + d, sum, n);
+        }
+      }
+    }
+  }
+
+  const StickAttentionBackwardParams& params_;
+  const StickAttentionProblem& p_;
+  const StickGeometry g_;
+  const std::int64_t padded_dim_;
+  const bool key_is_value_;
+  std::vector<Pack> packs_;  // every key tile of every sequence and head
+  std::vector<Task> tasks_;
+  std::vector<Range> contributors_;  // per key tile, the tasks of its head
+  AlignedBuffer<Op> keys_;           // K^T tiles
+};
+
+}  // namespace
+
+void stick_attention_backward(const StickAttentionBackwardParams& params) {
+  with_stick_types(params.problem.dtype, [&]<typename T, typename Op>() { StickBackward<T, Op>(params).run(); });
+}
+
+}  // namespace mfx::MFX_ISA

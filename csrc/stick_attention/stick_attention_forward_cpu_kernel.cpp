@@ -1,0 +1,172 @@
+// Forward: one task per query tile and K/V head. It walks the key tiles from the newest its rows see to the oldest and
+// keeps O^T [D, rows] and the sticks. Per key tile:
+//
+//   S^T [keys, rows] = K_tile Q^T        K in place, Q^T packed once per task
+//   weights          = scan(S^T)         stick_scan.hpp
+//   O^T             += V_tile^T weights  V^T packed once for all tasks, unless there are too few to share it
+#include <algorithm>
+
+#include "core/aligned_buffer.hpp"
+#include "core/denormals.hpp"
+#include "core/parallel.hpp"
+#include "stick_attention/stick_scan.hpp"
+#include "stick_attention/stick_tiles.hpp"
+
+namespace mfx::MFX_ISA {
+namespace {
+
+constexpr std::int64_t kPackShared = 3;  // query tiles per head from which on packing all of V at once pays
+
+template <typename T, typename Op>
+class StickForward {
+  using Real = Accumulate<T>;
+
+ public:
+  explicit StickForward(const StickAttentionForwardParams& params)
+      : params_(params), p_(params.problem), g_(p_), values_(plan()) {}
+
+  void run() {
+    parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) { pack(packs_[i]); });
+    parallel_tasks(static_cast<std::int64_t>(tiles_.size()), [&](std::int64_t i) { walk(tiles_[i]); });
+  }
+
+ private:
+  struct Pack {
+    std::int64_t sequence, head, tile;
+  };
+  struct PackedAt {
+    std::int64_t offset;  // of a head's packed V, or -1
+  };
+
+  // Lists the tasks, the large ones (late queries, long walks) of each head first; returns the size of packed V.
+  std::int64_t plan() {
+    std::int64_t size = 0;
+    for (std::int64_t i = 0; i < p_.sequences; ++i) {
+      const StickSequence& s = g_.sequences[i];
+      const std::int64_t query_tiles = (s.rows + g_.tile_rows - 1) / g_.tile_rows;
+      for (std::int64_t h = 0; h < p_.heads; ++h) {
+        for (std::int64_t t = query_tiles; t-- > 0;) tiles_.push_back({i, h, t * g_.tile_rows});
+        packed_at_.push_back({query_tiles >= kPackShared ? size : -1});
+        if (query_tiles < kPackShared) continue;
+        for (std::int64_t t = 0; t < g_.key_tiles(s); ++t) packs_.push_back({i, h, t});
+        size += g_.key_tiles(s) * kTileKeys * p_.head_dim;
+      }
+    }
+    return size;
+  }
+
+  Op* packed(std::int64_t sequence, std::int64_t head, std::int64_t tile) {
+    const std::int64_t at = packed_at_[sequence * p_.heads + head].offset;
+    return at < 0 ? nullptr : values_.data() + at + tile * kTileKeys * p_.head_dim;
+  }
+
+  void pack(const Pack& t) {
+    const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, t.sequence, t.head);
+    pack_keys_transposed(v, t.tile * kTileKeys, p_.head_dim, packed(t.sequence, t.head, t.tile));
+  }
+
+  void walk(const StickQueryTile& task) {
+    const ScopedFlushDenormals flush;
+    const BrgemmScope scope;
+    const std::int64_t m = g_.tile_rows, dim = p_.head_dim;
+    const StickSequence& s = g_.sequences[task.sequence];
+    const StickRows<const T> q(static_cast<const T*>(p_.q), p_.q_strides, g_, task);
+    const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, task.sequence, task.head);
+    const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, task.sequence, task.head);
+    const StickKeep mask(g_, task.sequence);
+
+    AlignedBuffer<Real> reals(dim * m + kTileKeys * m + 2 * m);
+    Real* const out = reals.data();  // O^T
+    Real* const scores = out + dim * m;
+    Real* const stick = scores + kTileKeys * m;
+    Real* const newest = stick + m;
+    AlignedBuffer<Op> operands(dim * m + kTileKeys * m + 2 * kTileKeys * dim);
+    Op* const queries = operands.data();
+    Op* const weights = queries + dim * m;
+    Op* const key_scratch = weights + kTileKeys * m;
+    Op* const value_scratch = key_scratch + kTileKeys * dim;
+
+    pack_rows_transposed(q, dim, m, queries);
+    for (std::int64_t row = 0; row < m; ++row) stick[row] = row < q.count ? 1 : 0;
+    const std::int64_t newest_key = g_.newest_key(s, task.first_row + q.count - 1);
+    const std::int64_t oldest_newest = g_.newest_key(s, task.first_row);
+    const Real factor = StickOdds::factor(p_.scale, Real{});
+    const Real epsilon = static_cast<Real>(params_.stick_epsilon);
+
+    bool started = false;
+    std::int64_t first_tile = newest_key < 0 ? 0 : newest_key / kTileKeys + 1;
+    while (first_tile > 0) {
+      --first_tile;
+      const std::int64_t first = first_tile * kTileKeys;
+      const std::int64_t keys = std::min(kTileKeys, round_up(newest_key - first + 1, 16));
+      std::uint8_t bytes[kTileKeys];
+      const std::uint8_t* keep;
+      if (!mask.tile(first, keys, bytes, &keep)) continue;
+      const bool diagonal = oldest_newest < first + keys - 1;
+      if (diagonal) {
+        for (std::int64_t row = 0; row < m; ++row) {
+          newest[row] = static_cast<Real>(std::min(g_.newest_key(s, task.first_row + row) - first, kTileKeys));
+        }
+      }
+      const OperandA<Op> key_rows = row_operand(k, first, keys, dim, key_scratch);
+      tile_gemm(keys, m, dim, key_rows.data, key_rows.ld, queries, m, scores, m, false);
+      stick_scan_forward<Op, Real>({.scores = scores,
+                                    .rows = m,
+                                    .keys = keys,
+                                    .keep = keep,
+                                    .newest = diagonal ? newest : nullptr,
+                                    .factor = factor,
+                                    .stick = stick},
+                                   weights);
+      const Op* values = packed(task.sequence, task.head, first_tile);
+      if (values == nullptr) {
+        pack_keys_transposed(v, first, dim, value_scratch);
+        values = value_scratch;
+      }
+      tile_gemm(dim, m, keys, values, kTileKeys, weights, m, out, m, started);
+      started = true;
+      if (epsilon > 0 && std::all_of(stick, stick + m, [&](Real r) { return r <= epsilon; })) break;
+    }
+    if (!started) std::fill_n(out, dim * m, Real(0));
+    finish(task, out, stick, first_tile);
+  }
+
+  // Writes o, what its rounding lost, the remainders and the note for backward.
+  void finish(const StickQueryTile& task, const Real* out, const Real* stick, std::int64_t first_tile) {
+    const std::int64_t m = g_.tile_rows;
+    const StickRows<T> o(static_cast<T*>(params_.o), params_.o_strides, g_, task);
+    T* const residual_base = static_cast<T*>(params_.residual);
+    const StickRows<T> residual(residual_base, params_.o_strides, g_, task);
+    transpose_words<Vec<Real>>(
+        p_.head_dim, m,
+        [&](std::int64_t d, std::int64_t row, int) { return load(out + d * m + row); },
+        [&](std::int64_t row, std::int64_t d, Vec<Real> values, int n) {
+          if (row >= o.count) return;
+          store_words(o[row] + d, values, n);
+          if constexpr (!std::is_same_v<T, Real>) {
+            if (residual_base != nullptr) store_words(residual[row] + d, values - load_words(o[row] + d, n), n);
+          }
+        });
+    for (std::int64_t row = 0; row < o.count; ++row) {
+      const std::int64_t flat = g_.flat_row(task, task.first_row + row);
+      static_cast<Real*>(params_.remainder)[flat] = stick[row];
+      params_.first_tiles[flat] = static_cast<std::int32_t>(first_tile);
+    }
+  }
+
+  const StickAttentionForwardParams& params_;
+  const StickAttentionProblem& p_;
+  const StickGeometry g_;
+  std::vector<StickQueryTile> tiles_;
+  std::vector<Pack> packs_;
+  std::vector<PackedAt> packed_at_;  // [sequence, head]
+  AlignedBuffer<Op> values_;
+};
+
+}  // namespace
+
+void stick_attention_forward(const StickAttentionForwardParams& params) {
+  with_stick_types(params.problem.dtype, [&]<typename T, typename Op>() { StickForward<T, Op>(params).run(); });
+}
+
+}  // namespace mfx::MFX_ISA

@@ -1,0 +1,237 @@
+// The stick scan over one tile of transposed scores S^T [keys, rows]: SIMD lanes are query rows, and the walk goes down
+// from the newest key to the oldest with each row's stick in a register. Two transcendental results per score:
+//
+//   e = exp(s), u = 1 / (1 + e) = 1 - beta, beta = e u, weight = beta * (product of newer u in the tile) * stick.
+//
+// No logarithm, no shuffle; nothing of the scan is ever rounded below the accumulation type.
+#pragma once
+
+#include "core/simd.hpp"
+
+namespace mfx::MFX_ISA {
+
+// exp(s * scale) as a normal number whose 1 / (1 + e) is a normal number too (the scan runs with denormals flushed):
+// |s * scale| is cut at 80 (float) or 700 (double), where weights are 0 or 1 to every digit that is kept. NaN stays.
+struct StickOdds {
+  // The factor that scores are multiplied with first; in float it carries the logarithm's base.
+  static float factor(double scale, float) { return static_cast<float>(scale * 1.4426950408889634); }
+  static double factor(double scale, double) { return scale; }
+
+  // 2^t by t = n + r, |r| <= 1/2: subtracting n is exact, so no second reduction step is needed.
+  static VecF of(VecF t) {
+    const VecF low = broadcast(-115.0f), high = broadcast(115.0f);
+    t = low > t ? low : t;
+    t = high < t ? high : t;
+    const VecF shifted = t + 12582912.0f;
+    const VecF r = t - (shifted - 12582912.0f);
+    VecF p = r * 1.535335828e-4f + 1.339887853e-3f;
+    p = p * r + 9.618437406e-3f;
+    p = p * r + 5.550332458e-2f;
+    p = p * r + 2.402264791e-1f;
+    p = p * r + 6.931472029e-1f;
+    p = p * r + 1.0f;
+    const VecI32 scale = reinterpret_cast<VecI32>(shifted) << 23;
+    return reinterpret_cast<VecF>(reinterpret_cast<VecI32>(p) + scale);
+  }
+  static VecD of(VecD t) {
+    const VecD low = broadcast(-700.0), high = broadcast(700.0);
+    t = low > t ? low : t;
+    t = high < t ? high : t;
+    return exp_bounded(t);
+  }
+};
+
+template <typename Real>
+struct StickTile {
+  const Real* scores;          // [keys, rows]
+  std::int64_t rows;           // a multiple of 16
+  std::int64_t keys;           // a multiple of 16
+  const std::uint8_t* keep;    // [keys], null keeps all: a key that is not kept takes no stick
+  const Real* newest;          // [rows], newest key of this tile a row sees; null where all rows see all keys
+  Real factor;                 // StickOdds::factor
+  Real* stick;                 // [rows], in: left at the tile's newer edge; out: left at its older edge
+};
+
+// What a stick keeps of a tile: where the tile takes less than half, 1 minus what it took, for a product of many
+// factors just below 1 would lose the sum of their small differences from it; else the product.
+template <typename V>
+inline V stick_left(V stick, V product, V taken) {
+  return stick * (taken < 0.5f ? 1 - taken : product);
+}
+
+// Weights of kN vectors of rows from row `lane` on, as B operand of the value product: [keys, rows], for bf16 in VNNI
+// pairs of keys.
+template <typename Op, typename Real, int kN, bool kDiagonal, bool kKeep>
+inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t lane, Op* weights) {
+  using V = Vec<Real>;
+  constexpr int w = kWidth<Real>;
+  V stick[kN], product[kN], taken[kN], newest[kN];
+  for (int n = 0; n < kN; ++n) {
+    stick[n] = load(tile.stick + lane + n * w);
+    product[n] = broadcast(Real(1));
+    taken[n] = V{};
+    if constexpr (kDiagonal) newest[n] = load(tile.newest + lane + n * w);
+  }
+  const V factor = broadcast(tile.factor), one = broadcast(Real(1));
+  for (std::int64_t pair = tile.keys / 2; pair-- > 0;) {
+    V weight[2][kN];
+    for (int half = 1; half >= 0; --half) {
+      const std::int64_t key = 2 * pair + half;
+      if constexpr (kKeep) {
+        if (!tile.keep[key]) {
+          for (int n = 0; n < kN; ++n) weight[half][n] = V{};
+          continue;
+        }
+      }
+      for (int n = 0; n < kN; ++n) {
+        V e = StickOdds::of(load(tile.scores + key * tile.rows + lane + n * w) * factor);
+        if constexpr (kDiagonal) e = broadcast(static_cast<Real>(key)) <= newest[n] ? e : V{};
+        const V u = one / (one + e);
+        const V share = e * u * product[n];
+        taken[n] += share;
+        product[n] *= u;
+        weight[half][n] = share * stick[n];
+      }
+    }
+    for (int n = 0; n < kN; ++n) {
+      if constexpr (std::is_same_v<Op, BFloat16>) {
+        const VecU32 both = interleave_bf16(weight[0][n], weight[1][n]);
+        std::memcpy(weights + 2 * (pair * tile.rows + lane + n * w), &both, sizeof both);
+      } else {
+        store(weights + (2 * pair) * tile.rows + lane + n * w, weight[0][n]);
+        store(weights + (2 * pair + 1) * tile.rows + lane + n * w, weight[1][n]);
+      }
+    }
+  }
+  for (int n = 0; n < kN; ++n) store(tile.stick + lane + n * w, stick_left(stick[n], product[n], taken[n]));
+}
+
+// Backward walks the same way with the same arithmetic, so it meets the same weights. With G = weight * dp,
+//
+//   ds = scale * (u G - beta * (sum of G over the older keys)).
+//
+// The walk goes against that sum. At the tile's older edge it is delta (the row's whole sum of G, known from o) less what
+// has passed; from there a second sweep, oldest key first, adds up the tile's own G, for subtracting them one by one
+// would leave rounding errors of the large newest ones in the small older ones. What rounding leaves at the edge is cut
+// to what the stick allows: |sum of older G| <= stick * reach, with reach >= |do| max|v| + |d_remainder|; else it would
+// be multiplied with the beta of every older key, however little stick is left. For the same reason G takes weights as
+// they were rounded for the products (bf16): o, and so delta, is made of those.
+template <typename Real>
+struct StickGradTile {
+  StickTile<Real> tile;
+  Real* grad_scratch;   // [keys, rows], in: dP^T = V dO^T; overwritten
+  Real* score_scratch;  // [keys, rows], tile.scores' memory; overwritten
+  Real* mass;           // [keys, rows], scratch
+  const Real* delta;    // [rows]
+  const Real* reach;    // [rows]
+  Real scale;
+  Real* passed;  // [rows], in and out: sum of G over all newer keys
+};
+
+// Writes weights and score gradients row-major [keys, rows] (A operands) and, for bf16, the gradients once more in
+// VNNI pairs of keys (B operand).
+template <typename Op, typename Real, int kN, bool kDiagonal, bool kKeep>
+inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int64_t lane, Op* weights, Op* grad_scores,
+                                      Op* grad_scores_vnni) {
+  using V = Vec<Real>;
+  constexpr int w = kWidth<Real>;
+  const StickTile<Real>& tile = grad.tile;
+  const V factor = broadcast(tile.factor), one = broadcast(Real(1)), scale = broadcast(grad.scale);
+  V stick[kN], product[kN], taken[kN], newest[kN], passed[kN];
+  for (int n = 0; n < kN; ++n) {
+    stick[n] = load(tile.stick + lane + n * w);
+    product[n] = broadcast(Real(1));
+    taken[n] = passed[n] = V{};
+    if constexpr (kDiagonal) newest[n] = load(tile.newest + lane + n * w);
+  }
+  for (std::int64_t key = tile.keys; key-- > 0;) {
+    const std::int64_t row = key * tile.rows + lane;
+    const bool kept = !kKeep || tile.keep[key];
+    for (int n = 0; n < kN; ++n) {
+      const std::int64_t at = row + n * w;
+      if (!kept) {
+        store(weights + at, V{});
+        store(grad.score_scratch + at, V{});
+        store(grad.grad_scratch + at, V{});
+        store(grad.mass + at, V{});
+        continue;
+      }
+      V e = StickOdds::of(load(tile.scores + at) * factor);
+      if constexpr (kDiagonal) e = broadcast(static_cast<Real>(key)) <= newest[n] ? e : V{};
+      const V u = one / (one + e);
+      const V beta = e * u;
+      const V share = beta * product[n];
+      taken[n] += share;
+      product[n] *= u;
+      store(weights + at, share * stick[n]);
+      const V g = load(weights + at) * load(grad.grad_scratch + at);
+      passed[n] += g;
+      store(grad.mass + at, g);
+      store(grad.grad_scratch + at, scale * (u * g));
+      store(grad.score_scratch + at, scale * beta);
+    }
+  }
+  V older[kN];
+  for (int n = 0; n < kN; ++n) {
+    const V left = stick_left(stick[n], product[n], taken[n]);
+    passed[n] += load(grad.passed + lane + n * w);
+    store(tile.stick + lane + n * w, left);
+    store(grad.passed + lane + n * w, passed[n]);
+    const V most = left * load(grad.reach + lane + n * w);
+    older[n] = load(grad.delta + lane + n * w) - passed[n];
+    older[n] = older[n] > most ? most : older[n];
+    older[n] = older[n] < -most ? -most : older[n];
+  }
+  for (std::int64_t pair = 0; pair < tile.keys / 2; ++pair) {
+    V ds[2][kN];
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t row = (2 * pair + half) * tile.rows + lane;
+      for (int n = 0; n < kN; ++n) {
+        const std::int64_t at = row + n * w;
+        ds[half][n] = load(grad.grad_scratch + at) - load(grad.score_scratch + at) * older[n];
+        older[n] += load(grad.mass + at);
+        store(grad_scores + at, ds[half][n]);
+      }
+    }
+    if constexpr (std::is_same_v<Op, BFloat16>) {
+      for (int n = 0; n < kN; ++n) {
+        const VecU32 both = interleave_bf16(ds[0][n], ds[1][n]);
+        std::memcpy(grad_scores_vnni + 2 * (pair * tile.rows + lane + n * w), &both, sizeof both);
+      }
+    }
+  }
+}
+
+// Calls lanes.template operator()<kN, kDiagonal, kKeep>(lane) over all rows, as many vectors at a time as registers
+// hold the state of.
+template <typename Real, typename Lanes>
+inline void stick_scan(const StickTile<Real>& tile, Lanes&& lanes) {
+  constexpr int w = kWidth<Real>;
+  constexpr int most = kVectorRegisters == 32 ? 4 : 2;
+  const auto run = [&]<bool kDiagonal, bool kKeep>() {
+    std::int64_t lane = 0;
+    for (; lane + most * w <= tile.rows; lane += most * w) lanes.template operator()<most, kDiagonal, kKeep>(lane);
+    for (; lane < tile.rows; lane += w) lanes.template operator()<1, kDiagonal, kKeep>(lane);
+  };
+  if (tile.newest != nullptr) {
+    tile.keep != nullptr ? run.template operator()<true, true>() : run.template operator()<true, false>();
+  } else {
+    tile.keep != nullptr ? run.template operator()<false, true>() : run.template operator()<false, false>();
+  }
+}
+
+template <typename Op, typename Real>
+inline void stick_scan_forward(const StickTile<Real>& tile, Op* weights) {
+  stick_scan(tile, [&]<int kN, bool kDiagonal, bool kKeep>(std::int64_t lane) {
+    stick_scan_forward_lanes<Op, Real, kN, kDiagonal, kKeep>(tile, lane, weights);
+  });
+}
+
+template <typename Op, typename Real>
+inline void stick_scan_backward(const StickGradTile<Real>& grad, Op* weights, Op* grad_scores, Op* grad_scores_vnni) {
+  stick_scan(grad.tile, [&]<int kN, bool kDiagonal, bool kKeep>(std::int64_t lane) {
+    stick_scan_backward_lanes<Op, Real, kN, kDiagonal, kKeep>(grad, lane, weights, grad_scores, grad_scores_vnni);
+  });
+}
+
+}  // namespace mfx::MFX_ISA

@@ -1,0 +1,333 @@
+// Geometry and packing of stick attention's tiles, shared by forward and backward.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "core/simd.hpp"
+#include "core/tile_gemm.hpp"
+#include "moduleformer_ext/stick_attention.hpp"
+
+namespace mfx::MFX_ISA {
+
+inline constexpr std::int64_t kTileKeys = 64;
+inline constexpr std::int64_t kWideHead = 256;  // from here on a tile of 64 rows and its accumulators outgrow the L2 cache
+
+inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// One sequence of the batch. A row is (query position, group): row = position * G + g.
+struct StickSequence {
+  std::int64_t batch, q_begin, k_begin, keys, rows;
+  std::int64_t history;  // keys older than the first query
+};
+
+// A tile of query rows of one sequence and K/V head.
+struct StickQueryTile {
+  std::int64_t sequence, head, first_row;
+};
+
+class StickGeometry {
+ public:
+  explicit StickGeometry(const StickAttentionProblem& p) : problem(p) {
+    const bool packed = p.cu_seqlens_q != nullptr;
+    std::int64_t most_rows = 0;
+    for (std::int64_t i = 0; i < p.sequences; ++i) {
+      StickSequence s{};
+      s.batch = packed ? 0 : i;
+      s.keys = p.tokens_k;
+      s.rows = p.tokens_q;
+      if (packed) {
+        s.q_begin = p.cu_seqlens_q[i];
+        s.k_begin = p.cu_seqlens_k[i];
+        s.rows = p.cu_seqlens_q[i + 1] - s.q_begin;
+        s.keys = p.cu_seqlens_k[i + 1] - s.k_begin;
+      }
+      s.history = s.keys - s.rows;
+      s.rows *= p.group;
+      most_rows = std::max(most_rows, s.rows);
+      sequences.push_back(s);
+    }
+    const std::int64_t widest = p.head_dim > kWideHead ? 32 : 64;
+    tile_rows = std::min<std::int64_t>(widest, most_rows <= 16 ? 16 : most_rows <= 32 ? 32 : 64);
+  }
+
+  // Newest key that a row sees; negative if none.
+  std::int64_t newest_key(const StickSequence& s, std::int64_t row) const {
+    return s.history + row / problem.group - (problem.attend_current ? 0 : 1);
+  }
+
+  std::int64_t key_tiles(const StickSequence& s) const { return (s.keys + kTileKeys - 1) / kTileKeys; }
+
+  // Index of row (in sequence) of a head in [B, Tq, H, G].
+  std::int64_t flat_row(const StickQueryTile& t, std::int64_t row) const {
+    const StickSequence& s = sequences[t.sequence];
+    const std::int64_t token = s.batch * problem.tokens_q + s.q_begin + row / problem.group;
+    return (token * problem.heads + t.head) * problem.group + row % problem.group;
+  }
+
+  const StickAttentionProblem& problem;
+  std::vector<StickSequence> sequences;
+  std::int64_t tile_rows;  // rows per query tile
+};
+
+// The rows of one query tile in a tensor of q's shape.
+template <typename T>
+struct StickRows {
+  T* base;  // of this sequence and head
+  StickQueryStrides strides;
+  std::int64_t group, first_row, count;
+
+  StickRows(T* tensor, const StickQueryStrides& strides, const StickGeometry& g, const StickQueryTile& t)
+      : strides(strides), group(g.problem.group), first_row(t.first_row) {
+    const StickSequence& s = g.sequences[t.sequence];
+    base = tensor + s.batch * strides.batch + s.q_begin * strides.token + t.head * strides.head;
+    count = std::min(g.tile_rows, s.rows - first_row);
+  }
+  T* operator[](std::int64_t row) const {
+    const std::int64_t r = first_row + row;
+    return base + (r / group) * strides.token + (r % group) * strides.group;
+  }
+};
+
+// The keys of one sequence and head.
+template <typename T>
+struct StickKeys {
+  T* base;
+  std::int64_t stride, count;
+
+  StickKeys(T* tensor, const StickKeyStrides& strides, const StickGeometry& g, std::int64_t sequence, std::int64_t head)
+      : stride(strides.token), count(g.sequences[sequence].keys) {
+    const StickSequence& s = g.sequences[sequence];
+    base = tensor + s.batch * strides.batch + s.k_begin * strides.token + head * strides.head;
+  }
+  T* operator[](std::int64_t key) const { return base + key * stride; }
+};
+
+// Which keys of a tile take part: all (null), or a byte per key.
+class StickKeep {
+ public:
+  StickKeep(const StickGeometry& g, std::int64_t sequence)
+      : keys_(g.sequences[sequence].keys),
+        mask_(g.problem.key_padding_mask == nullptr
+                  ? nullptr
+                  : g.problem.key_padding_mask + g.sequences[sequence].batch * g.problem.tokens_k) {}
+
+  // False when no key of [first, first + keys) takes part; else `bytes` holds or is what StickTile::keep wants.
+  bool tile(std::int64_t first, std::int64_t keys, std::uint8_t* bytes, const std::uint8_t** keep) const {
+    *keep = nullptr;
+    if (mask_ == nullptr) return true;
+    const std::int64_t here = std::min(keys, keys_ - first);
+    std::int64_t kept = 0;
+    for (std::int64_t j = 0; j < keys; ++j) {
+      bytes[j] = j < here && mask_[first + j];
+      kept += bytes[j];
+    }
+    if (kept < keys) *keep = bytes;
+    return kept > 0;
+  }
+
+ private:
+  std::int64_t keys_;
+  const bool* mask_;
+};
+
+// ---- Packing. Op is the products' operand type: the storage type itself, or the accumulation type. ----
+
+// Words are what a transposition moves: a value of the accumulation type, or a pair of bf16 values.
+template <typename V, std::size_t... I>
+inline V zip_low(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 ? sizeof...(I) + I / 2 : I / 2)...);
+}
+template <typename V, std::size_t... I>
+inline V zip_high(V a, V b, std::index_sequence<I...>) {
+  constexpr std::size_t n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I % 2 ? n + n / 2 + I / 2 : n / 2 + I / 2)...);
+}
+
+// A square of words in registers. Zipping row i with row i + n/2 rotates the bits of the (row, column) index by one;
+// log2 n rounds swap rows and columns.
+template <typename V>
+inline void transpose(V (&rows)[sizeof(V) / sizeof(std::declval<V>()[0])]) {
+  constexpr int n = sizeof(rows) / sizeof(V);
+  const auto lanes = std::make_index_sequence<n>{};
+  for (int round = 1; round < n; round *= 2) {
+    V next[n];
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = zip_low(rows[i], rows[i + n / 2], lanes);
+      next[2 * i + 1] = zip_high(rows[i], rows[i + n / 2], lanes);
+    }
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+// Transposes a matrix of words, [rows, columns] to [columns, rows_out >= rows]: load(row, column, n) gives n words of a
+// row as a vector, and take(column, row, vector, n) gets n words of a column.
+template <typename V, typename Load, typename Take>
+inline void transpose_words(std::int64_t rows, std::int64_t columns, Load&& load_words, Take&& take) {
+  constexpr int w = sizeof(V) / sizeof(std::declval<V>()[0]);
+  for (std::int64_t r = 0; r < rows; r += w) {
+    const int height = static_cast<int>(std::min<std::int64_t>(w, rows - r));
+    for (std::int64_t c = 0; c < columns; c += w) {
+      const int width = static_cast<int>(std::min<std::int64_t>(w, columns - c));
+      V block[w];
+      for (int i = 0; i < w; ++i) block[i] = i < height ? load_words(r + i, c, width) : V{};
+      transpose(block);
+      for (int i = 0; i < width; ++i) take(c + i, r, block[i], height);
+    }
+  }
+}
+
+template <typename T>
+inline auto load_words(const T* p, int n) {
+  constexpr int w = kWidth<Accumulate<T>>;
+  return n == w ? load(p) : load_partial(p, n);
+}
+template <typename T>
+inline void store_words(T* p, Vec<Accumulate<T>> words, int n) {
+  constexpr int w = kWidth<Accumulate<T>>;
+  n == w ? store(p, words) : store_partial(p, words, n);
+}
+inline VecU32 load_pairs(const BFloat16* p, int pairs) {
+  if (pairs == kWidth<float>) return load_raw<VecU32>(p);
+  std::uint32_t words[kWidth<float>] = {};
+  std::memcpy(words, p, static_cast<std::size_t>(pairs) * 4);
+  return load_raw<VecU32>(words);
+}
+inline VecU32 load_bits(const BFloat16* p, int n) {
+  if (n == kWidth<float>) return __builtin_convertvector(load_raw<VecU16>(p), VecU32);
+  std::uint16_t words[kWidth<float>] = {};
+  std::memcpy(words, p, static_cast<std::size_t>(n) * 2);
+  return __builtin_convertvector(load_raw<VecU16>(words), VecU32);
+}
+
+// Query-shaped rows as B operand [D, tile_rows] (for bf16 in VNNI pairs along D); rows that are not there are zero.
+template <typename Op, typename T>
+inline void pack_rows_transposed(const StickRows<const T>& rows, std::int64_t head_dim, std::int64_t tile_rows,
+                                 Op* out) {
+  if constexpr (std::is_same_v<Op, BFloat16>) {
+    transpose_words<VecU32>(
+        tile_rows, head_dim / 2,
+        [&](std::int64_t row, std::int64_t pair, int n) {
+          return row < rows.count ? load_pairs(rows[row] + 2 * pair, n) : VecU32{};
+        },
+        [&](std::int64_t pair, std::int64_t row, VecU32 words, int) {
+          std::memcpy(out + 2 * (pair * tile_rows + row), &words, sizeof words);
+        });
+  } else {
+    transpose_words<Vec<Op>>(
+        tile_rows, head_dim,
+        [&](std::int64_t row, std::int64_t d, int n) {
+          return row < rows.count ? load_words(rows[row] + d, n) : Vec<Op>{};
+        },
+        [&](std::int64_t d, std::int64_t row, Vec<Op> words, int) { store(out + d * tile_rows + row, words); });
+  }
+}
+
+// Query-shaped rows as B operand [tile_rows, ld] (for bf16 in VNNI pairs of rows), zero from head_dim and count on.
+template <typename Op, typename T>
+inline void pack_rows(const StickRows<const T>& rows, std::int64_t head_dim, std::int64_t tile_rows, std::int64_t ld,
+                      Op* out) {
+  constexpr int w = kWidth<Accumulate<T>>;
+  for (std::int64_t row = 0; row < tile_rows; row += 2) {
+    const T* const even = row < rows.count ? rows[row] : nullptr;
+    const T* const odd = row + 1 < rows.count ? rows[row + 1] : nullptr;
+    for (std::int64_t d = 0; d < ld; d += w) {
+      const int n = static_cast<int>(std::clamp<std::int64_t>(head_dim - d, 0, w));
+      if constexpr (std::is_same_v<Op, BFloat16>) {
+        VecU32 pair{};
+        if (even != nullptr) pair = load_bits(even + d, n);
+        if (odd != nullptr) pair |= load_bits(odd + d, n) << 16;
+        std::memcpy(out + row * ld + 2 * d, &pair, sizeof pair);
+      } else {
+        store(out + row * ld + d, even != nullptr ? load_words(even + d, n) : Vec<Op>{});
+        store(out + (row + 1) * ld + d, odd != nullptr ? load_words(odd + d, n) : Vec<Op>{});
+      }
+    }
+  }
+}
+
+// Keys [first, first + 64) as A operand [D, 64]; keys that are not there are zero.
+template <typename Op, typename T>
+inline void pack_keys_transposed(const StickKeys<const T>& keys, std::int64_t first, std::int64_t head_dim, Op* out) {
+  const std::int64_t here = std::min(kTileKeys, keys.count - first);
+  if constexpr (std::is_same_v<Op, BFloat16>) {
+    transpose_words<VecU32>(
+        kTileKeys / 2, head_dim,
+        [&](std::int64_t pair, std::int64_t d, int n) {
+          VecU32 words{};
+          if (2 * pair < here) words = load_bits(keys[first + 2 * pair] + d, n);
+          if (2 * pair + 1 < here) words |= load_bits(keys[first + 2 * pair + 1] + d, n) << 16;
+          return words;
+        },
+        [&](std::int64_t d, std::int64_t pair, VecU32 words, int) {
+          std::memcpy(out + d * kTileKeys + 2 * pair, &words, sizeof words);
+        });
+  } else {
+    transpose_words<Vec<Op>>(
+        kTileKeys, head_dim,
+        [&](std::int64_t key, std::int64_t d, int n) {
+          return key < here ? load_words(keys[first + key] + d, n) : Vec<Op>{};
+        },
+        [&](std::int64_t d, std::int64_t key, Vec<Op> words, int) { store(out + d * kTileKeys + key, words); });
+  }
+}
+
+template <typename Op>
+struct OperandA {
+  const Op* data;
+  std::int64_t ld;
+};
+
+// `count` keys from `first` on as A operand [count, D]: in place where they are all there in the operand type, else
+// widened or completed with zeros in scratch.
+template <typename Op, typename T>
+inline OperandA<Op> row_operand(const StickKeys<const T>& keys, std::int64_t first, std::int64_t count,
+                                std::int64_t head_dim, Op* scratch) {
+  const std::int64_t here = std::min(count, keys.count - first);
+  if constexpr (std::is_same_v<Op, T>) {
+    if (here == count) return {keys[first], keys.stride};
+    for (std::int64_t j = 0; j < here; ++j) std::copy_n(keys[first + j], head_dim, scratch + j * head_dim);
+  } else {
+    constexpr int w = kWidth<Op>;
+    for (std::int64_t j = 0; j < here; ++j) {
+      const T* row = keys[first + j];
+      std::int64_t d = 0;
+      for (; d + w <= head_dim; d += w) store(scratch + j * head_dim + d, load(row + d));
+      if (d < head_dim) {
+        store_partial(scratch + j * head_dim + d, load_partial(row + d, static_cast<int>(head_dim - d)),
+                      static_cast<int>(head_dim - d));
+      }
+    }
+  }
+  std::fill_n(scratch + here * head_dim, (count - here) * head_dim, Op{});
+  return {scratch, head_dim};
+}
+
+// C [m, D] += A [m, k] B [k, D]: at most 64 columns per product, the bf16 kernels' limit. `ld` is D rounded up to 16.
+template <typename Op, typename Real>
+inline void gemm_columns(std::int64_t m, std::int64_t ld, std::int64_t k, const Op* a, std::int64_t lda, const Op* b,
+                         Real* c) {
+  constexpr std::int64_t words = std::is_same_v<Op, BFloat16> ? 2 : 1;
+  for (std::int64_t n = 0; n < ld; n += 64) {
+    tile_gemm(m, std::min<std::int64_t>(64, ld - n), k, a, lda, b + words * n, ld, c + n, ld, true);
+  }
+}
+
+// Calls f<T, Op>() for a storage type and the operand type its products run in here.
+template <typename F>
+inline void with_stick_types(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f.template operator()<float, float>();
+    case DType::kFloat64: return f.template operator()<double, double>();
+    case DType::kFloat16: return f.template operator()<Float16, float>();
+    case DType::kBFloat16:
+      return brgemm_available_bf16() ? f.template operator()<BFloat16, BFloat16>()
+                                     : f.template operator()<BFloat16, float>();
+  }
+}
+
+}  // namespace mfx::MFX_ISA
