@@ -49,8 +49,8 @@ void check_arguments(const Tensor& q, const Tensor& k, const OptionalTensor& v, 
   const bool packed = present(cu_seqlens_q);
   check_float_dtype(kOp, "q", q);
   if (packed) {
-    MFX_CHECK_ARG(q.dim() == 3 || q.dim() == 4, kOp, "q",
-                  "be [total, H_q, D] or [total, H_kv, G, D] with cu_seqlens_q", "shape ", q.sym_sizes());
+    MFX_CHECK_ARG(q.dim() == 3 || q.dim() == 4, kOp, "q", "be [total, H_q, D] or [total, H_kv, G, D] with cu_seqlens_q",
+                  "shape ", q.sym_sizes());
     MFX_CHECK_ARG(k.dim() == 3, kOp, "k", "be [total, H_kv, D] with cu_seqlens_q", "shape ", k.sym_sizes());
   } else {
     MFX_CHECK_ARG(q.dim() == 4 || q.dim() == 5, kOp, "q", "be [B, T_q, H_q, D] or [B, T_q, H_kv, G, D]", "shape ",
@@ -60,8 +60,8 @@ void check_arguments(const Tensor& q, const Tensor& k, const OptionalTensor& v, 
   check_same_dtype(kOp, "k", k, "q", q);
   check_same_device(kOp, "k", k, "q", q);
   const auto dim = q.sym_size(-1);
-  MFX_CHECK_ARG(dim >= 8 && dim <= 1024 && dim % 8 == 0, kOp, "q", "have a head dim that is a multiple of 8 in [8, 1024]",
-                dim);
+  MFX_CHECK_ARG(dim >= 8 && dim <= 1024 && dim % 8 == 0, kOp, "q",
+                "have a head dim that is a multiple of 8 in [8, 1024]", dim);
   MFX_CHECK_ARG(k.sym_size(-1) == dim, kOp, "k", c10::str("have q's head dim (", dim, ")"), k.sym_size(-1));
   MFX_CHECK_ARG(k.sym_size(-2) >= 1, kOp, "k", "have at least one head", "shape ", k.sym_sizes());
   if (is_grouped(q, packed)) {
@@ -104,8 +104,8 @@ void check_arguments(const Tensor& q, const Tensor& k, const OptionalTensor& v, 
     MFX_CHECK_ARG(cu_seqlens_k->sym_size(0) == cu_seqlens_q->sym_size(0), kOp, "cu_seqlens_k",
                   c10::str("have cu_seqlens_q's length (", cu_seqlens_q->sym_size(0), ")"), cu_seqlens_k->sym_size(0));
   } else if (packed) {
-    MFX_CHECK_ARG(q.sym_size(0) == k.sym_size(0), kOp, "cu_seqlens_k",
-                  "be given where q and k have different lengths", "None");
+    MFX_CHECK_ARG(q.sym_size(0) == k.sym_size(0), kOp, "cu_seqlens_k", "be given where q and k have different lengths",
+                  "None");
   }
 }
 
@@ -343,11 +343,10 @@ struct StickAttention : torch::autograd::Function<StickAttention> {
     const auto saved = ctx->get_saved_variables();
     const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &o = saved[3];
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(9);
-    const auto [grad_q, grad_k, grad_v] =
-        call_backward(grads[0].defined() ? grads[0] : at::zeros_like(o), optional(grads[1]), q, k, optional(v), o,
-                      saved[4], saved[5], saved[6], ctx->saved_data["scale"].toOptional<double>(),
-                      ctx->saved_data["attend_current"].toBool(), optional(saved[7]), optional(saved[8]),
-                      optional(saved[9]));
+    const auto [grad_q, grad_k, grad_v] = call_backward(
+        grads[0].defined() ? grads[0] : at::zeros_like(o), optional(grads[1]), q, k, optional(v), o, saved[4], saved[5],
+        saved[6], ctx->saved_data["scale"].toOptional<double>(), ctx->saved_data["attend_current"].toBool(),
+        optional(saved[7]), optional(saved[8]), optional(saved[9]));
     variable_list result(9);
     result[0] = grad_q;
     result[1] = grad_k;

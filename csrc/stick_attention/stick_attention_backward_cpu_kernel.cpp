@@ -1,12 +1,13 @@
-// Backward: one task per sequence, K/V head and chunk of query tiles. Per query tile it walks the key tiles that forward
-// visited, newest first, recomputing the scores:
+// Backward: one task per sequence, K/V head and chunk of query tiles. Per query tile it walks the key tiles that
+// forward visited, newest first, recomputing the scores:
 //
 //   S^T = K_tile Q^T,  dP^T = V_tile dO^T,  (weights, dS^T) = scan(S^T, dP^T),
 //   dV_tile += weights dO,  dK_tile += dS^T Q,  dQ^T += K_tile^T dS^T,
 //
-// all five of the form row-major A times packed B. dK and dV accumulate in the task's own buffers (in one where K is V),
-// in a fixed order: no atomics, the same bits for every number of threads. Where there are fewer heads than work for
-// many threads, query tiles are split into a fixed number of chunks of about equal cost, whose buffers are then added up.
+// all five of the form row-major A times packed B. dK and dV accumulate in the task's own buffers (in one where K is
+// V), in a fixed order: no atomics, the same bits for every number of threads. Where there are fewer heads than work
+// for many threads, query tiles are split into a fixed number of chunks of about equal cost, whose buffers are then
+// added up.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -11,9 +11,7 @@ void forward(const StickAttentionForwardParams& params) {
   MFX_ISA_RETURN(stick_attention_forward, params)
 }
 
-void backward(const StickAttentionBackwardParams& params) {
-  MFX_ISA_RETURN(stick_attention_backward, params)
-}
+void backward(const StickAttentionBackwardParams& params){MFX_ISA_RETURN(stick_attention_backward, params)}
 
 Status check_sequences(const StickAttentionProblem& p) {
   if (p.cu_seqlens_q == nullptr) return {};

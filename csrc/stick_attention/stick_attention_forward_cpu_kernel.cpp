@@ -138,8 +138,7 @@ class StickForward {
     T* const residual_base = static_cast<T*>(params_.residual);
     const StickRows<T> residual(residual_base, params_.o_strides, g_, task);
     transpose_words<Vec<Real>>(
-        p_.head_dim, m,
-        [&](std::int64_t d, std::int64_t row, int) { return load(out + d * m + row); },
+        p_.head_dim, m, [&](std::int64_t d, std::int64_t row, int) { return load(out + d * m + row); },
         [&](std::int64_t row, std::int64_t d, Vec<Real> values, int n) {
           if (row >= o.count) return;
           store_words(o[row] + d, values, n);

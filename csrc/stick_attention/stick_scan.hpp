@@ -43,13 +43,13 @@ struct StickOdds {
 
 template <typename Real>
 struct StickTile {
-  const Real* scores;          // [keys, rows]
-  std::int64_t rows;           // a multiple of 16
-  std::int64_t keys;           // a multiple of 16
-  const std::uint8_t* keep;    // [keys], null keeps all: a key that is not kept takes no stick
-  const Real* newest;          // [rows], newest key of this tile a row sees; null where all rows see all keys
-  Real factor;                 // StickOdds::factor
-  Real* stick;                 // [rows], in: left at the tile's newer edge; out: left at its older edge
+  const Real* scores;        // [keys, rows]
+  std::int64_t rows;         // a multiple of 16
+  std::int64_t keys;         // a multiple of 16
+  const std::uint8_t* keep;  // [keys], null keeps all: a key that is not kept takes no stick
+  const Real* newest;        // [rows], newest key of this tile a row sees; null where all rows see all keys
+  Real factor;               // StickOdds::factor
+  Real* stick;               // [rows], in: left at the tile's newer edge; out: left at its older edge
 };
 
 // What a stick keeps of a tile: where the tile takes less than half, 1 minus what it took, for a product of many
@@ -110,12 +110,12 @@ inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t l
 //
 //   ds = scale * (u G - beta * (sum of G over the older keys)).
 //
-// The walk goes against that sum. At the tile's older edge it is delta (the row's whole sum of G, known from o) less what
-// has passed; from there a second sweep, oldest key first, adds up the tile's own G, for subtracting them one by one
-// would leave rounding errors of the large newest ones in the small older ones. What rounding leaves at the edge is cut
-// to what the stick allows: |sum of older G| <= stick * reach, with reach >= |do| max|v| + |d_remainder|; else it would
-// be multiplied with the beta of every older key, however little stick is left. For the same reason G takes weights as
-// they were rounded for the products (bf16): o, and so delta, is made of those.
+// The walk goes against that sum. At the tile's older edge it is delta (the row's whole sum of G, known from o) less
+// what has passed; from there a second sweep, oldest key first, adds up the tile's own G, for subtracting them one by
+// one would leave rounding errors of the large newest ones in the small older ones. What rounding leaves at the edge is
+// cut to what the stick allows: |sum of older G| <= stick * reach, with reach >= |do| max|v| + |d_remainder|; else it
+// would be multiplied with the beta of every older key, however little stick is left. For the same reason G takes
+// weights as they were rounded for the products (bf16): o, and so delta, is made of those.
 template <typename Real>
 struct StickGradTile {
   StickTile<Real> tile;

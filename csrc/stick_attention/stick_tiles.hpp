@@ -13,7 +13,8 @@
 namespace mfx::MFX_ISA {
 
 inline constexpr std::int64_t kTileKeys = 64;
-inline constexpr std::int64_t kWideHead = 256;  // from here on a tile of 64 rows and its accumulators outgrow the L2 cache
+inline constexpr std::int64_t kWideHead =
+    256;  // from here on a tile of 64 rows and its accumulators outgrow the L2 cache
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;

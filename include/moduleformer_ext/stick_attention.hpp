@@ -32,7 +32,7 @@ struct StickAttentionProblem {
   const void* v;                    // [B, Tk, H, D]; equal to k where K is V
   StickQueryStrides q_strides;
   StickKeyStrides k_strides, v_strides;
-  const bool* key_padding_mask;  // [B, Tk] contiguous, true keeps; null keeps all
+  const bool* key_padding_mask;      // [B, Tk] contiguous, true keeps; null keeps all
   const std::int32_t* cu_seqlens_q;  // [sequences + 1], null when not packed
   const std::int32_t* cu_seqlens_k;
   double scale;
@@ -44,8 +44,8 @@ struct StickAttentionForwardParams {
   double stick_epsilon;  // the walk to older keys stops when every remainder of a tile is <= this; 0 never stops
   void* o;               // [B, Tq, H, G, D], as q
   StickQueryStrides o_strides;
-  void* residual;   // what rounding took from o, in the same strides; null where not wanted
-  void* remainder;  // [B, Tq, H, G] contiguous, float (double for double)
+  void* residual;             // what rounding took from o, in the same strides; null where not wanted
+  void* remainder;            // [B, Tq, H, G] contiguous, float (double for double)
   std::int32_t* first_tiles;  // [B, Tq, H, G] contiguous, the oldest key tile that was visited
 };
 

@@ -46,14 +46,14 @@ def run(function, q, k, v, *, dtype=None, with_remainder_grad=True, **options):
     return [o.detach(), remainder.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def check(q, k, v, *, factor=2.0, **options):
+def check(q, k, v, *, factor=2.0, floor=0.0, **options):
     exact_options = {name: value for name, value in options.items() if name != "stick_epsilon"}
     exact = run(reference.stick_attention, q, k, v, dtype=torch.float64, **exact_options)
     peer = run(reference.stick_attention, q, k, v, **exact_options)
     for name, ours, theirs, truth in zip(NAMES, run(stick_attention, q, k, v, **options), peer, exact, strict=False):
         assert ours.dtype == theirs.dtype
         assert ours.shape == theirs.shape
-        rounded, slack = FLOOR[q.dtype], 0.0
+        rounded, slack = max(floor, FLOOR[q.dtype]), 0.0
         if name == "remainder" and q.dtype != torch.float64:
             rounded, slack = FLOOR[torch.float32], 2**-24  # the default stick_epsilon
         assert relative_error(ours, truth, slack) <= factor * relative_error(theirs, truth) + rounded, name
@@ -85,9 +85,11 @@ def test_against_the_reference(dtype, shape, options):
 def test_long_rows(dtype, mean):
     # At mean -9 the sum of a row's thousand small weights must not be lost; at 0 what rounding leaves of delta must not
     # reach the thousand keys behind the end of the stick.
+    # At 6 every gradient has a factor of 1/400, but rounding is relative to the sums it is the difference of.
     q, k, v = inputs(1, 96, 1500, 1, 1, 64, dtype, mean=mean, gain=0.5)
-    check(q, k, v, stick_epsilon=0.0)
-    check(q, k, v)
+    floor = 4e-5 if mean > 0 else 0.0
+    check(q, k, v, stick_epsilon=0.0, floor=floor)
+    check(q, k, v, floor=floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -186,26 +188,25 @@ def test_layouts_need_no_copy_and_come_back(dtype):
     check(major, k, None)
 
 
-def test_gradients_of_the_gradcheck_kind():
-    for sizes, options in [
-        ((1, 5, 7, 1, 2, 8), {}),
-        ((1, 6, 6, 2, 1, 8), {"attend_current": False, "scale": 0.9}),
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((1, 3, 4, 1, 2, 8), {}),
+        ((1, 4, 4, 1, 1, 8), {"attend_current": False, "scale": 0.9}),
         ((1, 66, 70, 1, 1, 8), {"scale": 0.2}),
-    ]:
-        q, k, v = (t.requires_grad_() for t in inputs(*sizes, torch.float64))
-        keep = torch.rand(1, sizes[2]) < 0.8
-        for mask in (None, keep):
+    ],
+)
+def test_gradcheck(sizes, options, shared):
+    leaves = [t.requires_grad_() for t in inputs(*sizes, torch.float64, shared=shared) if t is not None]
+    keep = torch.ones(1, sizes[2], dtype=torch.bool)
+    keep[0, 1] = False
+    for mask in (None, keep):
 
-            def outputs(q, k, v, mask=mask, options=options):
-                return stick_attention(q, k, v, return_remainder=True, key_padding_mask=mask, **options)
+        def outputs(*leaves, mask=mask):
+            return stick_attention(*leaves, return_remainder=True, key_padding_mask=mask, **options)
 
-            fast = sizes[1] > 10
-            assert torch.autograd.gradcheck(outputs, (q, k, v), fast_mode=fast)
-            assert torch.autograd.gradcheck(
-                lambda q, k, options=options, mask=mask: stick_attention(q, k, key_padding_mask=mask, **options),
-                (q, k),
-                fast_mode=fast,
-            )
+        assert torch.autograd.gradcheck(outputs, leaves, fast_mode=sizes[1] > 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -232,7 +233,9 @@ def test_nothing_to_do():
         assert remainder.shape == q.shape[:-1]
         assert not dk.any()
         assert not dv.any()
-    o, remainder = stick_attention(*inputs(1, 1, 1, 1, 1, 8, torch.float32), attend_current=False, return_remainder=True)
+    o, remainder = stick_attention(
+        *inputs(1, 1, 1, 1, 1, 8, torch.float32), attend_current=False, return_remainder=True
+    )
     assert not o.any()
     assert (remainder == 1).all()
     empty = torch.zeros(1, dtype=torch.int32)
