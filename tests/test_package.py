@@ -48,9 +48,12 @@ def test_the_extension_has_every_op_as_a_function():
         assert torch.equal(tensor, expected)
     assert _C.expert_layout.__doc__.splitlines()[-1] == str(torch.ops.moduleformer_ext.expert_layout.default._schema)
 
-    q = torch.randn(1, 3, 1, 8, requires_grad=True)
-    _C.stick_attention(q, q, q)[0].sum().backward()
-    assert q.grad is not None
+    x, weight = torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, 5)
+    layout = ops.expert_layout(ids, 3)
+    _C.grouped_gemm(
+        x, [weight], *layout[1:], x_order="token", out_order="token", gates=None, activation=None
+    ).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("isa", ["nonsense", "AVX2"])

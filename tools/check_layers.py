@@ -71,7 +71,7 @@ def cpp_rules(path: Path) -> Iterator[tuple[str, str]]:
         yield CUTLASS, "public headers are free of CUTLASS"
         yield r"^(?!moduleformer_ext/)[a-z_]+/", "public headers include public headers only"
     if parts[:2] == ("csrc", "core"):
-        yield r"^(?!core/|moduleformer_ext/common|ATen/|c10/|immintrin)[a-z_0-9]+/", "core stands on core alone"
+        yield r"^(?!core/|moduleformer_ext/common|ATen/|c10/|sys/)[a-z_0-9]+/", "core stands on core alone"
     if parts[:2] == ("csrc", "device"):
         yield r"^(?!device/|moduleformer_ext/common|cuda|cute/|cutlass/)[a-z_0-9]+/", "device stands on device alone"
 
