@@ -1,0 +1,31 @@
+"""Where a verb's model comes from: a run, or a directory with a model in our own or the published format."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from moduleformer_ext.data import load_tokenizer
+from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.train import RunDirectory, is_run
+
+_TOKENIZER = "tokenizer.json"
+HELP = "a run directory, or a directory with config.json, tokenizer.json and weights"
+
+
+def locate(path: Path) -> tuple[Path, Path]:
+    """Return the model directory and the tokenizer file that `path` stands for (a run: its newest checkpoint)."""
+    if is_run(path):
+        run = RunDirectory.open(path)
+        checkpoint = run.checkpoints.latest()
+        if checkpoint is None:
+            raise FileNotFoundError(f"run: '{path}' has no checkpoint yet")
+        return checkpoint, run.data / _TOKENIZER
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model: '{path}' is neither a run nor a model directory (no config.json)")
+    return path, path / _TOKENIZER
+
+
+def load_source(path: Path) -> tuple[MoLMForCausalLM, Tokenizer]:
+    """Load model, in evaluation mode, and tokenizer."""
+    directory, tokenizer = locate(path)
+    return MoLMForCausalLM.from_pretrained(directory).eval(), load_tokenizer(tokenizer)

@@ -1,0 +1,57 @@
+"""The n-gram models that a trained model has to beat."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from moduleformer_ext.data import Bigram, Dataset, NGram, Unigram, stream_bits
+from moduleformer_ext.data.files import write_file
+
+BitsPerByte = dict[str, dict[str, float]]
+"""Held-out bits per byte, by model and then by domain; `ALL` is all domains together."""
+ALL = "all"
+
+
+def measure_baselines(dataset: Dataset) -> BitsPerByte:
+    """Fit the n-gram models on the whole training split and measure them on the held-out one."""
+    streams = [stream.tokens for stream in dataset.train.values()]
+    vocab_size = dataset.tokenizer.get_vocab_size()
+    models: dict[str, NGram] = {
+        "unigram": Unigram(streams, vocab_size),
+        "bigram (Kneser-Ney)": Bigram(streams, vocab_size),
+    }
+    sizes = {domain: stream.num_bytes for domain, stream in dataset.held_out.items()}
+    return {
+        name: per_byte({domain: stream_bits(model, s.tokens) for domain, s in dataset.held_out.items()}, sizes)
+        for name, model in models.items()
+    }
+
+
+def per_byte(bits: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Bits over bytes, by domain and over all."""
+    return {
+        **{domain: bits[domain] / sizes[domain] for domain in sizes},
+        ALL: sum(bits.values()) / sum(sizes.values()),
+    }
+
+
+def load_baselines(path: Path) -> BitsPerByte:
+    """Read what `save_baselines` wrote."""
+    baselines: BitsPerByte = json.loads(path.read_text())
+    return baselines
+
+
+def save_baselines(path: Path, baselines: BitsPerByte) -> None:
+    """Write as JSON, atomically."""
+    write_file(path, json.dumps(baselines, indent=2) + "\n")
+
+
+def format_table(results: BitsPerByte) -> str:
+    """Lay out bits per byte as a text table, one model a line."""
+    domains = list(next(iter(results.values())))
+    width = max(len(name) for name in results)
+    lines = [" " * width + "".join(f"{domain:>12}" for domain in domains)]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{row[domain]:12.3f}" for domain in domains) for name, row in results.items()
+    ]
+    return "\n".join(lines)

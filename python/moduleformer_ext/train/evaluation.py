@@ -1,0 +1,96 @@
+"""Held-out measures: bits per byte, perplexity, expert usage; every token is scored once, with its true past."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moduleformer_ext.data import TokenStream
+from moduleformer_ext.data.stream import TokenArray
+from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.train.precision import autocast
+from moduleformer_ext.train.usage import ExpertUsage
+
+
+@dataclass
+class Score:
+    """What a model needed for some text: total bits, over `num_tokens` predictions of `num_bytes` bytes."""
+
+    bits: float = 0.0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    usage: ExpertUsage = field(default_factory=ExpertUsage)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits over the bytes of the text itself."""
+        return self.bits / self.num_bytes
+
+    @property
+    def perplexity(self) -> float:
+        """Per token: 2 ** (bits / tokens)."""
+        return float(2.0 ** (self.bits / self.num_tokens))
+
+
+def overall_bits_per_byte(scores: Mapping[str, Score]) -> float:
+    """Bits per byte of all domains together."""
+    return sum(score.bits for score in scores.values()) / sum(score.num_bytes for score in scores.values())
+
+
+def evaluate(
+    model: MoLMForCausalLM,
+    streams: Mapping[str, TokenStream],
+    *,
+    batch_size: int = 8,
+    segment_length: int = 512,
+    dtype: str = "fp32",
+) -> dict[str, Score]:
+    """Score every domain's stream and count its expert activations on the way.
+
+    A stream is read by up to `batch_size` lanes of consecutive segments, the history of the segments before being
+    carried along as in training; a lane's first segment has none.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    scores = {}
+    try:
+        for domain, stream in streams.items():
+            scores[domain] = score = Score(num_tokens=stream.num_scored, num_bytes=stream.num_bytes)
+            with torch.no_grad(), autocast(device, dtype):
+                for lanes in _split_lanes(stream.tokens, batch_size, segment_length):
+                    _score_lanes(model, lanes.to(device), segment_length, score)
+    finally:
+        model.train(training)
+    return scores
+
+
+def _split_lanes(tokens: TokenArray, batch_size: int, segment_length: int) -> Iterator[Tensor]:
+    """Cut tokens [N] into lanes [B, n + 1] that overlap by one: all tokens but the first are scored once.
+
+    What the division leaves over forms a last lane by itself, so that no lane needs padding, which the routers
+    would count.
+    """
+    scored = len(tokens) - 1
+    lanes = max(1, min(batch_size, scored // segment_length))
+    length = scored // lanes
+    for starts, size in ((range(0, lanes * length, length), length), ([lanes * length], scored % lanes)):
+        if size:
+            rows = np.stack([tokens[start : start + size + 1] for start in starts])
+            yield torch.from_numpy(rows.astype(np.int64))
+
+
+def _score_lanes(model: MoLMForCausalLM, lanes: Tensor, segment_length: int, score: Score) -> None:
+    history = None
+    for start in range(0, lanes.shape[1] - 1, segment_length):
+        block = lanes[:, start : start + segment_length + 1]
+        inputs, targets = block[:, :-1], block[:, 1:]
+        output = model(inputs, past_key_values=history, use_cache=True, output_routes=True)
+        history = output.past_key_values.last(model.config.history_length)
+        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        score.bits += loss.item() / math.log(2.0)
+        score.usage.add(output.routes)

@@ -1,0 +1,34 @@
+"""metrics.jsonl: one JSON object a line, appended as training goes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moduleformer_ext.data.files import write_file
+
+
+class MetricsLog:
+    """Appends records; `rewind` drops those of steps that a resumed run will take again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, **record: Any) -> None:
+        """Write one record."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole records; a line cut short by a kill is left out."""
+        records = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def rewind(self, step: int) -> None:
+        """Keep only the records up to `step`."""
+        kept = [record for record in self.read() if record.get("step", 0) <= step]
+        write_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))

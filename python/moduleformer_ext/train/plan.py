@@ -1,0 +1,97 @@
+"""What is measured once, before the first step, and then stays: the arithmetic and the number of steps."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moduleformer_ext.data import TokenStream
+from moduleformer_ext.data.files import write_file
+from moduleformer_ext.train.evaluation import evaluate
+from moduleformer_ext.train.trainer import Trainer
+
+_CLOSING_SECONDS = 12.0
+"""Set aside for samples, figures and the last checkpoint."""
+_SAFETY = 0.92
+"""Part of the remaining time that is planned: machines slow down, checkpoints take time."""
+_FEWEST_STEPS = 20
+_PATIENCE_SECONDS = 8.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Fixed for the life of a run."""
+
+    steps: int
+    dtype: str
+    seconds_per_step: dict[str, float]
+    """As measured, by dtype."""
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, atomically."""
+        write_file(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+
+def make_plan(
+    make_trainer: Callable[[str], Trainer],
+    held_out: Mapping[str, TokenStream],
+    *,
+    dtype: str,
+    steps: int,
+    deadline: float | None,
+) -> Plan:
+    """Time a few steps of throw-away trainers and choose.
+
+    `dtype` "auto" takes the faster of fp32 and bf16. With `steps` 0, as many are planned as leave time for the
+    evaluation before `deadline` (of `time.monotonic`).
+    """
+    candidates = ("bf16", "fp32") if dtype == "auto" else (dtype,)
+    if steps and len(candidates) == 1:
+        return Plan(steps, dtype, {})
+    seconds = {name: _seconds_per_step(make_trainer(name)) for name in candidates}
+    chosen = min(seconds, key=seconds.__getitem__)
+    if not steps:
+        assert deadline is not None
+        spare = deadline - _CLOSING_SECONDS - _evaluation_seconds(make_trainer(chosen), held_out)
+        steps = int(_SAFETY * (spare - time.monotonic()) / seconds[chosen])
+        if steps < _FEWEST_STEPS:
+            raise ValueError(
+                f"minutes: the budget leaves room for {max(steps, 0)} steps of {seconds[chosen]:.2f} s, "
+                f"expected at least {_FEWEST_STEPS}; allow more time or shrink the model"
+            )
+    return Plan(steps, chosen, seconds)
+
+
+def _seconds_per_step(trainer: Trainer) -> float:
+    begin = time.monotonic()
+    for _ in range(2):  # the history must be there, memory allocated
+        trainer.take_step()
+    times: list[float] = []
+    while len(times) < 4 and (not times or time.monotonic() - begin < _PATIENCE_SECONDS):
+        start = time.monotonic()
+        trainer.take_step()
+        times.append(time.monotonic() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _evaluation_seconds(trainer: Trainer, held_out: Mapping[str, TokenStream]) -> float:
+    config = trainer.config
+    tokens = next(iter(held_out.values())).tokens[: 2 * config.batch_size * config.segment_length + 1]
+    sample = TokenStream(tokens, num_bytes=len(tokens), num_documents=1)
+    start = time.monotonic()
+    evaluate(
+        trainer.model,
+        {"sample": sample},
+        batch_size=config.batch_size,
+        segment_length=config.segment_length,
+        dtype=trainer.dtype,
+    )
+    seconds_per_token = (time.monotonic() - start) / sample.num_scored
+    return 1.2 * seconds_per_token * sum(stream.num_scored for stream in held_out.values())

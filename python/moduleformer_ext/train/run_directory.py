@@ -1,0 +1,72 @@
+"""The folder of one run, and what is where in it."""
+
+import json
+from pathlib import Path
+
+from moduleformer_ext.data import Dataset, build_dataset, open_dataset, standard_library, text_files
+from moduleformer_ext.data.files import remove_directory, remove_partial, write_file
+from moduleformer_ext.train.checkpoints import CheckpointStore
+from moduleformer_ext.train.config import TrainConfig
+from moduleformer_ext.train.metrics import MetricsLog
+
+_CONFIG = "run.json"
+
+
+class RunDirectory:
+    """run.json, data/, baselines.json, plan.json, checkpoints/step-N/, metrics.jsonl, evaluation.json,
+    samples.txt and expert_usage.png.
+
+    Each is written once, atomically, in this order; what exists already is reused, which is how a run that was
+    stopped anywhere goes on.
+    """
+
+    def __init__(self, root: Path, config: TrainConfig) -> None:
+        self.root = root
+        self.config = config
+        self.checkpoints = CheckpointStore(root / "checkpoints", config.keep_checkpoints)
+        self.metrics = MetricsLog(root / "metrics.jsonl")
+        self.data = root / "data"
+        self.baselines = root / "baselines.json"
+        self.plan = root / "plan.json"
+        self.evaluation = root / "evaluation.json"
+        self.samples = root / "samples.txt"
+        self.expert_usage = root / "expert_usage.png"
+
+    @classmethod
+    def create(cls, root: Path, config: TrainConfig) -> "RunDirectory":
+        """Start a run in a folder that is new, empty, or holds a run that never got to its first step."""
+        run = cls(root, config)
+        if is_run(root):
+            if run.plan.exists():
+                raise FileExistsError(
+                    f"run: '{root}' already holds a run; continue it with --resume, or choose another folder"
+                )
+            if run.data.exists():
+                remove_directory(run.data)
+            run.baselines.unlink(missing_ok=True)
+        elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise FileExistsError(f"run: '{root}' is not an empty folder; choose another")
+        root.mkdir(parents=True, exist_ok=True)
+        write_file(root / _CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+        return run
+
+    @classmethod
+    def open(cls, root: Path) -> "RunDirectory":
+        """Open a run that `create` started."""
+        if not is_run(root):
+            raise FileNotFoundError(f"run: '{root}' is not a run directory ({_CONFIG} is missing)")
+        remove_partial(root)
+        return cls(root, TrainConfig.from_dict(json.loads((root / _CONFIG).read_text())))
+
+    def dataset(self) -> Dataset:
+        """The tokenised corpus; made from the texts at first, from disk ever after."""
+        if self.data.exists():
+            return open_dataset(self.data)
+        config = self.config
+        documents = text_files(config.text, without=self.root) if config.text else standard_library()
+        return build_dataset(self.data, documents, vocab_size=config.vocab_size, held_out_fraction=config.held_out)
+
+
+def is_run(root: Path) -> bool:
+    """Whether `root` is a run directory."""
+    return (root / _CONFIG).is_file()

@@ -1,0 +1,174 @@
+"""A whole run from text to figures: every stage finds what earlier ones, or an earlier process, left."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from moduleformer_ext.data import Dataset, LaneReader, end_of_text_id, share_lanes
+from moduleformer_ext.data.files import write_file
+from moduleformer_ext.models import MoLMConfig
+from moduleformer_ext.train.baselines import (
+    BitsPerByte,
+    format_table,
+    load_baselines,
+    measure_baselines,
+    per_byte,
+    save_baselines,
+)
+from moduleformer_ext.train.evaluation import evaluate
+from moduleformer_ext.train.interrupt import InterruptGuard
+from moduleformer_ext.train.plan import Plan, make_plan
+from moduleformer_ext.train.run_directory import RunDirectory
+from moduleformer_ext.train.samples import generate_samples
+from moduleformer_ext.train.trainer import StepResult, Trainer
+from moduleformer_ext.train.usage_plot import plot_expert_usage
+
+Say = Callable[[str], None]
+MODEL_NAME = "MoLM"
+
+
+def run_session(run: RunDirectory, *, started: float | None = None, say: Say = print) -> bool:
+    """Take the run to its end: data, baselines, training, evaluation, samples, figure.
+
+    `started` is when the wall-clock budget began (`time.monotonic`; default: now). Returns False when a signal
+    stopped the training early; the checkpoint is then written.
+    """
+    started = time.monotonic() if started is None else started
+    dataset = _prepare_data(run, say)
+    baselines = _prepare_baselines(run, dataset, say)
+    trainer = _prepare_trainer(run, dataset, started, say)
+    if not _train(run, trainer, say):
+        return False
+    _conclude(run, dataset, baselines, trainer, say)
+    say(f"total time {time.monotonic() - started:.0f} s; everything is in {run.root}")
+    return True
+
+
+def _prepare_data(run: RunDirectory, say: Say) -> Dataset:
+    start = time.monotonic()
+    dataset = run.dataset()
+    for domain in dataset.domains:
+        train, held_out = dataset.train[domain], dataset.held_out[domain]
+        say(
+            f"{domain}: {train.num_bytes / 1e6:.2f} MB in {train.num_documents} documents to train on, "
+            f"{held_out.num_bytes / 1e6:.2f} MB in {held_out.num_documents} held out"
+        )
+    vocab_size = dataset.tokenizer.get_vocab_size()
+    say(f"tokenised with a byte-level BPE of {vocab_size} entries ({time.monotonic() - start:.1f} s)")
+    return dataset
+
+
+def _prepare_baselines(run: RunDirectory, dataset: Dataset, say: Say) -> BitsPerByte:
+    if not run.baselines.exists():
+        save_baselines(run.baselines, measure_baselines(dataset))
+    baselines = load_baselines(run.baselines)
+    say("held-out bits per byte of the baselines:\n" + format_table(baselines))
+    return baselines
+
+
+def model_config(run: RunDirectory, dataset: Dataset) -> MoLMConfig:
+    """The configured model with the tokenizer's vocabulary."""
+    config, tokenizer = run.config, dataset.tokenizer
+    fields = {
+        "block_size": config.segment_length,
+        "history_length": config.history_length,
+        "aux_loss_weight": config.aux_loss_weight,
+        "eos_token_id": end_of_text_id(tokenizer),
+        **config.model,
+        "vocab_size": tokenizer.get_vocab_size(),
+    }
+    return MoLMConfig.preset(config.preset, **fields)
+
+
+def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: Say) -> Trainer:
+    config, architecture = run.config, model_config(run, dataset)
+
+    def make_trainer(dtype: str, steps: int = 1_000_000) -> Trainer:
+        sizes = {domain: stream.num_scored for domain, stream in dataset.train.items()}
+        lanes = share_lanes(sizes, config.batch_size, config.domain_exponent)
+        streams = {domain: stream.tokens for domain, stream in dataset.train.items()}
+        reader = LaneReader(streams, lanes, config.segment_length)
+        return Trainer(config, architecture, reader, steps=steps, dtype=dtype)
+
+    if not run.plan.exists():
+        deadline = started + 60.0 * config.minutes if config.minutes else None
+        plan = make_plan(make_trainer, dataset.held_out, dtype=config.dtype, steps=config.steps, deadline=deadline)
+        plan.save(run.plan)
+    plan = Plan.load(run.plan)
+    for dtype, seconds in plan.seconds_per_step.items():
+        say(f"measured {seconds:.3f} s per step in {dtype}")
+    trainer = make_trainer(plan.dtype, plan.steps)
+    size = sum(parameter.numel() for parameter in trainer.model.parameters())
+    say(f"training {size / 1e6:.1f} M parameters in {plan.dtype} for {plan.steps} steps")
+    if (checkpoint := run.checkpoints.latest()) is not None:
+        trainer.load(checkpoint)
+        say(f"continuing from {checkpoint}")
+    run.metrics.rewind(trainer.step)
+    return trainer
+
+
+def _train(run: RunDirectory, trainer: Trainer, say: Say) -> bool:
+    """Take the remaining steps. Returns False if a signal came first."""
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    with (
+        InterruptGuard() as guard,
+        tqdm(total=trainer.steps, initial=trainer.step, unit="step", mininterval=interval) as bar,
+    ):
+        smoothed: float | None = None
+        clock = time.monotonic()
+        while trainer.step < trainer.steps and not guard.requested:
+            result = trainer.take_step()
+            smoothed = result.loss if smoothed is None else 0.9 * smoothed + 0.1 * result.loss
+            now = time.monotonic()
+            speed, clock = trainer.reader.num_tokens / (now - clock), now
+            bar.set_postfix_str(
+                f"loss {smoothed:.3f}, {speed:.0f} tokens/s, expert-load entropy {result.load_entropy:.3f}",
+                refresh=False,
+            )
+            bar.update()
+            if trainer.step % run.config.log_every == 0 or trainer.step == trainer.steps:
+                _log_step(run, trainer, result, speed)
+            if trainer.step % run.config.checkpoint_every == 0:
+                run.checkpoints.save(trainer.step, trainer.save)
+        checkpoint = run.checkpoints.save(trainer.step, trainer.save)
+    if trainer.step < trainer.steps:
+        say(f"interrupted at step {trainer.step} of {trainer.steps}; saved {checkpoint}")
+        return False
+    return True
+
+
+def _log_step(run: RunDirectory, trainer: Trainer, result: StepResult, speed: float) -> None:
+    run.metrics.append(
+        event="step",
+        step=trainer.step,
+        tokens=trainer.step * trainer.reader.num_tokens,
+        tokens_per_second=round(speed, 1),
+        **result._asdict(),
+    )
+
+
+def _conclude(run: RunDirectory, dataset: Dataset, baselines: BitsPerByte, trainer: Trainer, say: Say) -> None:
+    scores = evaluate(
+        trainer.model,
+        dataset.held_out,
+        batch_size=run.config.batch_size,
+        segment_length=run.config.segment_length,
+        dtype=trainer.dtype,
+    )
+    bits = {domain: score.bits for domain, score in scores.items()}
+    sizes = {domain: score.num_bytes for domain, score in scores.items()}
+    results = {**baselines, MODEL_NAME: per_byte(bits, sizes)}
+    perplexity = {domain: score.perplexity for domain, score in scores.items()}
+    record = {"step": trainer.step, "bits_per_byte": results, "perplexity": perplexity}
+    write_file(run.evaluation, json.dumps(record, indent=2) + "\n")
+    run.metrics.append(event="evaluation", **record)
+    say("\nheld-out bits per byte:\n" + format_table(results))
+
+    plot_expert_usage(run.expert_usage, {domain: score.usage for domain, score in scores.items()})
+    say(f"\nexpert usage by domain: {run.expert_usage}")
+    samples = generate_samples(trainer.model, dataset, seed=run.config.seed)
+    write_file(run.samples, samples)
+    say("\n" + samples)
