@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from moduleformer_ext.train.usage import KINDS, ExpertUsage, FloatArray, layer_divergences
 
-_TITLES = {"attention": "Attention experts (MoA)", "ffn": "Feed-forward experts (MoE)"}
+_TITLES = {"attention": "Attention experts", "ffn": "Feed-forward experts"}
 
 
 def plot_expert_usage(path: Path, usage: Mapping[str, ExpertUsage]) -> None:
