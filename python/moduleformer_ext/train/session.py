@@ -19,6 +19,7 @@ from moduleformer_ext.train.baselines import (
     save_baselines,
 )
 from moduleformer_ext.train.evaluation import evaluate
+from moduleformer_ext.train.heap import keep_freed_memory
 from moduleformer_ext.train.interrupt import InterruptGuard
 from moduleformer_ext.train.plan import Plan, make_plan
 from moduleformer_ext.train.run_directory import RunDirectory
@@ -37,6 +38,7 @@ def run_session(run: RunDirectory, *, started: float | None = None, say: Say = p
     stopped the training early; the checkpoint is then written.
     """
     started = time.monotonic() if started is None else started
+    keep_freed_memory()
     dataset = _prepare_data(run, say)
     baselines = _prepare_baselines(run, dataset, say)
     trainer = _prepare_trainer(run, dataset, started, say)
