@@ -42,7 +42,7 @@ def _assert_same(trainer: Trainer, other: dict[str, Tensor]) -> None:
     "model",
     [
         {},
-        {"n_head": 2, "att_hidden": 8},  # keys and values of their own
+        {"n_head": 2},  # keys and values of their own
         {"resid_pdrop": 0.1, "sample_topk": 1},  # uses the random state
     ],
 )
