@@ -1,0 +1,98 @@
+"""Shapes and random inputs that the benchmarks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of one layer."""
+
+    d: int = 1024
+    att_hidden: int = 1024
+    heads: int = 16
+    att_experts: int = 16
+    ffn_experts: int = 32
+    ffn_hidden: int = 2048
+    k: int = 2
+    gating_size: int = 256
+
+    @property
+    def head_dim(self) -> int:
+        return self.att_hidden // self.heads
+
+
+MOLM_4B_K2 = LayerShape()
+"""A layer of MoLM-4B-K2, its attention with 16 K/V heads of 64 (the published checkpoints have one of 1024)."""
+
+TINY = LayerShape(d=64, att_hidden=64, heads=2, att_experts=4, ffn_experts=4, ffn_hidden=96, gating_size=32)
+"""For smoke tests."""
+
+
+def layer_shape(quick: bool) -> LayerShape:
+    return TINY if quick else MOLM_4B_K2
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*size: int, dtype: torch.dtype = torch.float32, std: float = 1.0, seed: int = 0) -> Tensor:
+    return (torch.randn(*size, generator=generator(seed)) * std).to(dtype)
+
+
+def attention_inputs(
+    tokens: int, k: int, heads: int, head_dim: int, dtype: torch.dtype, *, mean_logit: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [1, T, K, H, D] as a routed projection lays it out, k and v [1, T, H, D], with logits near
+    N(mean_logit, 1).
+    """
+    q = normal(1, tokens, k, heads, head_dim, seed=1)
+    keys = normal(1, tokens, heads, head_dim, seed=2)
+    values = normal(1, tokens, heads, head_dim, dtype=dtype, seed=3)
+    if mean_logit:
+        # One dimension carries the mean, exactly: q_0 k_0 / sqrt(D) = mean_logit.
+        size = (abs(mean_logit) * head_dim**0.5) ** 0.5
+        q[..., 0], keys[..., 0] = size, size * (1 if mean_logit > 0 else -1)
+    return q.to(dtype), keys.to(dtype), values
+
+
+def random_gates(tokens: int, experts: int, k: int) -> tuple[Tensor, Tensor]:
+    """gates [T, K] fp32 and expert_ids [T, K] int32 of a random routing."""
+    probs = normal(tokens, experts, seed=4).softmax(-1)
+    gates, ids = probs.topk(k, dim=-1)
+    return gates.contiguous(), ids.int()
+
+
+def fill_uniform_(tensor: Tensor, bound: float, seed: int) -> Tensor:
+    """Fill with U(-bound, bound), cheaply enough for billions of elements: one block of draws, over and over. Its
+    length is prime, so that no two rows or experts come out alike.
+    """
+    draws = (torch.rand(65_537, generator=generator(seed)) * 2 - 1) * bound
+    flat = tensor.view(-1)
+    whole = flat.numel() // len(draws) * len(draws)
+    flat[:whole].view(-1, len(draws)).copy_(draws)
+    flat[whole:].copy_(draws[: flat.numel() - whole])
+    return tensor
+
+
+def expert_weights(experts: int, rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """[E, rows, columns] of variance 1 / rows, so that products keep the scale of their input."""
+    return fill_uniform_(torch.empty(experts, rows, columns, dtype=dtype), (3 / rows) ** 0.5, seed)
+
+
+@torch.no_grad()
+def randomize(module: nn.Module) -> None:
+    """Weights under which activations keep their scale and tokens spread over all experts (a model's own
+    initialisation is so small that next to nothing would flow).
+    """
+    for index, (name, parameter) in enumerate(module.named_parameters()):
+        if parameter.dim() == 1:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            fan_in = parameter.shape[-2] if parameter.dim() == 3 else parameter.shape[-1]
+            fill_uniform_(parameter, (3 / fan_in) ** 0.5, seed=index)

@@ -1,0 +1,148 @@
+"""The machine under test: its name, its measured limits, and how its heap behaves."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .cells import Work, dtype_name
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
+
+
+def reuse_heap() -> None:
+    """Keep freed memory in the process instead of returning it to the system after every large tensor.
+
+    glibc maps large blocks afresh each time, and touching fresh pages costs several times what reading them does: a
+    contestant with large temporaries would be timed on page faults. Only glibc has this switch; elsewhere nothing is
+    done.
+    """
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no field {field}")
+
+
+def peak_extra_bytes(function: Callable[[], object]) -> int | None:
+    """How far resident memory rises above its level before while ``function`` runs, everything included: tensors,
+    kernels' scratch buffers, the result. None where the system cannot tell (it takes Linux).
+    """
+    libc, high_water_mark = _libc(), Path("/proc/self/clear_refs")
+    if libc is None or not os.access(high_water_mark, os.W_OK):
+        function()
+        return None
+    libc.malloc_trim(0)
+    high_water_mark.write_text("5")  # resets VmHWM to what is resident now
+    before = _status_kib("VmRSS")
+    function()
+    return max(0, _status_kib("VmHWM") - before) * 1024
+
+
+def cpu_name() -> str:
+    """The processor, with family and model where the vendor's string says little."""
+    fields: dict[str, str] = {}
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
+
+
+def slug() -> str:
+    """The machine's name as part of a path."""
+    words = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    return f"{words}-{os.cpu_count()}cpu"
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """CPU time for one thread, which does not see other processes; wall time for more."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def _best_seconds(function: Callable[[], object], budget: float) -> float:
+    now = clock(torch.get_num_threads())
+    function()
+    best, until = float("inf"), now() + budget
+    while now() < until:
+        start = now()
+        function()
+        best = min(best, now() - start)
+    return best
+
+
+def _matrix_peak(dtype: torch.dtype, budget: float) -> float:
+    """FLOP/s of the best matrix product torch can do: oneDNN's linear beats the default mm on some machines."""
+    n = 1024
+    a, b = torch.randn(2, n, n).to(dtype).unbind()
+    candidates: list[Callable[[], object]] = [lambda: a @ b]
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        candidates.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    return max(2 * n**3 / _best_seconds(candidate, budget) for candidate in candidates)
+
+
+def _read_bandwidth(budget: float) -> float:
+    """Bytes per second of reading memory that no cache holds."""
+    big = torch.ones(1 << 27)
+    return max(
+        big.nbytes / _best_seconds(reader, budget) for reader in (big.sum, big.amax, lambda: torch.dot(big, big))
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured rates of this machine with so many threads."""
+
+    threads: int
+    matrix_flops: dict[str, float]
+    read_bytes: float
+
+    def seconds(self, work: Work) -> float:
+        """The least time in which ``work`` can be done."""
+        flops = self.matrix_flops[dtype_name(work.dtype)]
+        return max(work.flops / flops, work.bytes_read / self.read_bytes)
+
+
+def measure_limits(threads: int, *, seconds: float = 0.6) -> Limits:
+    """Each probe runs for ``seconds``; its best run counts."""
+    torch.set_num_threads(threads)
+    peaks = {dtype_name(dtype): _matrix_peak(dtype, seconds) for dtype in (torch.float32, torch.bfloat16)}
+    return Limits(threads, peaks, _read_bandwidth(seconds))
+
+
+def describe() -> dict[str, object]:
+    """Name and versions, for the head of a report."""
+    from moduleformer_ext import _extension
+
+    info = _extension.build_info()
+    return {
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "moduleformer_ext": info.get("version"),
+        "cpu_isa": info.get("cpu_isa"),
+    }

@@ -1,0 +1,155 @@
+"""A benchmark against a wrong peer is worth nothing: they compute what moduleformer_ext.reference does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.inputs import TINY, attention_inputs, expert_weights, normal, random_gates, randomize
+from benchmarks.live_tiles import live_keys, live_tile_fraction
+from benchmarks.peers import jetmoe
+from benchmarks.peers.attention import DenseStickAttention, cumsum_stick_attention, softmax_attention, softmax_inputs
+from benchmarks.peers.block import ReferenceBlock, ReferenceModel
+from benchmarks.peers.experts import ffn, grouped_mm_product, loop_product, moa_map, moa_reduce, padded_bmm_product
+from benchmarks.peers.routers import mlp_logits, mutual_information_loss, route, sorted_layout
+from moduleformer_ext import reference as ref
+
+DTYPE = torch.float64
+PRODUCTS = [loop_product, grouped_mm_product, padded_bmm_product]
+needs_transformers = pytest.mark.skipif(not jetmoe.AVAILABLE, reason="transformers is not installed")
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = 1e-10 if actual.dtype == DTYPE else 1e-5
+    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("new", [12, 5, 1])
+@pytest.mark.parametrize("formulation", ["dense", "cumsum"])
+def test_stick_attention(formulation: str, new: int) -> None:
+    q, k, v = attention_inputs(12, 2, 3, 8, DTYPE, mean_logit=-1.0)
+    q = q[:, -new:].requires_grad_()
+    peer = DenseStickAttention(16, DTYPE) if formulation == "dense" else cumsum_stick_attention
+    out = peer(q, k, v)
+    expected = ref.stick_attention(q.transpose(2, 3), k, v).transpose(2, 3)
+    assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    assert_close(*(torch.autograd.grad(y, q, cotangent)[0] for y in (out, expected)))
+
+
+def test_softmax_attention_has_the_same_heads() -> None:
+    q, k, v = attention_inputs(6, 2, 3, 8, DTYPE)
+    out = softmax_attention(*softmax_inputs(q, k, v)).unflatten(1, (3, 2)).permute(0, 3, 2, 1, 4)
+    weights = (torch.einsum("btnhd,bshd->bnhts", q, k) / 8**0.5).masked_fill(
+        torch.ones(6, 6).triu(1).bool(), -torch.inf
+    )
+    assert_close(out, torch.einsum("bnhts,bshd->btnhd", weights.softmax(-1), v))
+
+
+@pytest.mark.parametrize("product", PRODUCTS + ([jetmoe.expert_product] if jetmoe.AVAILABLE else []))
+def test_experts(product) -> None:
+    tokens, d, hidden, experts, k = 7, 8, 12, 5, 2
+    dtype = torch.float32 if product is grouped_mm_product else DTYPE  # it has no float64
+    x = normal(tokens, d, dtype=dtype).requires_grad_()
+    up, down = (expert_weights(experts, *size, dtype, seed=0).requires_grad_() for size in ((d, hidden), (hidden, d)))
+    gates, ids = random_gates(tokens, experts, k)
+    ids[ids == 3] = 0  # an empty expert
+    layout = ref.expert_layout(ids, experts)
+    gates = gates.to(dtype)
+    y = ffn(product, x, up, down, layout, gates)
+    expected = ref.expert_ffn(x, up, down, layout, gates)
+    assert_close(y, expected)
+    cotangent = torch.randn_like(y)
+    for actual, wanted in zip(
+        *(torch.autograd.grad(out, (x, up, down), cotangent) for out in (y, expected)), strict=True
+    ):
+        assert_close(actual, wanted)
+    heads = moa_map(product, x, up, layout)
+    assert_close(heads, ref.grouped_gemm(x, up, layout, x_order="token", out_order="slot"))
+    reduced = ref.grouped_gemm(heads, down, layout, x_order="slot", out_order="token", gates=gates)
+    assert_close(moa_reduce(product, heads, down, layout, gates), reduced)
+
+
+def test_router() -> None:
+    x, hidden, bias, weight = (normal(*size, dtype=DTYPE) for size in ((9, 6), (8, 6), (8,), (5, 8)))
+    routing = route(mlp_logits(x, hidden, bias, weight), 2)
+    expected = ref.route_topk_mlp(x, hidden, bias, weight, 2)
+    for name in routing._fields:
+        assert_close(getattr(routing, name), getattr(expected, name))
+    assert_close(mutual_information_loss(routing, 9), ref.losses.mutual_information_loss(expected))
+    layout, wanted = sorted_layout(routing.expert_ids, 5), ref.expert_layout(expected.expert_ids, 5)
+    assert all(torch.equal(a, b) for a, b in zip(layout[:4], wanted[:4], strict=True))
+
+
+@pytest.mark.parametrize("heads", [2, 1])
+def test_block_and_model(heads: int) -> None:
+    shape = replace(TINY, heads=heads)
+    dense = DenseStickAttention(16, DTYPE)
+    block = ReferenceBlock(shape, dense).to(DTYPE)
+    randomize(block)
+    x = normal(2, 9, shape.d, dtype=DTYPE)
+    y, loss, (keys, values) = block(x)
+    layer_norm = torch.nn.functional.layer_norm
+
+    def router(gate, tokens):
+        hidden, last = gate.w_gate[0], gate.w_gate[3]
+        return ref.route_topk_mlp(tokens, hidden.weight, hidden.bias, last.weight, shape.k)
+
+    projection, ffn_part = block.attn.q_proj, block.mlpf
+    normed = layer_norm(x, (shape.d,))
+    routes = [router(projection.gate, normed.flatten(0, 1))]
+    layout = ref.expert_layout(routes[0].expert_ids, shape.att_experts)
+    q = ref.grouped_gemm(normed.flatten(0, 1), projection.experts.weight, layout, out_order="slot")
+    q = q.view(2, 9, shape.k, heads, -1).transpose(2, 3)
+    out = ref.stick_attention(q, keys, values).transpose(2, 3).reshape(18, shape.k, -1)
+    reduced = ref.grouped_gemm(
+        out, projection.output_experts.weight, layout, x_order="slot", out_order="token", gates=routes[0].gates
+    )
+    expected = x + reduced.view_as(x)
+    normed = layer_norm(expected, (shape.d,)).flatten(0, 1)
+    routes.append(router(ffn_part.gate, normed))
+    layout = ref.expert_layout(routes[1].expert_ids, shape.ffn_experts)
+    up, down = ffn_part.experts.weight, ffn_part.output_experts.weight
+    expected = expected + ref.expert_ffn(normed, up, down, layout, routes[1].gates).view_as(x)
+    assert_close(y, expected)
+    assert_close(loss, sum(ref.losses.mutual_information_loss(r) for r in routes))
+    first, _, past = block(x[:, :5])
+    second, _, _ = block(x[:, 5:], past)
+    assert_close(torch.cat([first, second], 1), y)
+
+    model = ReferenceModel(shape, 2, 11, dense).to(DTYPE)
+    randomize(model)
+    ids = torch.arange(8)[None]
+    logits, _ = model(ids)
+    _, past = model(ids[:, :7])
+    torch.testing.assert_close(model(ids[:, 7:], past)[0], logits[:, 7:], rtol=1e-5, atol=1e-5)
+
+
+@needs_transformers
+def test_jetmoe_runs_and_its_cache_grows() -> None:
+    block = jetmoe.JetMoeBlock(TINY, torch.float32)
+    x = normal(1, 6, TINY.d)
+    with torch.no_grad():
+        whole = block(x)
+        cache = block.new_cache()
+        parts = torch.cat([block(x[:, :5], cache), block(x[:, 5:], cache)], 1)
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+        model = jetmoe.model(TINY, 3, 16, torch.float32, distinct_layers=2)
+        ids = torch.arange(6)[None]
+        output = model(ids[:, :5], use_cache=True)
+        step = model(ids[:, 5:], past_key_values=output.past_key_values, use_cache=True)
+        torch.testing.assert_close(step.logits, model(ids).logits[:, 5:], rtol=1e-4, atol=1e-4)
+
+
+def test_live_tiles() -> None:
+    q, k, _ = attention_inputs(256, 1, 1, 16, torch.float32)
+    assert live_tile_fraction(q, k, 0.0) == 1
+    assert live_tile_fraction(q, k, 2.0**-24, tile=32) < 0.7
+    q, k, _ = attention_inputs(256, 1, 1, 16, torch.float32, mean_logit=-12.0)
+    assert live_tile_fraction(q, k, 2.0**-24, tile=32) == 1
+    assert live_keys(q[0, -1], k[0], 2.0**-24) == 256
+    # every key takes half of what is left: 2**-n after n keys
+    zero = torch.zeros(40, 1, 8)
+    assert live_keys(zero[:1], zero, 2.0**-10) == 10
