@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +174,32 @@ def test_bin_files_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         MoLMForCausalLM.from_pretrained(tmp_path)
     assert "this must not run" not in capsys.readouterr().out
+
+
+SAVE_FOREVER = """
+import sys, torch
+from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
+
+torch.set_num_threads(1)
+models = [MoLMForCausalLM(MoLMConfig.preset("molm-nano", n_layer=n)) for n in (1, 2)]
+for model, value in zip(models, (1.0, 2.0)):
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, value)
+while True:
+    for model in models:
+        model.save_pretrained(sys.argv[1])
+        print(flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_kill_never_leaves_a_mixture(tmp_path: Path) -> None:
+    for attempt in range(8):
+        with subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, tmp_path], stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            for _ in range(1 + attempt % 3):
+                writer.stdout.readline()
+            time.sleep(0.003 * attempt)
+            writer.kill()
+        model = MoLMForCausalLM.from_pretrained(tmp_path)
+        assert all((p == model.config.n_layer).all() for p in model.parameters())

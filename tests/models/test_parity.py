@@ -18,6 +18,8 @@ VARIANTS = [
     pytest.param({"gate_type": "gmm", "aux_loss_type": "switch", "activation_function": "relu"}, id="gmm-switch"),
     pytest.param({"gate_type": "mlp", "aux_loss_type": "switch", **IDENTITY_KV}, id="mlp-switch-identity"),
     pytest.param({"gate_type": "gmm", "k_mlp": 5, "k_att": 1, "n_head": 4}, id="gmm-all-experts"),
+    pytest.param({"gate_type": "linear", "n_head": 3, "att_hidden": 15}, id="odd-heads"),
+    pytest.param({"gate_type": "linear", "n_embd": 20, "n_head": 1, "att_hidden": 20}, id="odd-identity"),
 ]
 MASKS = {
     "none": None,
@@ -88,7 +90,7 @@ def test_history_and_its_gradients(changes: dict[str, Any]) -> None:
         assert_near(parameter.grad, params[name].grad, name)
 
 
-@pytest.mark.parametrize("changes", VARIANTS[:3])
+@pytest.mark.parametrize("changes", VARIANTS)
 def test_cached_decoding(changes: dict[str, Any]) -> None:
     config, params, model = build(changes, torch.float64)
     ids = torch.randint(config["vocab_size"], (2, 6), generator=torch.Generator().manual_seed(1))

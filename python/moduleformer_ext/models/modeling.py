@@ -233,6 +233,7 @@ class MoLMForCausalLM(nn.Module):
                     f"MoLMForCausalLM: labels must have the shape of input_ids {list(input_ids.shape)}, "
                     f"got {list(labels.shape)}"
                 )
+            # Summed in the published order: float32 sums in another order differ in the seventh digit.
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             loss = loss.to(output.aux_loss.dtype)
             if self.config.aux_loss_weight > 0:

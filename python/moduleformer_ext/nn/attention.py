@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moduleformer_ext import ops
@@ -15,6 +16,9 @@ from moduleformer_ext.types import ExpertLayout, RouteTopK
 
 MAX_DECODE_QUERIES = 16
 """Up to so many new tokens the decoding kernel is used, which splits the work over the cache instead of the queries."""
+
+_HEAD_MULTIPLE = 8
+"""The kernels take heads of a multiple of so many elements."""
 
 
 class RoutedProjection(nn.Module):
@@ -108,14 +112,35 @@ class MixtureOfAttention(nn.Module):
             decoding = not torch.is_grad_enabled() and past.length > 0 and length <= MAX_DECODE_QUERIES
             k, v, present = past.extend(k, v)
 
+        width = q.shape[-1]
+        if width % _HEAD_MULTIPLE:  # zeros change no product, and are cut off again
+            q, k = _pad_heads(q), _pad_heads(k)
+            v = None if v is None else _pad_heads(v)
         if decoding:
             lengths = torch.full((batch,), k.shape[1], dtype=torch.int32, device=x.device)
             heads = ops.stick_attention_decode(
-                q, k, v, lengths, key_padding_mask=key_padding_mask, stick_epsilon=self.stick_epsilon
+                q,
+                k,
+                v,
+                lengths,
+                scale=width**-0.5,
+                key_padding_mask=key_padding_mask,
+                stick_epsilon=self.stick_epsilon,
             )
         else:
-            heads = ops.stick_attention(q, k, v, key_padding_mask=key_padding_mask, stick_epsilon=self.stick_epsilon)
-        heads = cast(Tensor, heads)  # a pair only where remainders are asked for
+            heads = ops.stick_attention(
+                q,
+                k,
+                v,
+                scale=width**-0.5,
+                key_padding_mask=key_padding_mask,
+                stick_epsilon=self.stick_epsilon,
+            )
+        heads = cast(Tensor, heads)[..., :width]  # a pair only where remainders are asked for
         heads = heads.transpose(2, 3).reshape(batch * length, self.q_proj.gate.k, -1)
         y = self.q_proj.reduce(heads, route, layout)
         return y.view(batch, length, -1), route, present if use_cache else None
+
+
+def _pad_heads(heads: Tensor) -> Tensor:
+    return F.pad(heads, (0, -heads.shape[-1] % _HEAD_MULTIPLE))
