@@ -111,6 +111,47 @@ inline VecF load(const Float16* p) {
 #endif
 }
 
+// Two vectors of consecutive values, read at once. Widening bf16 is cheapest when the two hold the even and the odd
+// values, so the order is the type's own: sums over values need not care, and in_order() restores it.
+template <typename V>
+struct VecPair {
+  V first, second;
+};
+inline VecPair<VecF> load_pair(const float* p) {
+  return {load(p), load(p + kWidth<float>)};
+}
+inline VecPair<VecD> load_pair(const double* p) {
+  return {load(p), load(p + kWidth<double>)};
+}
+inline VecPair<VecF> load_pair(const BFloat16* p) {
+  const VecU32 both = load_raw<VecU32>(p);
+  return {reinterpret_cast<VecF>(both << 16), reinterpret_cast<VecF>(both & 0xffff0000u)};
+}
+inline VecPair<VecF> load_pair(const Float16* p) {
+#if defined(MFX_ISA_AVX512)
+  const __m512i both = load_raw<__m512i>(p);
+  return {reinterpret_cast<VecF>(_mm512_cvtph_ps(_mm512_castsi512_si256(both))),
+          reinterpret_cast<VecF>(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1)))};
+#else
+  return {load(p), load(p + kWidth<float>)};
+#endif
+}
+
+template <typename T, typename V>
+inline VecPair<V> in_order(VecPair<V> pair) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    constexpr int w = kWidth<float>;
+    VecI32 low, high;
+    for (int i = 0; i < w; ++i) {
+      low[i] = i / 2 + (i % 2) * w;
+      high[i] = (i + w) / 2 + (i % 2) * w;
+    }
+    return {__builtin_shuffle(pair.first, pair.second, low), __builtin_shuffle(pair.first, pair.second, high)};
+  } else {
+    return pair;
+  }
+}
+
 // bf16 bits of each lane, in the low half, rounded to nearest even.
 inline VecU32 round_bf16(VecF v) {
   const VecU32 bits = reinterpret_cast<VecU32>(v);
@@ -230,6 +271,37 @@ inline auto reduce_add(V v) {
     return v[0] + v[1];
   }
 }
+// Each v holds sums that are still spread over kSegment lanes each; adds the halves of the segments, two vectors at a
+// time, until one vector of finished sums is left.
+template <int kSegment, typename V, int kCount>
+inline V add_segments(const V (&v)[kCount]) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    using T = std::remove_cvref_t<decltype(v[0][0])>;
+    using Lanes = Vec<std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>>;
+    constexpr int w = kWidth<T>, half = kSegment / 2, segments = w / kSegment;
+    Lanes low, high;
+    for (int lane = 0; lane < w; ++lane) {
+      const int segment = lane / half;
+      low[lane] = segment / segments * w + segment % segments * kSegment + lane % half;
+      high[lane] = low[lane] + half;
+    }
+    V sum[kCount / 2];
+    for (int i = 0; i < kCount / 2; ++i) {
+      sum[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low) + __builtin_shuffle(v[2 * i], v[2 * i + 1], high);
+    }
+    return add_segments<half>(sum);
+  }
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <typename V, int kCount>
+inline V reduce_add_each(const V (&v)[kCount]) {
+  static_assert(kCount * sizeof(v[0][0]) == sizeof(V));
+  return add_segments<kCount>(v);
+}
+
 template <typename V>
 inline auto reduce_max(V v) {
   auto best = v[0];

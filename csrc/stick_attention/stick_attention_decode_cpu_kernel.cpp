@@ -44,8 +44,7 @@ class SplitWalk {
         split(split),
         rows(p.num_new * p.group_size),
         row_elements(stick_decode_row_elements(p)),
-        full(p.head_dim / kW * kW),
-        tail(static_cast<int>(p.head_dim - full)),
+        paired(p.head_dim / (2 * kW) * (2 * kW)),
         out(static_cast<A*>(part.out)),
         remainder(part.remainder),
         queries(rows * row_elements),
@@ -56,8 +55,12 @@ class SplitWalk {
       const T* q = static_cast<const T*>(p.q) + split.batch * p.q_batch_stride + split.kv_head * p.q_head_stride +
                    row / p.group_size * p.q_token_stride + row % p.group_size * p.q_group_stride;
       A* wide = &queries[row * row_elements];
-      for (std::int64_t d = 0; d < full; d += kW) store(wide + d, load(q + d));
-      if (tail > 0) store_partial(wide + full, load_partial(q + full, tail), tail);
+      for (std::int64_t d = 0; d < paired; d += 2 * kW) {
+        const auto pair = load_pair(q + d);
+        store(wide + d, pair.first);
+        store(wide + d + kW, pair.second);
+      }
+      for (std::int64_t d = paired; d < p.head_dim; d += kW) store(wide + d, load_rest(q, d));
     }
   }
 
@@ -90,6 +93,11 @@ class SplitWalk {
       if (!(remainder[row] <= p.stick_epsilon)) return false;
     }
     return p.stick_epsilon > 0;
+  }
+
+  // A vector of head dimensions beyond the pairs; zeros beyond the head.
+  V load_rest(const T* row, std::int64_t d) const {
+    return d + kW <= p.head_dim ? load(row + d) : load_partial(row + d, static_cast<int>(p.head_dim - d));
   }
 
   Rows<T> keys_at(std::int64_t key) const {
@@ -131,7 +139,7 @@ class SplitWalk {
   // weights[row, j] = q_row . k_j for a block of rows.
   template <int kRows>
   void scores(std::int64_t row, Rows<T> k, int keys, bool fetch, Rows<T> fetched) {
-    constexpr int kKeys = kAccumulators / (kRows == 3 ? 4 : kRows) < 8 ? kAccumulators / (kRows == 3 ? 4 : kRows) : 8;
+    constexpr int kKeys = kAccumulators / (kRows == 3 ? 4 : kRows);
     fetch = fetch && fetched.first != k.first;
     int j = 0;
     for (; j + kKeys <= keys; j += kKeys) {
@@ -150,27 +158,37 @@ class SplitWalk {
   void score_block(std::int64_t row, Rows<T> k, int j) {
     const A* q = &queries[row * row_elements];
     const T* key[kKeys];
-    V sum[kRows][kKeys];
-    for (int jj = 0; jj < kKeys; ++jj) {
-      key[jj] = k.row(j + jj);
-      for (int i = 0; i < kRows; ++i) sum[i][jj] = V{};
-    }
-    for (std::int64_t d = 0; d < full; d += kW) {
-      V query[kRows];
-      for (int i = 0; i < kRows; ++i) query[i] = load(q + i * row_elements + d);
+    V sum[kRows * kKeys];
+    for (int jj = 0; jj < kKeys; ++jj) key[jj] = k.row(j + jj);
+    for (int i = 0; i < kRows * kKeys; ++i) sum[i] = V{};
+    for (std::int64_t d = 0; d < paired; d += 2 * kW) {
+      V first[kRows], second[kRows];
+      for (int i = 0; i < kRows; ++i) {
+        first[i] = load(q + i * row_elements + d);
+        second[i] = load(q + i * row_elements + d + kW);
+      }
       for (int jj = 0; jj < kKeys; ++jj) {
-        const V x = load(key[jj] + d);
-        for (int i = 0; i < kRows; ++i) sum[i][jj] += query[i] * x;
+        const auto pair = load_pair(key[jj] + d);
+        for (int i = 0; i < kRows; ++i) {
+          sum[i * kKeys + jj] += first[i] * pair.first;
+          sum[i * kKeys + jj] += second[i] * pair.second;
+        }
       }
     }
-    if (tail > 0) {
+    for (std::int64_t d = paired; d < p.head_dim; d += kW) {
       for (int jj = 0; jj < kKeys; ++jj) {
-        const V x = load_partial(key[jj] + full, tail);
-        for (int i = 0; i < kRows; ++i) sum[i][jj] += load_partial(q + i * row_elements + full, tail) * x;
+        const V x = load_rest(key[jj], d);
+        for (int i = 0; i < kRows; ++i) sum[i * kKeys + jj] += load(q + i * row_elements + d) * x;
       }
+    }
+    A total[kRows * kKeys];
+    if constexpr (kRows * kKeys == kW) {
+      store(total, reduce_add_each(sum));
+    } else {
+      for (int i = 0; i < kRows * kKeys; ++i) total[i] = reduce_add(sum[i]);
     }
     for (int i = 0; i < kRows; ++i) {
-      for (int jj = 0; jj < kKeys; ++jj) weights[(row + i) * kTileKeys + j + jj] = reduce_add(sum[i][jj]);
+      for (int jj = 0; jj < kKeys; ++jj) weights[(row + i) * kTileKeys + j + jj] = total[i * kKeys + jj];
     }
   }
 
@@ -210,51 +228,60 @@ class SplitWalk {
   // out[row] += sum_j weights[row, j] v_j for a block of rows.
   template <int kRows>
   void values(std::int64_t row, Rows<T> v, int keys, bool fetch, Rows<T> fetched) {
-    constexpr int kVectors =
-        kAccumulators / (kRows == 3 ? 4 : kRows) < 8 ? kAccumulators / (kRows == 3 ? 4 : kRows) : 8;
+    constexpr int kPairs = kAccumulators / (kRows == 1 ? 2 : kRows == 3 ? 4 : kRows) / 2;
     std::int64_t d = 0;
-    for (; d + kVectors * kW <= full; d += kVectors * kW) value_strip<kRows, kVectors>(row, v, keys, d, fetch, fetched);
-    for (; d < full; d += kW) value_strip<kRows, 1>(row, v, keys, d, fetch, fetched);
-    if (tail > 0) {
+    for (; d + kPairs * 2 * kW <= paired; d += kPairs * 2 * kW) {
+      value_strip<kRows, kPairs>(row, v, keys, d, fetch, fetched);
+    }
+    for (; d < paired; d += 2 * kW) value_strip<kRows, 1>(row, v, keys, d, fetch, fetched);
+    for (; d < p.head_dim; d += kW) {
       for (int i = 0; i < kRows; ++i) {
-        A* o = out + (row + i) * row_elements + full;
-        V sum = load_partial(o, tail);
-        for (int j = 0; j < keys; ++j) sum += weights[(row + i) * kTileKeys + j] * load_partial(v.row(j) + full, tail);
-        store_partial(o, sum, tail);
+        A* o = out + (row + i) * row_elements + d;
+        V sum = load(o);
+        for (int j = 0; j < keys; ++j) sum += weights[(row + i) * kTileKeys + j] * load_rest(v.row(j), d);
+        store(o, sum);
       }
     }
   }
 
-  template <int kRows, int kVectors>
+  template <int kRows, int kPairs>
   void value_strip(std::int64_t row, Rows<T> v, int keys, std::int64_t d, bool fetch, Rows<T> fetched) {
     A* o = out + row * row_elements + d;
     const A* weight = &weights[row * kTileKeys];
-    V sum[kRows][kVectors];
+    V first[kRows][kPairs], second[kRows][kPairs];
     for (int i = 0; i < kRows; ++i) {
-      for (int c = 0; c < kVectors; ++c) sum[i][c] = load(o + i * row_elements + c * kW);
+      for (int c = 0; c < kPairs; ++c) {
+        first[i][c] = load(o + i * row_elements + 2 * c * kW);
+        second[i][c] = load(o + i * row_elements + (2 * c + 1) * kW);
+      }
     }
     for (int j = 0; j < keys; ++j) {
-      if (fetch) prefetch(fetched.row(j) + d, kVectors * kW * std::int64_t{sizeof(T)});
+      if (fetch) prefetch(fetched.row(j) + d, kPairs * 2 * kW * std::int64_t{sizeof(T)});
       const T* value = v.row(j) + d;
-      for (int c = 0; c < kVectors; ++c) {
-        const V x = load(value + c * kW);
-        for (int i = 0; i < kRows; ++i) sum[i][c] += weight[i * kTileKeys + j] * x;
+      for (int c = 0; c < kPairs; ++c) {
+        const auto pair = load_pair(value + 2 * c * kW);
+        for (int i = 0; i < kRows; ++i) {
+          first[i][c] += weight[i * kTileKeys + j] * pair.first;
+          second[i][c] += weight[i * kTileKeys + j] * pair.second;
+        }
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      for (int c = 0; c < kVectors; ++c) store(o + i * row_elements + c * kW, sum[i][c]);
+      for (int c = 0; c < kPairs; ++c) {
+        store(o + i * row_elements + 2 * c * kW, first[i][c]);
+        store(o + i * row_elements + (2 * c + 1) * kW, second[i][c]);
+      }
     }
   }
 
   const StickAttentionDecodeParams& p;
   const StickDecodeSplit& split;
   const std::int64_t rows, row_elements;
-  const std::int64_t full;   // head dimensions in whole vectors
-  const int tail;            // and the rest
-  A* const out;              // [rows, row_elements]
-  double* const remainder;   // [rows]; double, because a long walk multiplies it thousands of times
-  AlignedBuffer<A> queries;  // [rows, row_elements], widened once
-  AlignedBuffer<A> weights;  // [rows, kTileKeys]: scores, then A
+  const std::int64_t paired;  // head dimensions in whole pairs of vectors, which sums keep in the order of load_pair
+  A* const out;               // [rows, row_elements]
+  double* const remainder;    // [rows]; double, because a long walk multiplies it thousands of times
+  AlignedBuffer<A> queries;   // [rows, row_elements], widened once
+  AlignedBuffer<A> weights;   // [rows, kTileKeys]: scores, then A
 };
 
 template <typename T>
@@ -283,6 +310,11 @@ void store_result(const StickAttentionDecodeParams& p, std::int64_t batch, std::
       T* to = static_cast<T*>(p.out) + batch * p.out_batch_stride + t * p.out_token_stride + head * p.out_head_stride +
               g * p.out_group_stride;
       std::int64_t d = 0;
+      for (; d + 2 * kW <= p.head_dim; d += 2 * kW) {
+        const auto pair = in_order<T>(VecPair<Vec<A>>{load(from + d), load(from + d + kW)});
+        store(to + d, pair.first);
+        store(to + d + kW, pair.second);
+      }
       for (; d + kW <= p.head_dim; d += kW) store(to + d, load(from + d));
       if (d < p.head_dim) store_partial(to + d, load(from + d), static_cast<int>(p.head_dim - d));
       static_cast<A*>(p.remainder)[((batch * p.num_new + t) * p.num_kv_heads + head) * p.group_size + g] =
