@@ -1,6 +1,8 @@
 // Forward: rows are gathered into expert order once, then every task packs one block of columns of one expert's
-// matrix and multiplies all of the expert's rows by it; activation and the way out happen per 64 x 64 block.
+// matrix and multiplies all of the expert's rows by it; activation and the way out happen per 64 x 64 block. Where all
+// experts have few rows, as in decoding, the matrices are streamed instead of packed.
 #include "grouped_gemm/epilogue.hpp"
+#include "grouped_gemm/few_rows.hpp"
 #include "grouped_gemm/products.hpp"
 
 namespace mfx::MFX_ISA {
@@ -10,7 +12,6 @@ template <typename T, typename Op>
 void project(const RoutedLayout& layout, const RoutedRows& x, std::int64_t in_features, const void* const* weight,
              std::int64_t out_features, const ActivationSpec& activation, void* hidden, const RowTarget<T>& target) {
   using Acc = Accumulate<T>;
-  const Operand<Op> a = gather_operand<T, Op>(layout, x, in_features);
   const std::int64_t half = out_features / 2;
   const auto epilogue = [&](std::int64_t p, std::int64_t rows, std::int64_t n, int columns, Acc* const* parts) {
     if (hidden != nullptr) {
@@ -25,11 +26,16 @@ void project(const RoutedLayout& layout, const RoutedRows& x, std::int64_t in_fe
     if (activation.function != Activation::kNone) activate_block(activation, rows, columns, parts);
     target.write(p, rows, n, columns, parts[0]);
   };
-  if (activation.gated) {
-    multiply_experts<2, T>(layout, a, in_features, weight, out_features, epilogue);
-  } else {
-    multiply_experts<1, T>(layout, a, in_features, weight, out_features, epilogue);
-  }
+  const auto multiply = [&]<int kParts>() {
+    if (has_few_rows(layout)) {
+      const Operand<Acc> a = gather_operand<T, Acc>(layout, x, in_features);
+      multiply_few_rows<kParts, T>(layout, a, in_features, weight, out_features, epilogue);
+    } else {
+      const Operand<Op> a = gather_operand<T, Op>(layout, x, in_features);
+      multiply_experts<kParts, T>(layout, a, in_features, weight, out_features, epilogue);
+    }
+  };
+  activation.gated ? multiply.template operator()<2>() : multiply.template operator()<1>();
   target.finish();
 }
 
@@ -48,8 +54,8 @@ void expert_ffn(const ExpertFfnParams& p) {
     const std::int64_t stride = operand_stride<T>(p.hidden_features);
     const Scratch<T> activated(p.layout.num_slots() * stride);
     const RowTarget<T> inner(p.layout, RowOrder::kExpert, activated.data(), p.hidden_features, stride, nullptr);
-    project<T, Op>(p.layout, p.x, p.model_features, p.up, p.activation.gated ? 2 * p.hidden_features : p.hidden_features,
-                   p.activation, p.hidden, inner);
+    project<T, Op>(p.layout, p.x, p.model_features, p.up,
+                   p.activation.gated ? 2 * p.hidden_features : p.hidden_features, p.activation, p.hidden, inner);
     const RoutedRows rows{activated.data(), RowOrder::kExpert, stride, 0};
     const RowTarget<T> outer(p.layout, RowOrder::kToken, p.out, p.model_features, p.model_features, p.gates);
     project<T, Op>(p.layout, rows, p.hidden_features, p.down, p.model_features, {}, nullptr, outer);
