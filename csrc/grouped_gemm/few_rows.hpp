@@ -21,8 +21,8 @@ inline constexpr std::int64_t kFewRowsStrip = 512;          // columns whose sum
 inline constexpr int kFewRowsDepth = 8;
 inline constexpr int kFewRowsGroup = 4;
 
-// Up to so many rows of an expert, reading its matrix in place beats packing it (measured: docs/ops/grouped_gemm.md).
-inline constexpr std::int64_t kFewRows = 8;
+// Up to so many rows of an expert, reading its matrix in place beats packing it by measurement.
+inline constexpr std::int64_t kFewRows = 16;
 
 inline bool has_few_rows(const RoutedLayout& layout) {
   for (std::int64_t expert = 0; expert < layout.num_experts; ++expert) {
