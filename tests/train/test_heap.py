@@ -24,4 +24,5 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
     def faults(mode: str) -> int:
         return int(subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, check=True).stdout)
 
-    assert faults("keep") < 1000 < faults("default")
+    # Not zero: where the heap ends just below a mapping, glibc starts another one.
+    assert faults("keep") < faults("default") / 2
