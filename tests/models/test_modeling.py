@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_models import random_model
 from torch import Tensor
 
@@ -209,3 +211,27 @@ def test_misfits_are_named(model: MoLMForCausalLM) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             model(**kwargs)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_split_and_any_mask_equal_one_pass(data: st.DataObject) -> None:
+    changes = data.draw(st.sampled_from([{}, {"n_head": 1, "att_hidden": 16}, {"gate_type": "gmm", "k_mlp": 5}]))
+    model = random_model(**changes)
+    lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=5))
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=2 * sum(lengths), max_size=2 * sum(lengths))))
+    mask = mask.view(2, -1)
+    ids = tokens(2, sum(lengths))
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).uncast_logits
+        past, start = None, 0
+        for length in lengths:
+            end = start + length
+            output = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=past, use_cache=True)
+            close(output.uncast_logits, whole[:, start:end])
+            past, start = output.past_key_values, end
+
+
+def test_no_tokens(any_model: MoLMForCausalLM) -> None:
+    output = any_model(tokens(2, 0), use_cache=True)
+    assert output.logits.shape == (2, 0, 31) and output.past_key_values.length == 0

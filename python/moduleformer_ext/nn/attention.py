@@ -82,6 +82,7 @@ class MixtureOfAttention(nn.Module):
         self.k_proj = nn.Identity() if self.identity_kv else nn.Linear(n_embd, att_hidden)
         self.v_proj = nn.Identity() if self.identity_kv else nn.Linear(n_embd, att_hidden)
         self.n_head = n_head
+        self.head_dim = att_hidden // n_head
         self.stick_epsilon = stick_epsilon
 
     def forward(
@@ -99,11 +100,12 @@ class MixtureOfAttention(nn.Module):
             use_cache: also return the cache that holds past and new tokens.
         """
         batch, length, _ = x.shape
-        q, route, layout = self.q_proj.map(x.reshape(batch * length, -1))
+        heads = (self.n_head, self.head_dim)
+        q, route, layout = self.q_proj.map(x.flatten(0, 1))
         # [B, T, K, H, D] -> [B, T, H, K, D]: the K queries of a token are K query heads over each key head.
-        q = torch.unflatten(q.view(batch, length, *q.shape[1:]), -1, (self.n_head, -1)).transpose(2, 3)
-        k = torch.unflatten(self.k_proj(x), -1, (self.n_head, -1))
-        v = None if self.identity_kv else torch.unflatten(self.v_proj(x), -1, (self.n_head, -1))
+        q = torch.unflatten(q.view(batch, length, *q.shape[1:]), -1, heads).transpose(2, 3)
+        k = torch.unflatten(self.k_proj(x), -1, heads)
+        v = None if self.identity_kv else torch.unflatten(self.v_proj(x), -1, heads)
 
         decoding = False
         if past is None:
@@ -112,34 +114,34 @@ class MixtureOfAttention(nn.Module):
             decoding = not torch.is_grad_enabled() and past.length > 0 and length <= MAX_DECODE_QUERIES
             k, v, present = past.extend(k, v)
 
-        width = q.shape[-1]
-        if width % _HEAD_MULTIPLE:  # zeros change no product, and are cut off again
+        scale = self.head_dim**-0.5
+        if self.head_dim % _HEAD_MULTIPLE:  # zeros change no product, and are cut off again
             q, k = _pad_heads(q), _pad_heads(k)
             v = None if v is None else _pad_heads(v)
         if decoding:
             lengths = torch.full((batch,), k.shape[1], dtype=torch.int32, device=x.device)
-            heads = ops.stick_attention_decode(
+            attended = ops.stick_attention_decode(
                 q,
                 k,
                 v,
                 lengths,
-                scale=width**-0.5,
+                scale=scale,
                 key_padding_mask=key_padding_mask,
                 stick_epsilon=self.stick_epsilon,
             )
         else:
-            heads = ops.stick_attention(
+            attended = ops.stick_attention(
                 q,
                 k,
                 v,
-                scale=width**-0.5,
+                scale=scale,
                 key_padding_mask=key_padding_mask,
                 stick_epsilon=self.stick_epsilon,
             )
-        heads = cast(Tensor, heads)[..., :width]  # a pair only where remainders are asked for
-        heads = heads.transpose(2, 3).reshape(batch * length, self.q_proj.gate.k, -1)
-        y = self.q_proj.reduce(heads, route, layout)
-        return y.view(batch, length, -1), route, present if use_cache else None
+        attended = cast(Tensor, attended)[..., : self.head_dim]  # a pair only where remainders are asked for
+        attended = attended.transpose(2, 3).flatten(0, 1).flatten(2)
+        y = self.q_proj.reduce(attended, route, layout)
+        return y.view_as(x), route, present if use_cache else None
 
 
 def _pad_heads(heads: Tensor) -> Tensor:
