@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,9 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. Complaints about the input go to stderr in words."""
+    # OpenMP threads that spin while they wait slow one another down tens of times on a machine that is also busy
+    # with something else. The variable counts until torch is imported, which only a verb does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="moduleformer-ext", description=__doc__.split(":")[0] + ".")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -34,7 +34,7 @@ class TrainConfig:
     domain_exponent: float = _option(0.5, "batch lanes per domain in proportion to its size to this power")
     preset: str = _option("molm-tiny", "named model configuration to start from")
     model: dict[str, Any] = _option({}, "model configuration fields that replace those of the preset")  # noqa: RUF009
-    batch_size: int = _option(8, "lanes read in parallel")
+    batch_size: int = _option(4, "lanes read in parallel")
     segment_length: int = _option(512, "new tokens of each lane per step")
     history_length: int = _option(512, "past tokens that these attend to")
     aux_loss_weight: float = _option(0.01, "weight of the routing loss in the objective")
