@@ -74,6 +74,10 @@ class Race:
     work: Work | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
     """Figures that explain the timing, such as the live-tile fraction."""
+    oracle: Callable[[Outputs], tuple[Outputs, Outputs]] | None = None
+    """Of our outputs, a part that can be checked at little cost, and what it should be: for cells too large for a
+    comparable contestant.
+    """
 
 
 @dataclass(frozen=True)
