@@ -11,6 +11,7 @@ from .results import Results
 
 TITLES = {
     "attention": "Stick-breaking attention",
+    "attention-decode": "One query against a cache",
     "ffn": "Feed-forward experts",
     "moa": "Routed projections of the attention experts",
     "router": "Router and layout",
