@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the run; an earlier run in it is replaced (default: %(default)s)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=4.7, help="wall-clock budget of everything (default: %(default)s)"
+        "--minutes", type=float, default=4.5, help="wall-clock budget of everything (default: %(default)s)"
     )
 
 

@@ -14,8 +14,8 @@ from moduleformer_ext.train.trainer import Trainer
 
 _CLOSING_SECONDS = 12.0
 """Set aside for samples, figures and the last checkpoint."""
-_SAFETY = 0.92
-"""Part of the remaining time that is planned: machines slow down, checkpoints take time."""
+_SAFETY = 0.85
+"""Part of the remaining time that is planned: other programs may slow the machine, and checkpoints take time."""
 _FEWEST_STEPS = 20
 _PATIENCE_SECONDS = 8.0
 

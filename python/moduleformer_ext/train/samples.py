@@ -13,7 +13,7 @@ def generate_samples(
     dataset: Dataset,
     *,
     max_new_tokens: int = 120,
-    temperature: float = 0.8,
+    temperature: float = 0.7,
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
