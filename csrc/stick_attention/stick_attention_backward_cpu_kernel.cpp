@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 
 #include "core/aligned_buffer.hpp"
 #include "core/denormals.hpp"
@@ -36,18 +35,23 @@ class StickBackward {
         p_(params.problem),
         g_(p_),
         padded_dim_(round_up(p_.head_dim, 16)),
-        key_is_value_(params.grad_v == nullptr),
-        keys_(plan()) {}
+        tile_grads_((params.grad_v == nullptr ? 1 : 2) * kTileKeys * padded_dim_),
+        plan_(plan()),
+        keys_(static_cast<std::int64_t>(packs_.size()) * kTileKeys * p_.head_dim),
+        partial_grads_(plan_.partial_tiles * tile_grads_) {}
 
   void run() {
     parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) {
       const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, packs_[i].sequence, packs_[i].head);
-      pack_keys_transposed(k, packs_[i].tile * kTileKeys, p_.head_dim, packed(packs_[i]));
+      pack_keys_transposed(k, packs_[i].tile * kTileKeys, p_.head_dim, packed(i));
       packs_[i].longest = longest_value(packs_[i]);
     });
-    parallel_tasks(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t i) { accumulate(tasks_[i]); });
+    parallel_tasks_with<Worker>(
+        static_cast<std::int64_t>(tasks_.size()),
+        [&] { return Worker(g_.tile_rows, p_.head_dim, padded_dim_, plan_.most_tiles * tile_grads_); },
+        [&](std::int64_t i, Worker& worker) { accumulate(tasks_[i], worker); });
     parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) {
-      if (!has_one_task(packs_[i])) reduce(packs_[i]);
+      if (!has_one_task(packs_[i])) write_grads(packs_[i]);
     });
   }
 
@@ -56,23 +60,24 @@ class StickBackward {
     std::int64_t sequence, head, tile, at;  // the at-th key tile of all
     Real longest;                           // greatest squared length of its values
   };
-  // The standard containers hold types of this instruction set only, so that none of their code is shared with another.
-  struct Buffer : AlignedBuffer<Real> {
-    using AlignedBuffer<Real>::AlignedBuffer;
-  };
   struct Range {
-    std::size_t begin, end;
+    std::int64_t begin, end;
   };
   struct Task {
-    std::int64_t sequence, head, begin_row, end_row;  // query rows
-    std::int64_t first_pack;                          // of this sequence and head
-    std::int64_t tiles;                               // key tiles it can reach: its buffers' length
-    Real longest;                                     // greatest squared length of a value it can reach
-    std::unique_ptr<Buffer> grads;                    // dK [tiles * 64, padded D], then dV
+    std::int64_t sequence, head;
+    Range rows;               // of queries
+    std::int64_t first_pack;  // of this sequence and head
+    Range tiles;              // key tiles that its query tiles visit
+    std::int64_t partial;     // where its gradients begin in partial_grads_, in tiles
+    Real* grads;              // per key tile dK [64, padded D], then dV; its worker's, where it is its head's only task
+  };
+  struct Plan {
+    std::int64_t partial_tiles, most_tiles;  // in partial_grads_; of a task that is its head's only one
   };
 
-  // Lists packed key tiles and tasks; returns the size of packed K.
-  std::int64_t plan() {
+  // Lists packed key tiles and tasks.
+  Plan plan() {
+    Plan sizes{0, 0};
     const std::int64_t heads = std::max<std::int64_t>(1, p_.sequences * p_.heads);
     const std::int64_t chunks = std::clamp<std::int64_t>((kTasksWanted + heads - 1) / heads, 1, kMostChunks);
     for (std::int64_t i = 0; i < p_.sequences; ++i) {
@@ -80,39 +85,53 @@ class StickBackward {
       for (std::int64_t h = 0; h < p_.heads; ++h) {
         const std::int64_t first_pack = static_cast<std::int64_t>(packs_.size());
         for (std::int64_t t = 0; t < g_.key_tiles(s); ++t) packs_.push_back({i, h, t, first_pack + t, 0});
+        const std::int64_t first_task = static_cast<std::int64_t>(tasks_.size());
         split(i, h, first_pack, chunks);
+        const std::int64_t end_task = static_cast<std::int64_t>(tasks_.size());
+        for (std::int64_t t = 0; t < g_.key_tiles(s); ++t) contributors_.push_back({first_task, end_task});
+        for (std::int64_t t = first_task; t < end_task; ++t) {
+          const std::int64_t tiles = tasks_[t].tiles.end - tasks_[t].tiles.begin;
+          if (end_task - first_task == 1) {
+            sizes.most_tiles = std::max(sizes.most_tiles, tiles);
+          } else {
+            tasks_[t].partial = sizes.partial_tiles;
+            sizes.partial_tiles += tiles;
+          }
+        }
       }
     }
-    return static_cast<std::int64_t>(packs_.size()) * kTileKeys * p_.head_dim;
+    return sizes;
   }
 
-  // Cuts a head's query tiles into chunks that can visit about the same number of key tiles each.
+  // The key tiles that forward visited for the query tile that begins at `row`.
+  Range visited(const StickQueryTile& tile) const {
+    const StickSequence& s = g_.sequences[tile.sequence];
+    const std::int64_t newest = g_.newest_key(s, std::min(tile.first_row + g_.tile_rows, s.rows) - 1);
+    if (newest < 0) return {0, 0};
+    return {params_.first_tiles[g_.flat_row(tile, tile.first_row)], newest / kTileKeys + 1};
+  }
+
+  // Cuts a head's query tiles into chunks that visit about the same number of key tiles each.
   void split(std::int64_t sequence, std::int64_t head, std::int64_t first_pack, std::int64_t chunks) {
-    const StickSequence& s = g_.sequences[sequence];
-    const std::int64_t m = g_.tile_rows;
-    std::int64_t total = 0;
-    const auto reach = [&](std::int64_t row) {  // key tiles up to the newest key of the tile that begins at row
-      const std::int64_t newest = g_.newest_key(s, std::min(row + m, s.rows) - 1);
-      return newest < 0 ? 0 : newest / kTileKeys + 1;
-    };
-    for (std::int64_t row = 0; row < s.rows; row += m) total += reach(row);
-    const std::size_t first_task = tasks_.size();
-    std::int64_t begin = 0, cost = 0, done = 0;
-    for (std::int64_t row = 0; row < s.rows; row += m) {
-      cost += reach(row);
-      const bool last = row + m >= s.rows;
-      if (!last && cost * chunks < total * (done + 1)) continue;
-      const std::int64_t end = std::min(row + m, s.rows);
-      tasks_.push_back({sequence, head, begin, end, first_pack, last ? g_.key_tiles(s) : reach(row), 0, nullptr});
-      begin = end;
-      done = cost * chunks / std::max<std::int64_t>(1, total);
-    }
-    for (std::int64_t t = first_pack; t < static_cast<std::int64_t>(packs_.size()); ++t) {
-      contributors_.push_back({first_task, tasks_.size()});
+    const std::int64_t rows = g_.sequences[sequence].rows, m = g_.tile_rows;
+    const auto cost_of = [](const Range& tiles) { return 1 + tiles.end - tiles.begin; };
+    std::int64_t total = 0, cost = 0;
+    for (std::int64_t row = 0; row < rows; row += m) total += cost_of(visited({sequence, head, row}));
+    std::int64_t done = 0;
+    for (std::int64_t row = 0; row < rows; row += m) {
+      const Range tiles = visited({sequence, head, row});
+      const std::int64_t chunk = cost * chunks / total;
+      if (row == 0 || chunk > done) tasks_.push_back({sequence, head, {row, row}, first_pack, tiles, 0, nullptr});
+      done = chunk;
+      cost += cost_of(tiles);
+      Task& task = tasks_.back();
+      task.rows.end = std::min(row + m, rows);
+      if (tiles.begin == tiles.end) continue;
+      if (task.tiles.begin == task.tiles.end) task.tiles = tiles;
+      task.tiles = {std::min(task.tiles.begin, tiles.begin), std::max(task.tiles.end, tiles.end)};
     }
   }
 
-  Op* packed(const Pack& t) { return packed(t.at); }
   Op* packed(std::int64_t at) { return keys_.data() + at * kTileKeys * p_.head_dim; }
 
   Real longest_value(const Pack& pack) const {
@@ -131,15 +150,18 @@ class StickBackward {
     return longest;
   }
 
-  struct Scratch {
-    AlignedBuffer<Real> reals;
+  struct Worker {
+    ScopedFlushDenormals flush;
+    BrgemmScope scope;
+    AlignedBuffer<Real> grads, reals;
     AlignedBuffer<Op> operands;
     Real *scores, *grad_weights, *mass, *grad_q, *stick, *newest, *delta, *passed, *reach;
     Op *q_columns, *grad_o_columns, *q_rows, *grad_o_rows, *weights, *grad_scores, *grad_scores_vnni;
     Op *key_scratch, *value_scratch;
 
-    Scratch(std::int64_t m, std::int64_t dim, std::int64_t padded)
-        : reals(3 * kTileKeys * m + dim * m + 5 * m),
+    Worker(std::int64_t m, std::int64_t dim, std::int64_t padded, std::int64_t grads_size)
+        : grads(grads_size),
+          reals(3 * kTileKeys * m + dim * m + 5 * m),
           operands(2 * dim * m + 2 * padded * m + 3 * kTileKeys * m + 2 * kTileKeys * dim) {
       scores = reals.data();
       grad_weights = scores + kTileKeys * m;
@@ -162,28 +184,23 @@ class StickBackward {
     }
   };
 
-  void accumulate(Task& task) {
-    const ScopedFlushDenormals flush;
-    const BrgemmScope scope;
-    for (std::int64_t t = 0; t < task.tiles; ++t) {
-      task.longest = std::max(task.longest, packs_[task.first_pack + t].longest);
+  void accumulate(Task& task, Worker& worker) {
+    const bool alone = has_one_task(packs_[task.first_pack]);
+    task.grads = alone ? worker.grads.data() : partial_grads_.data() + task.partial * tile_grads_;
+    std::fill_n(task.grads, (task.tiles.end - task.tiles.begin) * tile_grads_, Real(0));
+    Real longest = 0;
+    for (std::int64_t t = task.tiles.begin; t < task.tiles.end; ++t) {
+      longest = std::max(longest, packs_[task.first_pack + t].longest);
     }
-    const std::int64_t size = task.tiles * kTileKeys * padded_dim_;
-    const std::int64_t buffers = key_is_value_ ? 1 : 2;
-    task.grads = std::make_unique<Buffer>(buffers * size);
-    std::fill_n(task.grads->data(), buffers * size, Real(0));
-    Real* const grad_k = task.grads->data();
-    Real* const grad_v = grad_k + (key_is_value_ ? 0 : size);
-    Scratch scratch(g_.tile_rows, p_.head_dim, padded_dim_);
-    for (std::int64_t row = task.begin_row; row < task.end_row; row += g_.tile_rows) {
-      walk(task, {task.sequence, task.head, row}, scratch, grad_k, grad_v);
+    for (std::int64_t row = task.rows.begin; row < task.rows.end; row += g_.tile_rows) {
+      walk(task, {task.sequence, task.head, row}, longest, worker);
     }
-    if (!has_one_task(packs_[task.first_pack])) return;
-    for (std::int64_t t = 0; t < task.tiles; ++t) reduce(packs_[task.first_pack + t]);
-    task.grads.reset();
+    if (!alone) return;
+    const std::int64_t tiles = g_.key_tiles(g_.sequences[task.sequence]);
+    for (std::int64_t t = 0; t < tiles; ++t) write_grads(packs_[task.first_pack + t]);
   }
 
-  void walk(const Task& task, const StickQueryTile& tile, Scratch& x, Real* grad_k, Real* grad_v) {
+  void walk(const Task& task, const StickQueryTile& tile, Real longest, Worker& x) {
     const std::int64_t m = g_.tile_rows, dim = p_.head_dim, padded = padded_dim_;
     const StickSequence& s = g_.sequences[tile.sequence];
     const StickRows<const T> q(static_cast<const T*>(p_.q), p_.q_strides, g_, tile);
@@ -196,26 +213,21 @@ class StickBackward {
     pack_rows_transposed(grad_o, dim, m, x.grad_o_columns);
     pack_rows(q, dim, m, padded, x.q_rows);
     pack_rows(grad_o, dim, m, padded, x.grad_o_rows);
-    start_rows(tile, grad_o, task.longest, x);
+    start_rows(tile, grad_o, longest, x);
 
     const std::int64_t newest_key = g_.newest_key(s, tile.first_row + q.count - 1);
     const std::int64_t oldest_newest = g_.newest_key(s, tile.first_row);
-    const std::int64_t first_tile = params_.first_tiles[g_.flat_row(tile, tile.first_row)];
-    const Real factor = StickOdds::factor(p_.scale, Real{});
+    const Range tiles = visited(tile);
 
     bool started = false;
-    for (std::int64_t t = newest_key < 0 ? 0 : newest_key / kTileKeys + 1; t-- > first_tile;) {
+    for (std::int64_t t = tiles.end; t-- > tiles.begin;) {
       const std::int64_t first = t * kTileKeys;
       const std::int64_t keys = std::min(kTileKeys, round_up(newest_key - first + 1, 16));
       std::uint8_t bytes[kTileKeys];
       const std::uint8_t* keep;
       if (!mask.tile(first, keys, bytes, &keep)) continue;
       const bool diagonal = oldest_newest < first + keys - 1;
-      if (diagonal) {
-        for (std::int64_t row = 0; row < m; ++row) {
-          x.newest[row] = static_cast<Real>(std::min(g_.newest_key(s, tile.first_row + row) - first, kTileKeys));
-        }
-      }
+      if (diagonal) g_.newest_keys(s, tile.first_row, first, x.newest);
       const OperandA<Op> key_rows = row_operand(k, first, keys, dim, x.key_scratch);
       const OperandA<Op> value_rows = row_operand(v, first, keys, dim, x.value_scratch);
       tile_gemm(keys, m, dim, key_rows.data, key_rows.ld, x.q_columns, m, x.scores, m, false);
@@ -225,25 +237,26 @@ class StickBackward {
                                               .keys = keys,
                                               .keep = keep,
                                               .newest = diagonal ? x.newest : nullptr,
-                                              .factor = factor,
+                                              .scale = p_.scale,
                                               .stick = x.stick},
                                      .grad_scratch = x.grad_weights,
                                      .score_scratch = x.scores,
                                      .mass = x.mass,
                                      .delta = x.delta,
                                      .reach = x.reach,
-                                     .scale = static_cast<Real>(p_.scale),
                                      .passed = x.passed},
                                     x.weights, x.grad_scores, x.grad_scores_vnni);
-      gemm_columns(keys, padded, m, x.weights, m, x.grad_o_rows, grad_v + first * padded);
-      gemm_columns(keys, padded, m, x.grad_scores, m, x.q_rows, grad_k + first * padded);
+      Real* const grad_k = task.grads + (t - task.tiles.begin) * tile_grads_;
+      Real* const grad_v = params_.grad_v == nullptr ? grad_k : grad_k + kTileKeys * padded;
+      gemm_columns(keys, padded, m, x.weights, m, x.grad_o_rows, grad_v);
+      gemm_columns(keys, padded, m, x.grad_scores, m, x.q_rows, grad_k);
       tile_gemm(dim, m, keys, packed(task.first_pack + t), kTileKeys, kVnni ? x.grad_scores_vnni : x.grad_scores, m,
                 x.grad_q, m, started);
       started = true;
     }
     if (!started) std::fill_n(x.grad_q, dim * m, Real(0));
     const StickRows<T> grad_q(static_cast<T*>(params_.grad_q), params_.grad_q_strides, g_, tile);
-    transpose_words<Vec<Real>>(
+    transpose_words<Real>(
         dim, m, [&](std::int64_t d, std::int64_t row, int) { return load(x.grad_q + d * m + row); },
         [&](std::int64_t row, std::int64_t d, Vec<Real> values, int n) {
           if (row < grad_q.count) store_words(grad_q[row] + d, values, n);
@@ -251,11 +264,12 @@ class StickBackward {
   }
 
   // The rows' state at the newest key, and delta = do . o + d_remainder * remainder, with o as it was before rounding.
-  void start_rows(const StickQueryTile& tile, const StickRows<const T>& grad_o, Real longest, Scratch& x) {
+  void start_rows(const StickQueryTile& tile, const StickRows<const T>& grad_o, Real longest, Worker& x) {
     constexpr int w = kWidth<Real>;
     const StickRows<const T> o(static_cast<const T*>(params_.o), params_.o_strides, g_, tile);
     const T* const residual_base = static_cast<const T*>(params_.residual);
-    const StickRows<const T> residual(residual_base, params_.o_strides, g_, tile);
+    const StickRows<const T> residual(residual_base == nullptr ? static_cast<const T*>(params_.o) : residual_base,
+                                      params_.o_strides, g_, tile);
     const Real* const remainder = static_cast<const Real*>(params_.remainder);
     const Real* const grad_remainder = static_cast<const Real*>(params_.grad_remainder);
     for (std::int64_t row = 0; row < g_.tile_rows; ++row) {
@@ -288,30 +302,26 @@ class StickBackward {
   }
 
   // Then its task writes its gradients itself, while they are in the cache.
-  bool has_one_task(const Pack& pack) const {
-    const auto [begin, end] = contributors_[pack.at];
-    return end - begin == 1;
-  }
+  bool has_one_task(const Pack& pack) const { return contributors_[pack.at].end - contributors_[pack.at].begin == 1; }
 
-  // Adds up one key tile's gradients over the chunks of its head that reach it, and writes them.
-  void reduce(const Pack& pack) {
-    const auto [begin, end] = contributors_[pack.at];
-    const std::int64_t tile_size = kTileKeys * padded_dim_;
+  // Adds up one key tile's gradients over the tasks of its head that visited it, and writes them.
+  void write_grads(const Pack& pack) {
+    constexpr int w = kWidth<Real>;
+    const Range tasks = contributors_[pack.at];
     for (const bool value : {false, true}) {
-      if (value && key_is_value_) break;
+      if (value && params_.grad_v == nullptr) break;
       const StickKeys<T> grad(static_cast<T*>(value ? params_.grad_v : params_.grad_k),
                               value ? params_.grad_v_strides : params_.grad_k_strides, g_, pack.sequence, pack.head);
       const std::int64_t first = pack.tile * kTileKeys;
-      constexpr int w = kWidth<Real>;
       for (std::int64_t j = 0; j < std::min(kTileKeys, grad.count - first); ++j) {
         for (std::int64_t d = 0; d < p_.head_dim; d += w) {
           const int n = static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d));
           Vec<Real> sum{};
-          for (std::size_t i = begin; i < end; ++i) {
-            Task& task = tasks_[i];
-            if (pack.tile >= task.tiles) continue;
-            const std::int64_t at = (value ? task.tiles * tile_size : 0) + (first + j) * padded_dim_ + d;
-            sum += load_words(task.grads->data() + at, n);
+          for (std::int64_t i = tasks.begin; i < tasks.end; ++i) {
+            const Range tiles = tasks_[i].tiles;
+            if (pack.tile < tiles.begin || pack.tile >= tiles.end) continue;
+            const Real* part = tasks_[i].grads + (pack.tile - tiles.begin) * tile_grads_;
+            sum += load_words(part + ((value ? kTileKeys : 0) + j) * padded_dim_ + d, n);
           }
           store_words(grad[first + j] + d, sum, n);
         }
@@ -323,11 +333,13 @@ class StickBackward {
   const StickAttentionProblem& p_;
   const StickGeometry g_;
   const std::int64_t padded_dim_;
-  const bool key_is_value_;
-  std::vector<Pack> packs_;  // every key tile of every sequence and head
+  const std::int64_t tile_grads_;  // size of a key tile's dK and dV
+  std::vector<Pack> packs_;        // every key tile of every sequence and head
   std::vector<Task> tasks_;
   std::vector<Range> contributors_;  // per key tile, the tasks of its head
-  AlignedBuffer<Op> keys_;           // K^T tiles
+  const Plan plan_;
+  AlignedBuffer<Op> keys_;             // K^T tiles
+  AlignedBuffer<Real> partial_grads_;  // of heads with several tasks
 };
 
 }  // namespace

@@ -27,12 +27,34 @@ class StickForward {
 
   void run() {
     parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) { pack(packs_[i]); });
-    parallel_tasks(static_cast<std::int64_t>(tiles_.size()), [&](std::int64_t i) { walk(tiles_[i]); });
+    parallel_tasks_with<Worker>(
+        static_cast<std::int64_t>(tiles_.size()), [&] { return Worker(g_.tile_rows, p_.head_dim); },
+        [&](std::int64_t i, Worker& worker) { walk(tiles_[i], worker); });
   }
 
  private:
   struct Pack {
     std::int64_t sequence, head, tile;
+  };
+  struct Worker {
+    ScopedFlushDenormals flush;
+    BrgemmScope scope;
+    AlignedBuffer<Real> reals;
+    AlignedBuffer<Op> operands;
+    Real *out, *scores, *stick, *newest;
+    Op *queries, *weights, *key_scratch, *value_scratch;
+
+    Worker(std::int64_t m, std::int64_t dim)
+        : reals(dim * m + kTileKeys * m + 2 * m), operands(dim * m + kTileKeys * m + 2 * kTileKeys * dim) {
+      out = reals.data();  // O^T
+      scores = out + dim * m;
+      stick = scores + kTileKeys * m;
+      newest = stick + m;
+      queries = operands.data();
+      weights = queries + dim * m;
+      key_scratch = weights + kTileKeys * m;
+      value_scratch = key_scratch + kTileKeys * dim;
+    }
   };
   struct PackedAt {
     std::int64_t offset;  // of a head's packed V, or -1
@@ -65,32 +87,17 @@ class StickForward {
     pack_keys_transposed(v, t.tile * kTileKeys, p_.head_dim, packed(t.sequence, t.head, t.tile));
   }
 
-  void walk(const StickQueryTile& task) {
-    const ScopedFlushDenormals flush;
-    const BrgemmScope scope;
+  void walk(const StickQueryTile& task, Worker& x) {
     const std::int64_t m = g_.tile_rows, dim = p_.head_dim;
     const StickSequence& s = g_.sequences[task.sequence];
     const StickRows<const T> q(static_cast<const T*>(p_.q), p_.q_strides, g_, task);
     const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, task.sequence, task.head);
     const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, task.sequence, task.head);
     const StickKeep mask(g_, task.sequence);
-
-    AlignedBuffer<Real> reals(dim * m + kTileKeys * m + 2 * m);
-    Real* const out = reals.data();  // O^T
-    Real* const scores = out + dim * m;
-    Real* const stick = scores + kTileKeys * m;
-    Real* const newest = stick + m;
-    AlignedBuffer<Op> operands(dim * m + kTileKeys * m + 2 * kTileKeys * dim);
-    Op* const queries = operands.data();
-    Op* const weights = queries + dim * m;
-    Op* const key_scratch = weights + kTileKeys * m;
-    Op* const value_scratch = key_scratch + kTileKeys * dim;
-
-    pack_rows_transposed(q, dim, m, queries);
-    for (std::int64_t row = 0; row < m; ++row) stick[row] = row < q.count ? 1 : 0;
+    pack_rows_transposed(q, dim, m, x.queries);
+    for (std::int64_t row = 0; row < m; ++row) x.stick[row] = row < q.count ? 1 : 0;
     const std::int64_t newest_key = g_.newest_key(s, task.first_row + q.count - 1);
     const std::int64_t oldest_newest = g_.newest_key(s, task.first_row);
-    const Real factor = StickOdds::factor(p_.scale, Real{});
     const Real epsilon = static_cast<Real>(params_.stick_epsilon);
 
     bool started = false;
@@ -103,32 +110,28 @@ class StickForward {
       const std::uint8_t* keep;
       if (!mask.tile(first, keys, bytes, &keep)) continue;
       const bool diagonal = oldest_newest < first + keys - 1;
-      if (diagonal) {
-        for (std::int64_t row = 0; row < m; ++row) {
-          newest[row] = static_cast<Real>(std::min(g_.newest_key(s, task.first_row + row) - first, kTileKeys));
-        }
-      }
-      const OperandA<Op> key_rows = row_operand(k, first, keys, dim, key_scratch);
-      tile_gemm(keys, m, dim, key_rows.data, key_rows.ld, queries, m, scores, m, false);
-      stick_scan_forward<Op, Real>({.scores = scores,
+      if (diagonal) g_.newest_keys(s, task.first_row, first, x.newest);
+      const OperandA<Op> key_rows = row_operand(k, first, keys, dim, x.key_scratch);
+      tile_gemm(keys, m, dim, key_rows.data, key_rows.ld, x.queries, m, x.scores, m, false);
+      stick_scan_forward<Op, Real>({.scores = x.scores,
                                     .rows = m,
                                     .keys = keys,
                                     .keep = keep,
-                                    .newest = diagonal ? newest : nullptr,
-                                    .factor = factor,
-                                    .stick = stick},
-                                   weights);
+                                    .newest = diagonal ? x.newest : nullptr,
+                                    .scale = p_.scale,
+                                    .stick = x.stick},
+                                   x.weights);
       const Op* values = packed(task.sequence, task.head, first_tile);
       if (values == nullptr) {
-        pack_keys_transposed(v, first, dim, value_scratch);
-        values = value_scratch;
+        pack_keys_transposed(v, first, dim, x.value_scratch);
+        values = x.value_scratch;
       }
-      tile_gemm(dim, m, keys, values, kTileKeys, weights, m, out, m, started);
+      tile_gemm(dim, m, keys, values, kTileKeys, x.weights, m, x.out, m, started);
       started = true;
-      if (epsilon > 0 && std::all_of(stick, stick + m, [&](Real r) { return r <= epsilon; })) break;
+      if (epsilon > 0 && std::all_of(x.stick, x.stick + m, [&](Real r) { return r <= epsilon; })) break;
     }
-    if (!started) std::fill_n(out, dim * m, Real(0));
-    finish(task, out, stick, first_tile);
+    if (!started) std::fill_n(x.out, dim * m, Real(0));
+    finish(task, x.out, x.stick, first_tile);
   }
 
   // Writes o, what its rounding lost, the remainders and the note for backward.
@@ -136,8 +139,9 @@ class StickForward {
     const std::int64_t m = g_.tile_rows;
     const StickRows<T> o(static_cast<T*>(params_.o), params_.o_strides, g_, task);
     T* const residual_base = static_cast<T*>(params_.residual);
-    const StickRows<T> residual(residual_base, params_.o_strides, g_, task);
-    transpose_words<Vec<Real>>(
+    const StickRows<T> residual(residual_base == nullptr ? static_cast<T*>(params_.o) : residual_base,
+                                params_.o_strides, g_, task);
+    transpose_words<Real>(
         p_.head_dim, m, [&](std::int64_t d, std::int64_t row, int) { return load(out + d * m + row); },
         [&](std::int64_t row, std::int64_t d, Vec<Real> values, int n) {
           if (row >= o.count) return;

@@ -6,40 +6,95 @@
 // No logarithm, no shuffle; nothing of the scan is ever rounded below the accumulation type.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "core/simd.hpp"
 
 namespace mfx::MFX_ISA {
 
-// exp(s * scale) as a normal number whose 1 / (1 + e) is a normal number too (the scan runs with denormals flushed):
-// |s * scale| is cut at 80 (float) or 700 (double), where weights are 0 or 1 to every digit that is kept. NaN stays.
-struct StickOdds {
-  // The factor that scores are multiplied with first; in float it carries the logarithm's base.
-  static float factor(double scale, float) { return static_cast<float>(scale * 1.4426950408889634); }
-  static double factor(double scale, double) { return scale; }
+// Into [-bound, bound]; NaN stays NaN.
+inline VecF stick_clamp(VecF x, VecF bound) {
+#if defined(MFX_ISA_AVX512)  // gcc compares and blends; the instructions give their second operand where one is NaN
+  const __m512 high = reinterpret_cast<__m512>(bound), low = reinterpret_cast<__m512>(-bound);
+  return reinterpret_cast<VecF>(_mm512_max_ps(low, _mm512_min_ps(high, reinterpret_cast<__m512>(x))));
+#else
+  x = bound < x ? bound : x;
+  return -bound > x ? -bound : x;
+#endif
+}
+inline VecD stick_clamp(VecD x, VecD bound) {
+  x = bound < x ? bound : x;
+  return -bound > x ? -bound : x;
+}
 
-  // 2^t by t = n + r, |r| <= 1/2: subtracting n is exact, so no second reduction step is needed.
-  static VecF of(VecF t) {
-    const VecF low = broadcast(-115.0f), high = broadcast(115.0f);
-    t = low > t ? low : t;
-    t = high < t ? high : t;
-    const VecF shifted = t + 12582912.0f;
-    const VecF r = t - (shifted - 12582912.0f);
+// exp(scale * score) as a normal number whose 1 / (1 + e) is a normal number too (the scan runs with denormals
+// flushed): scale * score is cut at +-80 (700 in double), where weights are 0 or 1 to every digit that is kept.
+template <typename Real>
+class StickOdds;
+
+template <>
+class StickOdds<float> {
+ public:
+  explicit StickOdds(double scale)
+      : factor_(broadcast(static_cast<float>(scale * 1.4426950408889634))),
+        bound_(broadcast(static_cast<float>(std::min(80.0 / std::abs(scale), 1e38)))) {}
+
+  // 2^(n + r) with n + r = score * factor, |r| <= 1/2.
+  VecF operator()(VecF score) const {
+    score = stick_clamp(score, bound_);
+    const VecF shifted = score * factor_ + 12582912.0f;  // 1.5 * 2^23: the low bits are n
+    const VecF r = score * factor_ - (shifted - 12582912.0f);
     VecF p = r * 1.535335828e-4f + 1.339887853e-3f;
     p = p * r + 9.618437406e-3f;
     p = p * r + 5.550332458e-2f;
     p = p * r + 2.402264791e-1f;
     p = p * r + 6.931472029e-1f;
     p = p * r + 1.0f;
-    const VecI32 scale = reinterpret_cast<VecI32>(shifted) << 23;
-    return reinterpret_cast<VecF>(reinterpret_cast<VecI32>(p) + scale);
+    const VecI32 n = reinterpret_cast<VecI32>(shifted) << 23;
+    return reinterpret_cast<VecF>(reinterpret_cast<VecI32>(p) + n);
   }
-  static VecD of(VecD t) {
-    const VecD low = broadcast(-700.0), high = broadcast(700.0);
-    t = low > t ? low : t;
-    t = high < t ? high : t;
-    return exp_bounded(t);
-  }
+
+ private:
+  VecF factor_, bound_;
 };
+
+template <>
+class StickOdds<double> {
+ public:
+  explicit StickOdds(double scale)
+      : factor_(broadcast(scale)), bound_(broadcast(std::min(700.0 / std::abs(scale), 1e300))) {}
+  VecD operator()(VecD score) const { return exp_bounded(stick_clamp(score, bound_) * factor_); }
+
+ private:
+  VecD factor_, bound_;
+};
+
+// Two rows of weights or gradients rounded to bf16: interleaved, as a B operand in VNNI order takes them, and, if
+// wanted, one by one.
+inline void store_bf16_rows(VecF even, VecF odd, BFloat16* pairs, BFloat16* even_row = nullptr,
+                            BFloat16* odd_row = nullptr) {
+#if defined(MFX_ISA_AVX512_BF16)
+  typedef std::uint16_t Rows __attribute__((vector_size(64)));
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
+  Rows rows, zip;
+  std::memcpy(&rows, &rounded, sizeof rows);
+  for (int i = 0; i < 32; ++i) zip[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * 16);
+  const Rows zipped = __builtin_shuffle(rows, zip);
+  std::memcpy(pairs, &zipped, sizeof zipped);
+  if (even_row != nullptr) {
+    std::memcpy(even_row, &rounded, 32);
+    std::memcpy(odd_row, reinterpret_cast<const char*>(&rounded) + 32, 32);
+  }
+#else
+  const VecU32 both = interleave_bf16(even, odd);
+  std::memcpy(pairs, &both, sizeof both);
+  if (even_row != nullptr) {
+    store(even_row, even);
+    store(odd_row, odd);
+  }
+#endif
+}
 
 template <typename Real>
 struct StickTile {
@@ -48,15 +103,15 @@ struct StickTile {
   std::int64_t keys;         // a multiple of 16
   const std::uint8_t* keep;  // [keys], null keeps all: a key that is not kept takes no stick
   const Real* newest;        // [rows], newest key of this tile a row sees; null where all rows see all keys
-  Real factor;               // StickOdds::factor
+  double scale;              // of the scores
   Real* stick;               // [rows], in: left at the tile's newer edge; out: left at its older edge
 };
 
-// What a stick keeps of a tile: where the tile takes less than half, 1 minus what it took, for a product of many
-// factors just below 1 would lose the sum of their small differences from it; else the product.
+// What is left of a stick after a tile: where the tile took less than half, the stick less what was taken, for a
+// product of many factors just below 1 would lose the sum of their small differences from it; else the product.
 template <typename V>
 inline V stick_left(V stick, V product, V taken) {
-  return stick * (taken < 0.5f ? 1 - taken : product);
+  return taken < stick * 0.5f ? stick - taken : product;
 }
 
 // Weights of kN vectors of rows from row `lane` on, as B operand of the value product: [keys, rows], for bf16 in VNNI
@@ -68,11 +123,11 @@ inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t l
   V stick[kN], product[kN], taken[kN], newest[kN];
   for (int n = 0; n < kN; ++n) {
     stick[n] = load(tile.stick + lane + n * w);
-    product[n] = broadcast(Real(1));
+    product[n] = stick[n];
     taken[n] = V{};
     if constexpr (kDiagonal) newest[n] = load(tile.newest + lane + n * w);
   }
-  const V factor = broadcast(tile.factor), one = broadcast(Real(1));
+  const StickOdds<Real> odds(tile.scale);
   for (std::int64_t pair = tile.keys / 2; pair-- > 0;) {
     V weight[2][kN];
     for (int half = 1; half >= 0; --half) {
@@ -84,19 +139,17 @@ inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t l
         }
       }
       for (int n = 0; n < kN; ++n) {
-        V e = StickOdds::of(load(tile.scores + key * tile.rows + lane + n * w) * factor);
+        V e = odds(load(tile.scores + key * tile.rows + lane + n * w));
         if constexpr (kDiagonal) e = broadcast(static_cast<Real>(key)) <= newest[n] ? e : V{};
-        const V u = one / (one + e);
-        const V share = e * u * product[n];
-        taken[n] += share;
+        const V u = 1 / (1 + e);
+        weight[half][n] = e * u * product[n];
+        taken[n] += weight[half][n];
         product[n] *= u;
-        weight[half][n] = share * stick[n];
       }
     }
     for (int n = 0; n < kN; ++n) {
       if constexpr (std::is_same_v<Op, BFloat16>) {
-        const VecU32 both = interleave_bf16(weight[0][n], weight[1][n]);
-        std::memcpy(weights + 2 * (pair * tile.rows + lane + n * w), &both, sizeof both);
+        store_bf16_rows(weight[0][n], weight[1][n], weights + 2 * (pair * tile.rows + lane + n * w));
       } else {
         store(weights + (2 * pair) * tile.rows + lane + n * w, weight[0][n]);
         store(weights + (2 * pair + 1) * tile.rows + lane + n * w, weight[1][n]);
@@ -124,8 +177,7 @@ struct StickGradTile {
   Real* mass;           // [keys, rows], scratch
   const Real* delta;    // [rows]
   const Real* reach;    // [rows]
-  Real scale;
-  Real* passed;  // [rows], in and out: sum of G over all newer keys
+  Real* passed;         // [rows], in and out: sum of G over all newer keys
 };
 
 // Writes weights and score gradients row-major [keys, rows] (A operands) and, for bf16, the gradients once more in
@@ -136,11 +188,12 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
   using V = Vec<Real>;
   constexpr int w = kWidth<Real>;
   const StickTile<Real>& tile = grad.tile;
-  const V factor = broadcast(tile.factor), one = broadcast(Real(1)), scale = broadcast(grad.scale);
+  const StickOdds<Real> odds(tile.scale);
+  const V scale = broadcast(static_cast<Real>(tile.scale));
   V stick[kN], product[kN], taken[kN], newest[kN], passed[kN];
   for (int n = 0; n < kN; ++n) {
     stick[n] = load(tile.stick + lane + n * w);
-    product[n] = broadcast(Real(1));
+    product[n] = stick[n];
     taken[n] = passed[n] = V{};
     if constexpr (kDiagonal) newest[n] = load(tile.newest + lane + n * w);
   }
@@ -156,19 +209,19 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
         store(grad.mass + at, V{});
         continue;
       }
-      V e = StickOdds::of(load(tile.scores + at) * factor);
+      V e = odds(load(tile.scores + at));
       if constexpr (kDiagonal) e = broadcast(static_cast<Real>(key)) <= newest[n] ? e : V{};
-      const V u = one / (one + e);
+      const V u = 1 / (1 + e);
       const V beta = e * u;
-      const V share = beta * product[n];
-      taken[n] += share;
+      const V weight = beta * product[n];
+      taken[n] += weight;
       product[n] *= u;
-      store(weights + at, share * stick[n]);
+      store(weights + at, weight);
       const V g = load(weights + at) * load(grad.grad_scratch + at);
       passed[n] += g;
       store(grad.mass + at, g);
-      store(grad.grad_scratch + at, scale * (u * g));
-      store(grad.score_scratch + at, scale * beta);
+      store(grad.grad_scratch + at, u * g);
+      store(grad.score_scratch + at, beta);
     }
   }
   V older[kN];
@@ -178,9 +231,7 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
     store(tile.stick + lane + n * w, left);
     store(grad.passed + lane + n * w, passed[n]);
     const V most = left * load(grad.reach + lane + n * w);
-    older[n] = load(grad.delta + lane + n * w) - passed[n];
-    older[n] = older[n] > most ? most : older[n];
-    older[n] = older[n] < -most ? -most : older[n];
+    older[n] = stick_clamp(load(grad.delta + lane + n * w) - passed[n], most);
   }
   for (std::int64_t pair = 0; pair < tile.keys / 2; ++pair) {
     V ds[2][kN];
@@ -188,15 +239,18 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
       const std::int64_t row = (2 * pair + half) * tile.rows + lane;
       for (int n = 0; n < kN; ++n) {
         const std::int64_t at = row + n * w;
-        ds[half][n] = load(grad.grad_scratch + at) - load(grad.score_scratch + at) * older[n];
+        ds[half][n] = scale * (load(grad.grad_scratch + at) - load(grad.score_scratch + at) * older[n]);
         older[n] += load(grad.mass + at);
-        store(grad_scores + at, ds[half][n]);
       }
     }
-    if constexpr (std::is_same_v<Op, BFloat16>) {
-      for (int n = 0; n < kN; ++n) {
-        const VecU32 both = interleave_bf16(ds[0][n], ds[1][n]);
-        std::memcpy(grad_scores_vnni + 2 * (pair * tile.rows + lane + n * w), &both, sizeof both);
+    for (int n = 0; n < kN; ++n) {
+      const std::int64_t at = 2 * pair * tile.rows + lane + n * w;
+      if constexpr (std::is_same_v<Op, BFloat16>) {
+        store_bf16_rows(ds[0][n], ds[1][n], grad_scores_vnni + at + lane + n * w, grad_scores + at,
+                        grad_scores + at + tile.rows);
+      } else {
+        store(grad_scores + at, ds[0][n]);
+        store(grad_scores + at + tile.rows, ds[1][n]);
       }
     }
   }
@@ -207,7 +261,7 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
 template <typename Real, typename Lanes>
 inline void stick_scan(const StickTile<Real>& tile, Lanes&& lanes) {
   constexpr int w = kWidth<Real>;
-  constexpr int most = kVectorRegisters == 32 ? 4 : 2;
+  constexpr int most = 2;
   const auto run = [&]<bool kDiagonal, bool kKeep>() {
     std::int64_t lane = 0;
     for (; lane + most * w <= tile.rows; lane += most * w) lanes.template operator()<most, kDiagonal, kKeep>(lane);

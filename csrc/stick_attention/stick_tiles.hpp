@@ -2,10 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
+#include "core/parallel.hpp"
 #include "core/simd.hpp"
 #include "core/tile_gemm.hpp"
 #include "moduleformer_ext/stick_attention.hpp"
@@ -13,6 +14,7 @@
 namespace mfx::MFX_ISA {
 
 inline constexpr std::int64_t kTileKeys = 64;
+inline constexpr std::int64_t kMostTileRows = 64;
 inline constexpr std::int64_t kWideHead =
     256;  // from here on a tile of 64 rows and its accumulators outgrow the L2 cache
 
@@ -52,13 +54,25 @@ class StickGeometry {
       most_rows = std::max(most_rows, s.rows);
       sequences.push_back(s);
     }
-    const std::int64_t widest = p.head_dim > kWideHead ? 32 : 64;
+    const std::int64_t widest = p.head_dim > kWideHead ? 32 : kMostTileRows;
     tile_rows = std::min<std::int64_t>(widest, most_rows <= 16 ? 16 : most_rows <= 32 ? 32 : 64);
   }
 
   // Newest key that a row sees; negative if none.
   std::int64_t newest_key(const StickSequence& s, std::int64_t row) const {
     return s.history + row / problem.group - (problem.attend_current ? 0 : 1);
+  }
+
+  // newest[row] = the newest key that row first_row + row sees, counted from `first_key`.
+  template <typename Real>
+  void newest_keys(const StickSequence& s, std::int64_t first_row, std::int64_t first_key, Real* newest) const {
+    std::int64_t group = first_row % problem.group, key = newest_key(s, first_row) - first_key;
+    for (std::int64_t row = 0; row < tile_rows; ++row) {
+      newest[row] = static_cast<Real>(key);
+      if (++group < problem.group) continue;
+      group = 0;
+      ++key;
+    }
   }
 
   std::int64_t key_tiles(const StickSequence& s) const { return (s.keys + kTileKeys - 1) / kTileKeys; }
@@ -77,21 +91,27 @@ class StickGeometry {
 
 // The rows of one query tile in a tensor of q's shape.
 template <typename T>
-struct StickRows {
-  T* base;  // of this sequence and head
-  StickQueryStrides strides;
-  std::int64_t group, first_row, count;
+class StickRows {
+ public:
+  std::int64_t count;
 
-  StickRows(T* tensor, const StickQueryStrides& strides, const StickGeometry& g, const StickQueryTile& t)
-      : strides(strides), group(g.problem.group), first_row(t.first_row) {
+  StickRows(T* tensor, const StickQueryStrides& strides, const StickGeometry& g, const StickQueryTile& t) {
     const StickSequence& s = g.sequences[t.sequence];
-    base = tensor + s.batch * strides.batch + s.q_begin * strides.token + t.head * strides.head;
-    count = std::min(g.tile_rows, s.rows - first_row);
+    count = std::min(g.tile_rows, s.rows - t.first_row);
+    std::int64_t group = t.first_row % g.problem.group;
+    T* token = tensor + s.batch * strides.batch + t.head * strides.head +
+               (s.q_begin + t.first_row / g.problem.group) * strides.token;
+    for (std::int64_t row = 0; row < count; ++row) {
+      rows_[row] = token + group * strides.group;
+      if (++group < g.problem.group) continue;
+      group = 0;
+      token += strides.token;
+    }
   }
-  T* operator[](std::int64_t row) const {
-    const std::int64_t r = first_row + row;
-    return base + (r / group) * strides.token + (r % group) * strides.group;
-  }
+  T* operator[](std::int64_t row) const { return rows_[row]; }
+
+ private:
+  T* rows_[kMostTileRows];
 };
 
 // The keys of one sequence and head.
@@ -136,47 +156,34 @@ class StickKeep {
   const bool* mask_;
 };
 
+// f(task, state) for every task in [0, n), handed out one at a time in ascending order; each worker makes one State,
+// which holds its scratch memory and its floating-point mode.
+template <typename State, typename Make, typename F>
+inline void parallel_tasks_with(std::int64_t n, Make&& make, F&& f) {
+  if (n <= 0) return;
+  std::atomic<std::int64_t> next{0};
+  parallel_for(std::min<std::int64_t>(n, num_threads()), 1, [&](std::int64_t, std::int64_t) {
+    State state = make();
+    for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(task, state);
+  });
+}
+
 // ---- Packing. Op is the products' operand type: the storage type itself, or the accumulation type. ----
 
-// Words are what a transposition moves: a value of the accumulation type, or a pair of bf16 values.
-template <typename V, std::size_t... I>
-inline V zip_low(V a, V b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, (I % 2 ? sizeof...(I) + I / 2 : I / 2)...);
-}
-template <typename V, std::size_t... I>
-inline V zip_high(V a, V b, std::index_sequence<I...>) {
-  constexpr std::size_t n = sizeof...(I);
-  return __builtin_shufflevector(a, b, (I % 2 ? n + n / 2 + I / 2 : n / 2 + I / 2)...);
-}
-
-// A square of words in registers. Zipping row i with row i + n/2 rotates the bits of the (row, column) index by one;
-// log2 n rounds swap rows and columns.
-template <typename V>
-inline void transpose(V (&rows)[sizeof(V) / sizeof(std::declval<V>()[0])]) {
-  constexpr int n = sizeof(rows) / sizeof(V);
-  const auto lanes = std::make_index_sequence<n>{};
-  for (int round = 1; round < n; round *= 2) {
-    V next[n];
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = zip_low(rows[i], rows[i + n / 2], lanes);
-      next[2 * i + 1] = zip_high(rows[i], rows[i + n / 2], lanes);
-    }
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-}
+// Words are what a transposition moves: values of the accumulation type, or pairs of bf16 values in float's clothes.
 
 // Transposes a matrix of words, [rows, columns] to [columns, rows_out >= rows]: load(row, column, n) gives n words of a
 // row as a vector, and take(column, row, vector, n) gets n words of a column.
-template <typename V, typename Load, typename Take>
-inline void transpose_words(std::int64_t rows, std::int64_t columns, Load&& load_words, Take&& take) {
-  constexpr int w = sizeof(V) / sizeof(std::declval<V>()[0]);
+template <typename Real, typename Load, typename Take>
+inline void transpose_words(std::int64_t rows, std::int64_t columns, Load&& load, Take&& take) {
+  constexpr int w = kWidth<Real>;
   for (std::int64_t r = 0; r < rows; r += w) {
     const int height = static_cast<int>(std::min<std::int64_t>(w, rows - r));
     for (std::int64_t c = 0; c < columns; c += w) {
       const int width = static_cast<int>(std::min<std::int64_t>(w, columns - c));
-      V block[w];
-      for (int i = 0; i < w; ++i) block[i] = i < height ? load_words(r + i, c, width) : V{};
-      transpose(block);
+      Vec<Real> block[w];
+      for (int i = 0; i < w; ++i) block[i] = i < height ? load(r + i, c, width) : Vec<Real>{};
+      transpose<Real>(block);
       for (int i = 0; i < width; ++i) take(c + i, r, block[i], height);
     }
   }
@@ -199,10 +206,10 @@ inline VecU32 load_pairs(const BFloat16* p, int pairs) {
   return load_raw<VecU32>(words);
 }
 inline VecU32 load_bits(const BFloat16* p, int n) {
-  if (n == kWidth<float>) return __builtin_convertvector(load_raw<VecU16>(p), VecU32);
+  if (n == kWidth<float>) return widen_u16(load_raw<VecU16>(p));
   std::uint16_t words[kWidth<float>] = {};
   std::memcpy(words, p, static_cast<std::size_t>(n) * 2);
-  return __builtin_convertvector(load_raw<VecU16>(words), VecU32);
+  return widen_u16(load_raw<VecU16>(words));
 }
 
 // Query-shaped rows as B operand [D, tile_rows] (for bf16 in VNNI pairs along D); rows that are not there are zero.
@@ -210,16 +217,16 @@ template <typename Op, typename T>
 inline void pack_rows_transposed(const StickRows<const T>& rows, std::int64_t head_dim, std::int64_t tile_rows,
                                  Op* out) {
   if constexpr (std::is_same_v<Op, BFloat16>) {
-    transpose_words<VecU32>(
+    transpose_words<float>(
         tile_rows, head_dim / 2,
         [&](std::int64_t row, std::int64_t pair, int n) {
-          return row < rows.count ? load_pairs(rows[row] + 2 * pair, n) : VecU32{};
+          return row < rows.count ? reinterpret_cast<VecF>(load_pairs(rows[row] + 2 * pair, n)) : VecF{};
         },
-        [&](std::int64_t pair, std::int64_t row, VecU32 words, int) {
+        [&](std::int64_t pair, std::int64_t row, VecF words, int) {
           std::memcpy(out + 2 * (pair * tile_rows + row), &words, sizeof words);
         });
   } else {
-    transpose_words<Vec<Op>>(
+    transpose_words<Op>(
         tile_rows, head_dim,
         [&](std::int64_t row, std::int64_t d, int n) {
           return row < rows.count ? load_words(rows[row] + d, n) : Vec<Op>{};
@@ -256,19 +263,19 @@ template <typename Op, typename T>
 inline void pack_keys_transposed(const StickKeys<const T>& keys, std::int64_t first, std::int64_t head_dim, Op* out) {
   const std::int64_t here = std::min(kTileKeys, keys.count - first);
   if constexpr (std::is_same_v<Op, BFloat16>) {
-    transpose_words<VecU32>(
+    transpose_words<float>(
         kTileKeys / 2, head_dim,
         [&](std::int64_t pair, std::int64_t d, int n) {
           VecU32 words{};
           if (2 * pair < here) words = load_bits(keys[first + 2 * pair] + d, n);
           if (2 * pair + 1 < here) words |= load_bits(keys[first + 2 * pair + 1] + d, n) << 16;
-          return words;
+          return reinterpret_cast<VecF>(words);
         },
-        [&](std::int64_t d, std::int64_t pair, VecU32 words, int) {
+        [&](std::int64_t d, std::int64_t pair, VecF words, int) {
           std::memcpy(out + d * kTileKeys + 2 * pair, &words, sizeof words);
         });
   } else {
-    transpose_words<Vec<Op>>(
+    transpose_words<Op>(
         kTileKeys, head_dim,
         [&](std::int64_t key, std::int64_t d, int n) {
           return key < here ? load_words(keys[first + key] + d, n) : Vec<Op>{};

@@ -225,6 +225,15 @@ def test_early_exit_keeps_its_promise(dtype, epsilon):
     assert not all_tiles.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 20])  # several tasks per head, and one
+def test_gradients_after_early_exit(dtype, heads):
+    q, k, v = inputs(1, 500, 520, heads, 1, 16, dtype)
+    whole = run(stick_attention, q, k, v, stick_epsilon=0.0)
+    for name, ours, theirs in zip(NAMES, run(stick_attention, q, k, v), whole, strict=True):
+        assert relative_error(ours, theirs, 2**-24) < (1e-5 if dtype == torch.float32 else 1e-3), name
+
+
 def test_nothing_to_do():
     for batch, t_q, t_k in [(0, 4, 4), (2, 0, 0), (2, 0, 5)]:
         q, k, v = inputs(batch, t_q, t_k, 2, 2, 16, torch.float32)
