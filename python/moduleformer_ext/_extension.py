@@ -26,5 +26,7 @@ if _release(_C.torch_version) != _release(torch.__version__):
 
 
 def build_info() -> dict[str, object]:
-    """How the extension was built and what it runs with: versions, instruction sets, CUDA library."""
-    return dict(_C.build_info())
+    """How the extension was built and what it runs with: versions, instruction sets, kernels, CUDA library."""
+    info = dict(_C.build_info())
+    info["kernels"] = " ".join(name for name in dir(_C) if callable(getattr(_C, name)) and name != "build_info")
+    return info
