@@ -294,12 +294,14 @@ TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
       "num_choices, Tensor gates, str activation) -> Tensor",
       tags);
   m.def(
-      "expert_ffn_forward(Tensor x, Tensor[] up, Tensor[] down, Tensor offsets, Tensor slot_order, Tensor position, int "
+      "expert_ffn_forward(Tensor x, Tensor[] up, Tensor[] down, Tensor offsets, Tensor slot_order, Tensor position, "
+      "int "
       "num_choices, Tensor gates, str activation, bool save_hidden) -> (Tensor out, Tensor hidden)",
       tags);
   // Gradients of x, gates and each segment of up, then of down; an empty tensor for those not needed.
   m.def(
-      "expert_ffn_backward(Tensor grad, Tensor x, Tensor[] up, Tensor[] down, Tensor offsets, Tensor slot_order, Tensor "
+      "expert_ffn_backward(Tensor grad, Tensor x, Tensor[] up, Tensor[] down, Tensor offsets, Tensor slot_order, "
+      "Tensor "
       "position, int num_choices, Tensor gates, str activation, Tensor hidden, bool needs_x, bool needs_gates, bool[] "
       "needs_up, bool[] needs_down) -> Tensor[]",
       tags);

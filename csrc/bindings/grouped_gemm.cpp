@@ -287,7 +287,8 @@ at::Tensor autocast(const at::Tensor& x, at::TensorList weight, const at::Tensor
                     const at::Tensor& position, int64_t num_choices, c10::string_view x_order,
                     c10::string_view out_order, const OptionalTensor& gates, OptionalName activation) {
   static const auto op = find_op<decltype(below_autograd)>("moduleformer_ext::grouped_gemm");
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet({at::autocast::get_autocast_dispatch_key_from_device_type(kDevice)}));
+  c10::impl::ExcludeDispatchKeyGuard guard(
+      c10::DispatchKeySet({at::autocast::get_autocast_dispatch_key_from_device_type(kDevice)}));
   const AutocastOperands cast(kDevice);
   return op.call(cast.lower(x), cast.lower(weight), offsets, slot_order, position, num_choices, x_order, out_order,
                  gates ? OptionalTensor(cast.gates(*gates)) : gates, activation);
@@ -298,7 +299,8 @@ at::Tensor autocast(const at::Tensor& x, at::TensorList weight, const at::Tensor
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
-      "grouped_gemm(Tensor x, Tensor[] weight, Tensor offsets, Tensor slot_order, Tensor position, int num_choices, str "
+      "grouped_gemm(Tensor x, Tensor[] weight, Tensor offsets, Tensor slot_order, Tensor position, int num_choices, "
+      "str "
       "x_order, str out_order, Tensor? gates, str? activation) -> Tensor",
       tags);
   m.def(
@@ -308,7 +310,8 @@ TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
       tags);
   // Gradients of x, gates and each segment; an empty tensor for those not needed.
   m.def(
-      "grouped_gemm_backward(Tensor grad, Tensor x, Tensor[] weight, Tensor offsets, Tensor slot_order, Tensor position, "
+      "grouped_gemm_backward(Tensor grad, Tensor x, Tensor[] weight, Tensor offsets, Tensor slot_order, Tensor "
+      "position, "
       "int num_choices, str x_order, str out_order, Tensor? gates, str? activation, Tensor hidden, bool needs_x, bool "
       "needs_gates, bool[] needs_weight) -> Tensor[]",
       tags);

@@ -33,8 +33,9 @@ struct LayoutTensors {
   c10::SymInt num_tokens() const { return num_slots() / num_choices; }
 
   RoutedLayout view() const {
-    return {offsets.const_data_ptr<int32_t>(), slot_order.const_data_ptr<int32_t>(),
-            position.const_data_ptr<int32_t>(), offsets.size(0) - 1, slot_order.size(0) / num_choices, num_choices};
+    return {offsets.const_data_ptr<int32_t>(),  slot_order.const_data_ptr<int32_t>(),
+            position.const_data_ptr<int32_t>(), offsets.size(0) - 1,
+            slot_order.size(0) / num_choices,   num_choices};
   }
 };
 

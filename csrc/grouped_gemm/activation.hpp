@@ -13,9 +13,12 @@ struct ActivationValue {
   V slope;
 };
 
-template <typename V>
-inline V sigmoid(V x) {
-  return 1 / (1 + exp(-x));
+// 1 / (1 + e^-x). Beyond the exponential's range the result is within 1e-37 (1e-307) of 0 or 1, so the cheap one does.
+inline VecF sigmoid(VecF x) {
+  return 1 / (1 + exp_bounded(min(max(-x, broadcast(-87.0f)), broadcast(87.0f))));
+}
+inline VecD sigmoid(VecD x) {
+  return 1 / (1 + exp_bounded(min(max(-x, broadcast(-708.0)), broadcast(708.0))));
 }
 
 template <Activation kFunction, typename V>

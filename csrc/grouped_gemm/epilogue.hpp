@@ -83,8 +83,12 @@ class RowTarget {
   // gates ([T, K], or null) multiply the rows on their way to token order.
   RowTarget(const RoutedLayout& layout, RowOrder order, void* out, std::int64_t columns, std::int64_t stride,
             const void* gates)
-      : layout_(layout), out_(static_cast<T*>(out)), columns_(columns), stride_(stride),
-        gates_(static_cast<const Acc*>(gates)), in_expert_order_(order == RowOrder::kExpert),
+      : layout_(layout),
+        out_(static_cast<T*>(out)),
+        columns_(columns),
+        stride_(stride),
+        gates_(static_cast<const Acc*>(gates)),
+        in_expert_order_(order == RowOrder::kExpert),
         sums_(order == RowOrder::kToken && layout.num_choices > 1) {
     if (sums_) rows_ = Scratch<Acc>(layout.num_slots() * columns);
   }

@@ -14,26 +14,26 @@ void backproject(const RoutedLayout& layout, const RoutedRows& grad, const void*
                  const RowTarget<T>* target, const GateGradient<Accumulate<T>>& gate_gradient) {
   using Acc = Accumulate<T>;
   const RowReader<T> x_row(x, layout);
-  multiply_experts_transposed<T, Op>(
-      layout, grad, weight, in_features, out_features,
-      [&](std::int64_t p, std::int64_t rows, std::int64_t i, int columns, Acc* c) {
-        for (std::int64_t r = 0; r < rows; ++r) {
-          Acc* row = c + r * kPanel;
-          if (gate_gradient.wanted()) {
-            const T* x_block = x_row(p + r) + i;
-            Vec<Acc> dot = {};
-            for (int j = 0; j < columns; j += kWidth<Acc>) {
-              dot += load_columns(row, j, columns) * load_columns(x_block, j, columns);
-            }
-            gate_gradient.add(p + r, i, reduce_add(dot));
-          }
-          if (gates != nullptr && target != nullptr) {
-            const Acc gate = gates[layout.slot_order[p + r]];
-            for (int j = 0; j < columns; j += kWidth<Acc>) store(row + j, gate * load(row + j));
-          }
-        }
-        if (target != nullptr) target->write(p, rows, i, columns, c);
-      });
+  multiply_experts_transposed<T, Op>(layout, grad, weight, in_features, out_features,
+                                     [&](std::int64_t p, std::int64_t rows, std::int64_t i, int columns, Acc* c) {
+                                       for (std::int64_t r = 0; r < rows; ++r) {
+                                         Acc* row = c + r * kPanel;
+                                         if (gate_gradient.wanted()) {
+                                           const T* x_block = x_row(p + r) + i;
+                                           Vec<Acc> dot = {};
+                                           for (int j = 0; j < columns; j += kWidth<Acc>) {
+                                             dot += load_columns(row, j, columns) * load_columns(x_block, j, columns);
+                                           }
+                                           gate_gradient.add(p + r, i, reduce_add(dot));
+                                         }
+                                         if (gates != nullptr && target != nullptr) {
+                                           const Acc gate = gates[layout.slot_order[p + r]];
+                                           for (int j = 0; j < columns; j += kWidth<Acc>)
+                                             store(row + j, gate * load(row + j));
+                                         }
+                                       }
+                                       if (target != nullptr) target->write(p, rows, i, columns, c);
+                                     });
   if (target != nullptr) target->finish();
   gate_gradient.finish();
 }
@@ -52,7 +52,8 @@ void activation_backward_rows(const RoutedLayout& layout, const ActivationSpec& 
       for (std::int64_t n = 0; n < columns; n += kPanel) {
         const int width = static_cast<int>(std::min<std::int64_t>(kPanel, columns - n));
         Acc block[kPanel];
-        for (int j = 0; j < width; j += kWidth<Acc>) store_columns(block, j, kPanel, load_columns(row(p) + n, j, width));
+        for (int j = 0; j < width; j += kWidth<Acc>)
+          store_columns(block, j, kPanel, load_columns(row(p) + n, j, width));
         const ActivationBackwardRow<T> at{static_cast<const T*>(hidden) + p * out_features + n,
                                           grad_hidden + p * out_features + n, nullptr, columns, gate};
         gate_gradient.add(p, n, activation_backward(activation, at, width, block));
@@ -123,10 +124,9 @@ void expert_ffn_backward(const ExpertFfnBackwardParams& p) {
         [&](std::int64_t position, std::int64_t rows, std::int64_t i, int columns, const Acc* c) {
           for (std::int64_t r = 0; r < rows; ++r) {
             const std::int64_t q = position + r;
-            const ActivationBackwardRow<T> row{static_cast<const T*>(f.hidden) + q * up_columns + i,
-                                               grad_hidden.data() + q * hidden_stride + i,
-                                               needs_down ? gated.data() + q * gated_stride + i : nullptr, half,
-                                               gates[layout.slot_order[q]]};
+            const ActivationBackwardRow<T> row{
+                static_cast<const T*>(f.hidden) + q * up_columns + i, grad_hidden.data() + q * hidden_stride + i,
+                needs_down ? gated.data() + q * gated_stride + i : nullptr, half, gates[layout.slot_order[q]]};
             gate_gradient.add(q, i, activation_backward(f.activation, row, columns, c + r * kPanel));
           }
         });

@@ -76,40 +76,52 @@ inline void pack_row(const T* row, std::int64_t n, std::int64_t n_padded, Op* ou
   for (std::int64_t c = n; c < n_padded; ++c) out[c] = Op{};
 }
 
+// Two rows as the pairs of a bf16 product; a null row is zeros. Only the first `columns` are read.
+inline void pack_pairs(const BFloat16* even, const BFloat16* odd, int columns, int width, BFloat16* out) {
+  constexpr int w = kWidth<float>;
+  BFloat16 even_tail[kPanel] = {}, odd_tail[kPanel] = {};
+  if (columns < width || even == nullptr || odd == nullptr) {
+    const auto bytes = static_cast<std::size_t>(columns) * sizeof(BFloat16);
+    if (even != nullptr) std::memcpy(even_tail, even, bytes);
+    if (odd != nullptr) std::memcpy(odd_tail, odd, bytes);
+    even = even_tail, odd = odd_tail;
+  }
+  for (int c = 0; c < width; c += w) {
+    const VecU32 pairs = widen_u16(load_raw<VecU16>(even + c)) | (widen_u16(load_raw<VecU16>(odd + c)) << 16);
+    std::memcpy(out + 2 * c, &pairs, sizeof pairs);
+  }
+}
+
 // B panel from rows in place: k rows (of k_padded) x `columns` (of kPanel; written up to `width`, a multiple of 16).
 // row(l) gives a pointer to the panel's first column of row l.
 template <typename T, typename Op, typename Row>
 inline void pack_panel(Row row, std::int64_t k, std::int64_t k_padded, int columns, int width, Op* out) {
   if constexpr (kInterleave<Op> == 2) {
     constexpr int w = kWidth<float>;
-    const auto bits = [&](const BFloat16* p, int c) {
-      VecU16 half = {};
-      if (p == nullptr) return widen_u16(half);
-      if (c + w <= columns) {
-        half = load_raw<VecU16>(p + c);
-      } else if (c < columns) {
-        std::memcpy(&half, p + c, static_cast<std::size_t>(columns - c) * sizeof(BFloat16));
+    std::int64_t l = 0;
+    if (columns == kPanel) {
+      for (; l + 2 <= k; l += 2, out += 2 * kPanel) {
+        const BFloat16 *even = row(l), *odd = row(l + 1);
+        for (int c = 0; c < kPanel; c += w) {
+          const VecU32 pairs = widen_u16(load_raw<VecU16>(even + c)) | (widen_u16(load_raw<VecU16>(odd + c)) << 16);
+          std::memcpy(out + 2 * c, &pairs, sizeof pairs);
+        }
       }
-      return widen_u16(half);
-    };
-    for (std::int64_t l = 0; l < k_padded; l += 2, out += 2 * kPanel) {
-      const BFloat16* even = l < k ? row(l) : nullptr;
-      const BFloat16* odd = l + 1 < k ? row(l + 1) : nullptr;
-      for (int c = 0; c < width; c += w) {
-        const VecU32 pairs = bits(even, c) | (bits(odd, c) << 16);
-        std::memcpy(out + 2 * c, &pairs, sizeof pairs);
-      }
+    }
+    for (; l < k_padded; l += 2, out += 2 * kPanel) {
+      pack_pairs(l < k ? row(l) : nullptr, l + 1 < k ? row(l + 1) : nullptr, columns, width, out);
     }
   } else {
     constexpr int w = kWidth<Accumulate<T>>;
-    for (std::int64_t l = 0; l < k_padded; ++l, out += kPanel) {
-      if (l >= k) {
-        std::fill_n(out, width, Op{});
-        continue;
-      }
+    for (std::int64_t l = 0; l < k; ++l, out += kPanel) {
       const T* source = row(l);
-      for (int c = 0; c < width; c += w) store(out + c, load_columns(source, c, columns));
+      if (columns == kPanel) {
+        for (int c = 0; c < kPanel; c += w) store(out + c, load(source + c));
+      } else {
+        for (int c = 0; c < width; c += w) store(out + c, load_columns(source, c, columns));
+      }
     }
+    std::fill_n(out, (k_padded - k) * kPanel, Op{});
   }
 }
 

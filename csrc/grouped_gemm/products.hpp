@@ -6,8 +6,8 @@
 //   accumulate_experts           dW_e    = sum over p of a[p]^T g[p] gradient of the matrices
 //
 // The first two hand each finished block of c to an epilogue while it is in the first-level cache. T is the storage
-// type, Op the operand type, sums are Accumulate<T>. Only power-of-two heights reach tile_gemm besides whole blocks:
-// brgemm compiles one micro-kernel per shape.
+// type, Op the operand type, sums are Accumulate<T>. brgemm compiles one micro-kernel
+// per shape, so shapes are kept few: depths come in two or three sizes, heights up to 64.
 #pragma once
 
 #include <vector>
@@ -19,9 +19,9 @@
 
 namespace mfx::MFX_ISA {
 
-inline constexpr std::int64_t kBlockRows = 256;     // positions of one expert that share a pass over its matrix
+inline constexpr std::int64_t kBlockRows = 256;       // positions of one expert that share a pass over its matrix
 inline constexpr std::int64_t kPanelBytes = 1 << 18;  // of one packed panel: a quarter of a second-level cache
-inline constexpr std::int64_t kMaxDepth = 256;      // of one product in accumulate_experts
+inline constexpr std::int64_t kMaxDepth = 256;        // of one product in accumulate_experts
 
 // Consecutive positions of one expert. `padded` is the first position when every block is padded to kPad.
 struct ExpertBlock {
@@ -43,13 +43,14 @@ inline std::vector<ExpertBlock> expert_blocks(const RoutedLayout& layout, std::i
   return blocks;
 }
 
-// f(first, count) over [0, n) in pieces of kPanel, then smaller powers of two.
+// f(first, count) over [0, n) in equal pieces of at most kPanel: equal, because small pieces multiply slowly.
 template <typename F>
 inline void for_row_pieces(std::int64_t n, F f) {
-  std::int64_t piece = kPanel;
-  for (std::int64_t row = 0; row < n; row += piece) {
-    while (piece > n - row) piece /= 2;
-    f(row, piece);
+  std::int64_t pieces = (n + kPanel - 1) / kPanel;
+  for (std::int64_t row = 0; row < n; --pieces) {
+    const std::int64_t rows = (n - row + pieces - 1) / pieces;
+    f(row, rows);
+    row += rows;
   }
 }
 
@@ -57,7 +58,8 @@ inline void for_row_pieces(std::int64_t n, F f) {
 template <typename Op>
 inline std::int64_t operand_stride(std::int64_t columns) {
   const std::int64_t stride = round_up(columns, kInterleave<Op>);
-  return stride * static_cast<std::int64_t>(sizeof(Op)) % 1024 == 0 ? stride + 64 / static_cast<int>(sizeof(Op)) : stride;
+  return stride * static_cast<std::int64_t>(sizeof(Op)) % 1024 == 0 ? stride + 64 / static_cast<int>(sizeof(Op))
+                                                                    : stride;
 }
 
 // Rows in expert order in the operand type: the caller's own memory where it is that already.
@@ -107,8 +109,8 @@ void multiply_experts(const RoutedLayout& layout, const Operand<Op>& a, std::int
     const std::int64_t n = task % panels * kPanel;
     const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, columns_per_part - n));
     const int width = static_cast<int>(round_up(columns, kPad));
-    Acc* const c = static_cast<Acc*>(
-        thread_scratch(kParts * (c_rows * kPanel * sizeof(Acc) + static_cast<std::size_t>(step) * kPanel * sizeof(Op))));
+    Acc* const c = static_cast<Acc*>(thread_scratch(
+        kParts * (c_rows * kPanel * sizeof(Acc) + static_cast<std::size_t>(step) * kPanel * sizeof(Op))));
     Op* const panel = reinterpret_cast<Op*>(c + kParts * c_rows * kPanel);
     const T* matrix = static_cast<const T*>(weight[block.expert]) + n;
     const BrgemmScope scope;
