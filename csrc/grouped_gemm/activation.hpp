@@ -13,12 +13,13 @@ struct ActivationValue {
   V slope;
 };
 
-// 1 / (1 + e^-x). Beyond the exponential's range the result is within 1e-37 (1e-307) of 0 or 1, so the cheap one does.
-inline VecF sigmoid(VecF x) {
-  return 1 / (1 + exp_bounded(min(max(-x, broadcast(-87.0f)), broadcast(87.0f))));
-}
-inline VecD sigmoid(VecD x) {
-  return 1 / (1 + exp_bounded(min(max(-x, broadcast(-708.0)), broadcast(708.0))));
+// 1 / (1 + e^-x), by the exponential that is cheap because it is bounded; what is lost near 1 is below rounding.
+template <typename V>
+inline V sigmoid(V x) {
+  using T = std::remove_reference_t<decltype(x[0])>;
+  constexpr T kBound = sizeof(T) == 4 ? T(87) : T(708);
+  const V value = 1 / (1 + exp_bounded(min(max(-x, broadcast(-kBound)), broadcast(kBound))));
+  return x < -kBound ? V{} : value;
 }
 
 template <Activation kFunction, typename V>

@@ -32,7 +32,7 @@ void project(const RoutedLayout& layout, const RoutedRows& x, std::int64_t in_fe
       multiply_few_rows<kParts, T>(layout, a, in_features, weight, out_features, epilogue);
     } else {
       const Operand<Op> a = gather_operand<T, Op>(layout, x, in_features);
-      multiply_experts<kParts, T>(layout, a, in_features, weight, out_features, epilogue);
+      multiply_experts<kParts == 2, T>(layout, a, in_features, weight, out_features, epilogue);
     }
   };
   activation.gated ? multiply.template operator()<2>() : multiply.template operator()<1>();

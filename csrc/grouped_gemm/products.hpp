@@ -89,47 +89,61 @@ Operand<Op> gather_operand(const RoutedLayout& layout, const RoutedRows& rows, s
   return {data, stride, std::move(storage)};
 }
 
-// For every block of rows and columns: epilogue(p, rows, n, columns, c) with the block's first position p and first
-// column n, and c[part] the product's columns n + part * columns_per_part, [rows, kPanel]. A gated activation needs
-// two parts; otherwise one.
-template <int kParts, typename T, typename Op, typename Epilogue>
+// For every block of rows and columns: epilogue(p, rows, n, columns, parts) with the block's first position p and first
+// column n, and parts[0] the sums, [rows, kPanel]. Where the activation is gated, parts[1] holds the columns half the
+// matrix further on. A task packs two panels at once either way: longer runs of each row come from memory.
+template <bool kGated, typename T, typename Op, typename Epilogue>
 void multiply_experts(const RoutedLayout& layout, const Operand<Op>& a, std::int64_t in_features,
                       const void* const* weight, std::int64_t out_features, Epilogue epilogue) {
   using Acc = Accumulate<T>;
+  constexpr std::int64_t kPackRows = 16;
   const auto blocks = expert_blocks(layout, kBlockRows);
-  const std::int64_t columns_per_part = out_features / kParts;
-  const std::int64_t panels = (columns_per_part + kPanel - 1) / kPanel;
+  const std::int64_t limit = kGated ? out_features / 2 : out_features;
+  const std::int64_t distance = kGated ? limit : kPanel;  // from the first panel to the second
+  const std::int64_t task_columns = kGated ? kPanel : 2 * kPanel;
+  const std::int64_t tasks = (limit + task_columns - 1) / task_columns;
   const std::int64_t depth = round_up(in_features, kInterleave<Op>);
-  const std::int64_t step = std::min<std::int64_t>(depth, kPanelBytes / (kParts * kPanel * sizeof(Op)));
+  const std::int64_t step = std::min<std::int64_t>(depth, kPanelBytes / (kPanel * sizeof(Op)));
   const bool whole = step >= depth;
   const std::int64_t c_rows = whole ? kPanel : kBlockRows;
 
-  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * panels, [&](std::int64_t task) {
-    const ExpertBlock& block = blocks[static_cast<std::size_t>(task / panels)];
-    const std::int64_t n = task % panels * kPanel;
-    const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, columns_per_part - n));
-    const int width = static_cast<int>(round_up(columns, kPad));
-    Acc* const c = static_cast<Acc*>(thread_scratch(
-        kParts * (c_rows * kPanel * sizeof(Acc) + static_cast<std::size_t>(step) * kPanel * sizeof(Op))));
-    Op* const panel = reinterpret_cast<Op*>(c + kParts * c_rows * kPanel);
-    const T* matrix = static_cast<const T*>(weight[block.expert]) + n;
+  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * tasks, [&](std::int64_t task) {
+    const ExpertBlock& block = blocks[static_cast<std::size_t>(task / tasks)];
+    const std::int64_t first = task % tasks * task_columns;
+    Acc* const c = static_cast<Acc*>(thread_scratch(2 * (c_rows * kPanel * sizeof(Acc) + step * kPanel * sizeof(Op))));
+    Op* const packed = reinterpret_cast<Op*>(c + 2 * c_rows * kPanel);
+    const T* matrix = static_cast<const T*>(weight[block.expert]) + first;
+    const auto columns_of = [&](int part) {
+      const std::int64_t left = limit - first - (kGated ? 0 : part * kPanel);
+      return static_cast<int>(std::clamp<std::int64_t>(left, 0, kPanel));
+    };
+    const int columns[2] = {columns_of(0), columns_of(1)};
     const BrgemmScope scope;
 
     for (std::int64_t k0 = 0; k0 < depth; k0 += step) {
-      const std::int64_t k = std::min(step, depth - k0);
-      for (int part = 0; part < kParts; ++part) {
-        const T* corner = matrix + k0 * out_features + part * columns_per_part;
-        pack_panel<T>([&](std::int64_t l) { return corner + l * out_features; }, std::min(k, in_features - k0), k,
-                      columns, width, panel + part * step * kPanel);
+      const std::int64_t k = std::min(step, depth - k0), k_read = std::min(step, in_features - k0);
+      for (std::int64_t l = 0; l < k; l += kPackRows) {
+        for (int part = 0; part < 2 && columns[part] > 0; ++part) {
+          const T* corner = matrix + (k0 + l) * out_features + part * distance;
+          pack_panel<T>([&](std::int64_t row) { return corner + row * out_features; }, std::min(kPackRows, k_read - l),
+                        std::min(kPackRows, k - l), columns[part], static_cast<int>(round_up(columns[part], kPad)),
+                        packed + (part * step + l) * kPanel);
+        }
       }
       for_row_pieces(block.rows, [&](std::int64_t row, std::int64_t rows) {
         Acc* parts[2] = {};
-        for (int part = 0; part < kParts; ++part) {
+        for (int part = 0; part < 2; ++part) {
           parts[part] = c + (part * c_rows + (whole ? 0 : row)) * kPanel;
-          tile_gemm(rows, width, k, a.data + (block.begin + row) * a.stride + k0, a.stride,
-                    panel + part * step * kPanel, kPanel, parts[part], kPanel, k0 > 0);
+          if (columns[part] == 0) continue;
+          tile_gemm(rows, round_up(columns[part], kPad), k, a.data + (block.begin + row) * a.stride + k0, a.stride,
+                    packed + part * step * kPanel, kPanel, parts[part], kPanel, k0 > 0);
         }
-        if (k0 + k == depth) epilogue(block.begin + row, rows, n, columns, parts);
+        if (k0 + k < depth) return;
+        epilogue(block.begin + row, rows, first, columns[0], parts);
+        if (!kGated && columns[1] > 0) {
+          Acc* const second[2] = {parts[1], nullptr};
+          epilogue(block.begin + row, rows, first + kPanel, columns[1], second);
+        }
       });
     }
   });
