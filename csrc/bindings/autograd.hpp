@@ -37,7 +37,7 @@ inline std::vector<at::Tensor> refuse_double_backward(const std::string& op, std
   for (const at::Tensor& gradient : gradients) {
     inputs.push_back(gradient.defined() ? gradient.detach().requires_grad_() : gradient);
   }
-  const auto error = std::make_shared<torch::autograd::DelayedError>(
+  const auto error = c10::make_intrusive<torch::autograd::DelayedError>(
       op + ": double backward is not supported (the gradient of its gradient was asked for)",
       static_cast<int64_t>(inputs.size()));
   return (*error)(std::move(inputs));

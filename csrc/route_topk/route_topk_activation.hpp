@@ -11,26 +11,6 @@ namespace mfx::MFX_ISA {
 
 inline constexpr double kNormFloor = 1e-12;  // as torch.nn.functional.normalize
 
-// f(column, lanes) over [0, n) in whole vectors and one partial one.
-template <typename A, typename F>
-inline void for_lanes(std::int64_t n, F f) {
-  std::int64_t column = 0;
-  for (; column + kWidth<A> <= n; column += kWidth<A>) f(column, kWidth<A>);
-  if (column < n) f(column, static_cast<int>(n - column));
-}
-template <typename A>
-inline Vec<A> load_lanes_of(const A* p, int lanes) {
-  return lanes == kWidth<A> ? load(p) : load_partial(p, lanes);
-}
-template <typename A>
-inline void store_lanes_of(A* p, Vec<A> v, int lanes) {
-  if (lanes == kWidth<A>) {
-    store(p, v);
-  } else {
-    store_partial(p, v, lanes);
-  }
-}
-
 template <typename A>
 inline A dot_row(const A* a, const A* b, std::int64_t n) {
   Vec<A> sum = {};

@@ -8,6 +8,7 @@
 #include "core/aligned_buffer.hpp"
 #include "core/gelu.hpp"
 #include "core/parallel.hpp"
+#include "core/scratch.hpp"
 #include "core/tile_gemm.hpp"
 #include "route_topk/route_topk_activation.hpp"
 #include "route_topk/route_topk_pack.hpp"
@@ -16,7 +17,8 @@
 namespace mfx::MFX_ISA {
 namespace {
 
-constexpr std::int64_t kRowBlock = 256;  // rows of a weight gradient per task
+constexpr std::int64_t kRowBlock = 256;     // rows of a weight gradient per task
+constexpr std::int64_t kChunkTokens = 256;  // tokens per product of a weight gradient, whole tiles
 
 // d loss / d logits of a group of tokens, in lanes.
 template <typename A>
@@ -95,19 +97,20 @@ class LogitGradient {
   AlignedBuffer<std::int32_t> ids_;
 };
 
-// What phase one leaves for the weight gradients: for each tile a matrix [rows][kTileTokens], zero beyond the last
-// token.
+// What phase one leaves for the weight gradients: for each chunk of kChunkTokens tokens a matrix [rows][kChunkTokens],
+// zero from the last token to the end of its tile.
 template <typename T>
-class TransposedTiles {
+class TransposedChunks {
  public:
-  TransposedTiles(std::int64_t tiles, std::int64_t rows) : rows_(rows), data_(tiles * rows * kTileTokens) {}
-  T* tile(std::int64_t i) { return data_.data() + i * rows_ * kTileTokens; }
+  TransposedChunks(std::int64_t chunks, std::int64_t rows) : rows_(rows), data_(chunks * rows * kChunkTokens) {}
+  T* chunk(std::int64_t i) { return data_.data() + i * rows_ * kChunkTokens; }
 
-  // From rows [count][>= rows rounded up to kAlign], columns beyond `rows` being readable.
+  // From rows [count][>= rows rounded up to kAlign] of a tile, columns beyond `rows` being readable.
   template <typename A>
-  void store_tile(std::int64_t i, std::int64_t count, const A* from, std::int64_t ld) {
+  void store_tile(std::int64_t tile, std::int64_t count, const A* from, std::int64_t ld) {
     constexpr int w = kWidth<A>;
-    T* to = tile(i);
+    const std::int64_t first = tile * kTileTokens;
+    T* to = chunk(first / kChunkTokens) + first % kChunkTokens;
     for (std::int64_t token = 0; token < kTileTokens; token += w) {
       const int present = static_cast<int>(std::clamp<std::int64_t>(count - token, 0, w));
       for (std::int64_t row = 0; row < rows_; row += w) {
@@ -115,24 +118,25 @@ class TransposedTiles {
         for (int l = 0; l < present; ++l) block[l] = load(from + (token + l) * ld + row);
         transpose<A>(block);
         const int valid = static_cast<int>(std::min<std::int64_t>(w, rows_ - row));
-        for (int l = 0; l < valid; ++l) store(to + (row + l) * kTileTokens + token, block[l]);
+        for (int l = 0; l < valid; ++l) store(to + (row + l) * kChunkTokens + token, block[l]);
       }
     }
   }
 
  private:
   std::int64_t rows_;
-  AlignedBuffer<T> data_;
+  Scratch<T> data_;
 };
 
-// grad [rows, columns] = sum over tiles of tiles[i] [rows, kTileTokens] B_i [kTileTokens, columns], for the rows of
-// those segments whose gradient is wanted. pack(tile, column, b) fills B_i's panel of `b` from `column` on.
+// grad [rows, columns] = sum over chunks i of chunks[i] [rows, tokens] B_i [tokens, columns], for the rows of those
+// segments whose gradient is wanted. pack(first, count, column, b) fills `b` with B's columns from `column` on for the
+// tokens [first, first + count), and with zeros up to the next multiple of kAlign.
 template <typename Op, typename Pack>
-void weight_gradient(std::int64_t num_tiles, TransposedTiles<Op>& tiles, std::int64_t columns, DType dtype,
+void weight_gradient(std::int64_t tokens, TransposedChunks<Op>& chunks, std::int64_t columns, DType dtype,
                      std::int64_t num_segments, void* const* segments, const std::int64_t* segment_rows, Pack pack) {
   using A = Accumulate<Op>;
   struct Block {
-    std::int64_t tile_row, row, rows;
+    std::int64_t row_of_chunk, row, rows;
     void* segment;
   };
   std::vector<Block> blocks;
@@ -147,14 +151,16 @@ void weight_gradient(std::int64_t num_tiles, TransposedTiles<Op>& tiles, std::in
     const BrgemmScope scope;
     const Block& block = blocks[static_cast<std::size_t>(task / panels)];
     const std::int64_t column = task % panels * kPanel, width = std::min(kPanel, columns - column);
-    PackedB<Op> b(kTileTokens, width);
+    PackedB<Op> b(kChunkTokens, width);
     const std::int64_t ld = b.padded();
-    AlignedBuffer<A> sum(block.rows * ld);
-    std::fill_n(sum.data(), num_tiles > 0 ? 0 : block.rows * ld, A{0});
-    for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
-      pack(tile, column, b);
-      tile_gemm(block.rows, ld, kTileTokens, tiles.tile(tile) + block.tile_row * kTileTokens, kTileTokens, b.panel(0),
-                ld, sum.data(), ld, tile > 0);
+    Scratch<A> sum(block.rows * ld);
+    if (tokens == 0) std::fill_n(sum.data(), block.rows * ld, A{0});
+    for (std::int64_t first = 0; first < tokens; first += kChunkTokens) {
+      const std::int64_t count = std::min(kChunkTokens, tokens - first);
+      pack(first, count, column, b);
+      tile_gemm(block.rows, ld, round_up(count, kAlign),
+                chunks.chunk(first / kChunkTokens) + block.row_of_chunk * kChunkTokens, kChunkTokens, b.panel(0), ld,
+                sum.data(), ld, first > 0);
     }
     with_storage<A>(dtype, [&](auto storage) {
       auto* grad = static_cast<decltype(storage)*>(block.segment) + block.row * columns + column;
@@ -176,10 +182,11 @@ class Backward {
         wants_experts_(std::any_of(p.grad_segments, p.grad_segments + n_.num_segments, [](void* g) { return g; })),
         wants_input_weight_(hidden_layer_ ? p.grad_hidden_weight != nullptr : wants_experts_),
         num_tiles_((n_.num_tokens + kTileTokens - 1) / kTileTokens),
+        num_chunks_((n_.num_tokens + kChunkTokens - 1) / kChunkTokens),
         // Rows of the product that meets x: V's, or W's where there is no V.
         inner_(hidden_layer_ ? n_.hidden_dim : n_.num_experts),
-        grad_inner_(wants_input_weight_ ? num_tiles_ : 0, inner_),
-        grad_logits_(hidden_layer_ && wants_experts_ ? num_tiles_ : 0, n_.num_experts),
+        grad_inner_(wants_input_weight_ ? num_chunks_ : 0, inner_),
+        grad_logits_(hidden_layer_ && wants_experts_ ? num_chunks_ : 0, n_.num_experts),
         bias_sums_(p.grad_hidden_bias != nullptr ? num_tiles_ * n_.hidden_dim : 0) {}
 
   void run() {
@@ -204,9 +211,9 @@ class Backward {
     parallel_for(num_tiles_, 1, [&](std::int64_t begin, std::int64_t end) {
       const BrgemmScope scope;
       const std::int64_t ld = round_up(n_.num_experts, kAlign), ld_hidden = round_up(n_.hidden_dim, kAlign);
-      AlignedBuffer<A> grad(kTileTokens * ld), hidden(wants_hidden ? kTileTokens * ld_hidden : 0);
-      AlignedBuffer<Op> operand(wants_x ? kTileTokens * round_up(inner_, kAlign) : 0);
-      AlignedBuffer<A> grad_x(wants_x ? kTileTokens * kPanel : 0);
+      Scratch<A> grad(kTileTokens * ld), hidden(wants_hidden ? kTileTokens * ld_hidden : 0);
+      Scratch<Op> operand(wants_x ? kTileTokens * round_up(inner_, kAlign) : 0);
+      Scratch<A> grad_x(wants_x ? kTileTokens * kPanel : 0);
       LogitGradient<A> logit_gradient(p_);
       for (std::int64_t tile = begin; tile < end; ++tile) {
         const std::int64_t first = tile * kTileTokens, count = std::min(kTileTokens, n_.num_tokens - first);
@@ -287,22 +294,21 @@ class Backward {
   }
 
   void input_weight_gradient() {
-    const auto pack = [&](std::int64_t tile, std::int64_t column, PackedB<Op>& b) {
+    const auto pack = [&](std::int64_t first, std::int64_t count, std::int64_t column, PackedB<Op>& b) {
       with_storage<A>(n_.x_dtype, [&](auto storage) {
         using S = decltype(storage);
-        const std::int64_t first = tile * kTileTokens, count = std::min(kTileTokens, n_.num_tokens - first);
         const S* x = static_cast<const S*>(n_.x) + first * n_.dim + column;
         const auto row = [&](std::int64_t i) { return i < count ? x + i * n_.dim : nullptr; };
         constexpr std::int64_t kStep = std::is_same_v<Op, BFloat16> ? 2 : 1;
-        for (std::int64_t i = 0; i < kTileTokens; i += kStep) b.pack_rows(i, row(i), row(i + 1));
+        for (std::int64_t i = 0; i < round_up(count, kAlign); i += kStep) b.pack_rows(i, row(i), row(i + 1));
       });
     };
     if (hidden_layer_) {
-      weight_gradient(num_tiles_, grad_inner_, n_.dim, n_.hidden_weight_dtype, 1, &p_.grad_hidden_weight,
+      weight_gradient(n_.num_tokens, grad_inner_, n_.dim, n_.hidden_weight_dtype, 1, &p_.grad_hidden_weight,
                       &n_.hidden_dim, pack);
     } else {
-      weight_gradient(num_tiles_, grad_inner_, n_.dim, n_.weight_dtype, n_.num_segments, p_.grad_segments, n_.num_rows,
-                      pack);
+      weight_gradient(n_.num_tokens, grad_inner_, n_.dim, n_.weight_dtype, n_.num_segments, p_.grad_segments,
+                      n_.num_rows, pack);
     }
   }
 
@@ -314,31 +320,29 @@ class Backward {
         scales[token] = inverse_norm(hidden_row(token), n_.hidden_dim);
       }
     }
-    const auto pack = [&](std::int64_t tile, std::int64_t column, PackedB<A>& b) {
-      const std::int64_t first = tile * kTileTokens, count = std::min(kTileTokens, n_.num_tokens - first);
+    const auto pack = [&](std::int64_t first, std::int64_t count, std::int64_t column, PackedB<A>& b) {
       const std::int64_t size = std::min(kPanel, n_.hidden_dim - column);
       A row[kPanel];
-      for (std::int64_t i = 0; i < kTileTokens; ++i) {
-        if (i < count) {
-          const A* z = hidden_row(first + i) + column;
-          for_lanes<A>(size, [&](std::int64_t l, int lanes) {
-            const Vec<A> value = load_lanes_of(z + l, lanes);
-            store_lanes_of(row + l, n_.gate == RouterGate::kGmm ? value * scales[first + i] : gelu<A>(value), lanes);
-          });
-        }
-        b.pack_rows(i, i < count ? row : nullptr, static_cast<const A*>(nullptr));
+      for (std::int64_t i = 0; i < count; ++i) {
+        const A* z = hidden_row(first + i) + column;
+        for_lanes<A>(size, [&](std::int64_t l, int lanes) {
+          const Vec<A> value = load_lanes_of(z + l, lanes);
+          store_lanes_of(row + l, n_.gate == RouterGate::kGmm ? value * scales[first + i] : gelu<A>(value), lanes);
+        });
+        b.pack_rows(i, row);
       }
+      for (std::int64_t i = count; i < round_up(count, kAlign); ++i) b.template pack_rows<A>(i, nullptr);
     };
-    weight_gradient(num_tiles_, grad_logits_, n_.hidden_dim, n_.weight_dtype, n_.num_segments, p_.grad_segments,
+    weight_gradient(n_.num_tokens, grad_logits_, n_.hidden_dim, n_.weight_dtype, n_.num_segments, p_.grad_segments,
                     n_.num_rows, pack);
   }
 
   const RouteTopKBackwardParams& p_;
   const RouterGateParams& n_;
   bool hidden_layer_, wants_experts_, wants_input_weight_;
-  std::int64_t num_tiles_, inner_;
-  TransposedTiles<Op> grad_inner_;
-  TransposedTiles<A> grad_logits_;
+  std::int64_t num_tiles_, num_chunks_, inner_;
+  TransposedChunks<Op> grad_inner_;
+  TransposedChunks<A> grad_logits_;
   AlignedBuffer<A> bias_sums_;
 };
 

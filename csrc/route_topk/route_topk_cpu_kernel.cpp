@@ -5,6 +5,7 @@
 #include "core/aligned_buffer.hpp"
 #include "core/gelu.hpp"
 #include "core/parallel.hpp"
+#include "core/scratch.hpp"
 #include "core/tile_gemm.hpp"
 #include "route_topk/route_topk_activation.hpp"
 #include "route_topk/route_topk_pack.hpp"
@@ -147,6 +148,36 @@ const Op* operand_rows(const RouterGateParams& n, std::int64_t first, std::int64
   return scratch;
 }
 
+template <typename A>
+void copy_logits(const RouteTopKParams& p, std::int64_t first, std::int64_t count, const A* from, std::int64_t ld) {
+  const std::int64_t experts = p.network.num_experts;
+  A* to = static_cast<A*>(p.logits) + first * experts;
+  for (std::int64_t i = 0; i < count; ++i) convert(from + i * ld, experts, to + i * experts);
+}
+
+constexpr std::int64_t kFewTokens = 8;
+
+// One tile without packed weights.
+template <typename A>
+void forward_few(const RouteTopKParams& p) {
+  const RouterGateParams& n = p.network;
+  AlignedBuffer<A> x(n.num_tokens * n.dim), hidden(n.num_tokens * n.hidden_dim);
+  with_storage<A>(n.x_dtype, [&](auto storage) {
+    convert(static_cast<const decltype(storage)*>(n.x), n.num_tokens * n.dim, x.data());
+  });
+  A* logits = static_cast<A*>(p.logits);
+  if (n.gate == RouterGate::kLinear) {
+    multiply_few(n.num_tokens, x.data(), expert_rows(n), logits, n.num_experts);
+  } else {
+    multiply_few(n.num_tokens, x.data(), hidden_rows(n), hidden.data(), n.hidden_dim);
+    activate(n, n.num_tokens, hidden.data(), n.hidden_dim, static_cast<A*>(p.hidden));
+    multiply_few(n.num_tokens, hidden.data(), expert_rows(n), logits, n.num_experts);
+  }
+  TileSums<A> sums(1, n.num_experts);
+  Selector<A>(p).tile(0, n.num_tokens, logits, n.num_experts, sums.sums(0), sums.counts(0));
+  sums.write(p);
+}
+
 template <typename Op>
 void forward(const RouteTopKParams& p) {
   using A = Accumulate<Op>;
@@ -166,8 +197,8 @@ void forward(const RouteTopKParams& p) {
 
   parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end) {
     const BrgemmScope scope;
-    AlignedBuffer<Op> x(n.x_dtype == kDTypeOf<Op> ? 0 : kTileTokens * n.dim);
-    AlignedBuffer<A> hidden(kTileTokens * into_x.padded()), logits(kTileTokens * into_hidden.padded());
+    Scratch<Op> x(n.x_dtype == kDTypeOf<Op> ? 0 : kTileTokens * n.dim);
+    Scratch<A> hidden(kTileTokens * into_x.padded()), logits(kTileTokens * into_hidden.padded());
     Selector<A> selector(p);
     for (std::int64_t tile = begin; tile < end; ++tile) {
       const std::int64_t first = tile * kTileTokens, count = std::min(kTileTokens, n.num_tokens - first);
@@ -189,8 +220,7 @@ void forward(const RouteTopKParams& p) {
         tile_logits = logits.data();
         ld = into_hidden.padded();
       }
-      A* out = static_cast<A*>(p.logits) + first * n.num_experts;
-      for (std::int64_t i = 0; i < count; ++i) convert(tile_logits + i * ld, n.num_experts, out + i * n.num_experts);
+      copy_logits(p, first, count, tile_logits, ld);
       selector.tile(first, count, tile_logits, ld, sums.sums(tile), sums.counts(tile));
     }
   });
@@ -200,7 +230,12 @@ void forward(const RouteTopKParams& p) {
 }  // namespace
 
 Status route_topk(const RouteTopKParams& p) {
-  with_operand(p.network, [&](auto operand) { forward<decltype(operand)>(p); });
+  const RouterGateParams& n = p.network;
+  if (n.gate != RouterGate::kLogits && n.num_tokens >= 1 && n.num_tokens <= kFewTokens) {
+    n.x_dtype == DType::kFloat64 ? forward_few<double>(p) : forward_few<float>(p);
+  } else {
+    with_operand(n, [&](auto operand) { forward<decltype(operand)>(p); });
+  }
   return {};
 }
 

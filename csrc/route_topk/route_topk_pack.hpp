@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "core/aligned_buffer.hpp"
 #include "core/parallel.hpp"
+#include "core/scratch.hpp"
 #include "core/tile_gemm.hpp"
 #include "moduleformer_ext/route_topk.hpp"
 
@@ -40,12 +40,30 @@ inline constexpr DType kDTypeOf<double> = DType::kFloat64;
 template <>
 inline constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
 
+// f(column, lanes) over [0, n) in whole vectors and one partial one.
+template <typename A, typename F>
+inline void for_lanes(std::int64_t n, F f) {
+  std::int64_t column = 0;
+  for (; column + kWidth<A> <= n; column += kWidth<A>) f(column, kWidth<A>);
+  if (column < n) f(column, static_cast<int>(n - column));
+}
+template <typename S>
+inline Vec<Accumulate<S>> load_lanes_of(const S* p, int lanes) {
+  return lanes == kWidth<Accumulate<S>> ? load(p) : load_partial(p, lanes);
+}
+template <typename S>
+inline void store_lanes_of(S* p, Vec<Accumulate<S>> v, int lanes) {
+  if (lanes == kWidth<Accumulate<S>>) {
+    store(p, v);
+  } else {
+    store_partial(p, v, lanes);
+  }
+}
+
 template <typename From, typename To>
 inline void convert(const From* from, std::int64_t n, To* to) {
-  constexpr int w = kWidth<Accumulate<From>>;
-  std::int64_t i = 0;
-  for (; i + w <= n; i += w) store(to + i, load(from + i));
-  if (i < n) store_partial(to + i, load_partial(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  for_lanes<Accumulate<From>>(
+      n, [&](std::int64_t i, int lanes) { store_lanes_of(to + i, load_lanes_of(from + i, lanes), lanes); });
 }
 
 // Rows of a matrix that lies in consecutive pieces.
@@ -125,15 +143,15 @@ class PackedB {
 
   // Row i (for bf16 rows i and i + 1) of B, [n] each; null stands for zeros.
   template <typename S>
-  void pack_rows(std::int64_t i, const S* row, const S* next) {
+  void pack_rows(std::int64_t i, const S* row, const S* next = nullptr) {
     constexpr int w = kWidth<Accumulate<Op>>;
     for (std::int64_t column = 0; column < padded(); column += w) {
       const std::int64_t start = column / kPanel * kPanel, n = width(start);
       const int valid = static_cast<int>(std::clamp<std::int64_t>(n_ - column, 0, w));
-      const auto values = row == nullptr ? Vec<Accumulate<Op>>{} : load_first(row + column, valid);
+      const auto values = row == nullptr ? Vec<Accumulate<Op>>{} : load_lanes_of(row + column, valid);
       Op* to = panel(start) + i * n;
       if constexpr (kVnni) {
-        const VecF odd = next == nullptr ? VecF{} : load_first(next + column, valid);
+        const VecF odd = next == nullptr ? VecF{} : load_lanes_of(next + column, valid);
         const VecU32 pairs = interleave_bf16(values, odd);
         std::memcpy(to + 2 * (column - start), &pairs, sizeof pairs);
       } else {
@@ -143,11 +161,6 @@ class PackedB {
   }
 
  private:
-  template <typename S>
-  static Vec<Accumulate<S>> load_first(const S* p, int valid) {
-    return valid == kWidth<Accumulate<S>> ? load(p) : load_partial(p, valid);
-  }
-
   // Columns [column, column + one vector) of B, rows [first, last).
   void transpose_block(const Rows& rows, std::int64_t column, std::int64_t first, std::int64_t last) {
     using Unit = std::conditional_t<kVnni, std::uint32_t, Accumulate<Op>>;  // bf16: pairs along k stay together
@@ -165,9 +178,13 @@ class PackedB {
         Vec<Unit> block[w] = {};
         for (std::int64_t i = 0; i < valid_rows; ++i) {
           if constexpr (!kVnni) {
-            block[i] = load_first(row[i] + l, static_cast<int>(valid));
+            block[i] = load_lanes_of(row[i] + l, static_cast<int>(valid));
           } else if constexpr (std::is_same_v<S, BFloat16>) {  // the only storage that is multiplied as bf16
-            std::memcpy(&block[i], row[i] + l, static_cast<std::size_t>(valid) * sizeof(S));
+            if (valid == w * kPerUnit) {
+              block[i] = load_raw<VecU32>(row[i] + l);
+            } else {
+              std::memcpy(&block[i], row[i] + l, static_cast<std::size_t>(valid) * sizeof(S));
+            }
           }
         }
         transpose<Unit>(block);
@@ -178,8 +195,48 @@ class PackedB {
   }
 
   std::int64_t k_, n_;
-  AlignedBuffer<Op> data_;
+  Scratch<Op> data_;
 };
+
+inline constexpr int kDotRows = 4;
+
+// c[t * ldc + r] = a_t . row_r for kTokens rows of A and kDotRows of the weight, of which `valid` are wanted.
+template <int kTokens, typename S, typename A>
+inline void dot_block(std::int64_t length, const S* const* rows, int valid, const A* a, A* c, std::int64_t ldc) {
+  Vec<A> sums[kDotRows][kTokens] = {};
+  for_lanes<A>(length, [&](std::int64_t l, int lanes) {
+    Vec<A> token[kTokens];
+    for (int t = 0; t < kTokens; ++t) token[t] = load_lanes_of(a + t * length + l, lanes);
+    for (int r = 0; r < kDotRows; ++r) {
+      const Vec<A> weight = load_lanes_of(rows[r] + l, lanes);
+      for (int t = 0; t < kTokens; ++t) sums[r][t] += weight * token[t];
+    }
+  });
+  for (int r = 0; r < valid; ++r) {
+    for (int t = 0; t < kTokens; ++t) c[t * ldc + r] = reduce_add(sums[r][t]);
+  }
+}
+
+// C [m, rows] = A [m, length] rows^T for a few rows of A, where packing would cost more than the product itself (one
+// token in generation reads the weights once). Parallel over the weight's rows.
+template <typename A>
+inline void multiply_few(std::int64_t m, const A* a, const Rows& rows, A* c, std::int64_t ldc) {
+  const std::int64_t length = rows.length, blocks = (rows.num_rows + kDotRows - 1) / kDotRows;
+  parallel_for(blocks, 8, [&](std::int64_t begin, std::int64_t end) {
+    with_storage<A>(rows.dtype, [&](auto storage) {
+      for (std::int64_t first = begin * kDotRows; first < std::min(end * kDotRows, rows.num_rows); first += kDotRows) {
+        const decltype(storage)* row[kDotRows];  // beyond the end, the last one again
+        for (int r = 0; r < kDotRows; ++r) {
+          row[r] = rows.row<decltype(storage)>(std::min(first + r, rows.num_rows - 1));
+        }
+        const int valid = static_cast<int>(std::min<std::int64_t>(kDotRows, rows.num_rows - first));
+        std::int64_t t = 0;
+        for (; t + 2 <= m; t += 2) dot_block<2>(length, row, valid, a + t * length, c + t * ldc + first, ldc);
+        if (t < m) dot_block<1>(length, row, valid, a + t * length, c + t * ldc + first, ldc);
+      }
+    });
+  });
+}
 
 // What multiplies x: bf16 where x and the weight it meets are both bf16 and the processor multiplies it (which needs
 // pairs along D), else the result type.
