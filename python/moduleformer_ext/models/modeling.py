@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,20 +37,46 @@ _AUX_LOSSES: dict[str, Callable[[RouteTopK], Tensor]] = {
 }
 
 
+@dataclass
+class _AuxLoss:
+    """The routing loss of one pass. Without autograd it is computed when asked for: decoding never asks, and the many
+    small operations would be a tenth of its time.
+    """
+
+    kind: str
+    routes: Sequence[BlockRoutes]
+    value: Tensor | None = None
+
+    def get(self) -> Tensor:
+        if self.value is None:
+            loss = _AUX_LOSSES.get(self.kind)
+            if loss is None:
+                self.value = torch.zeros_like(self.routes[0].ffn.plogp_sum)
+            else:
+                self.value = torch.stack([loss(route) for block in self.routes for route in block]).sum()
+        return self.value
+
+
 @dataclass(kw_only=True)
 class MoLMOutput:
     """What the stack of blocks computed for input_ids [B, T]."""
 
     last_hidden_state: Tensor
     """[B, T, D], after the final norm."""
-    aux_loss: Tensor
-    """[] float32 (float64 for a float64 model): the routing loss summed over all routers of all layers, unweighted."""
+    _aux_loss: _AuxLoss = field(repr=False)
     past_key_values: KVCache | None = None
     """If ``use_cache``: past and new tokens. In training mode only the last ``config.history_length`` of them."""
     hidden_states: tuple[Tensor, ...] | None = None
     """If ``output_hidden_states``: the input of every block and ``last_hidden_state``, n_layer + 1 tensors."""
     routes: list[BlockRoutes] | None = None
     """If ``output_routes``: per layer, how attention and feed-forward experts were chosen for the B·T tokens."""
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """[] float32 (float64 for a float64 model): the routing loss summed over all routers of all layers,
+        unweighted.
+        """
+        return self._aux_loss.get()
 
 
 @dataclass(kw_only=True)
@@ -118,19 +144,16 @@ class MoLM(nn.Module):
         x = self.ln_f(x)
         states.append(x)
 
+        aux_loss = _AuxLoss(self.config.aux_loss_type, routes)
+        if torch.is_grad_enabled():
+            aux_loss.get()
         return MoLMOutput(
             last_hidden_state=x,
-            aux_loss=self._aux_loss(routes),
+            _aux_loss=aux_loss,
             past_key_values=self._remember(presents) if use_cache else None,
             hidden_states=tuple(states) if output_hidden_states else None,
             routes=routes if output_routes else None,
         )
-
-    def _aux_loss(self, routes: Sequence[BlockRoutes]) -> Tensor:
-        loss = _AUX_LOSSES.get(self.config.aux_loss_type)
-        if loss is None:
-            return torch.zeros_like(routes[0].ffn.plogp_sum)
-        return torch.stack([loss(route) for block in routes for route in block]).sum()
 
     def _remember(self, presents: Sequence[LayerCache]) -> KVCache:
         cache = KVCache(presents)
