@@ -38,6 +38,11 @@ find_uv() {
   fi
 }
 
+# Only what an earlier run made is made anew: VENV may name an environment that somebody cares for.
+if [ -e "$venv" ] && [ -n "$(ls -A "$venv")" ] && [ ! -e "$venv/.made-by-make_venv" ]; then
+  stop "$venv exists and was not made by tools/make_venv.sh; remove it, or set VENV to another directory."
+fi
+
 command -v g++ >/dev/null 2>&1 || stop 'No C++ compiler was found. On Debian: apt-get install g++'
 
 python=$(find_python)
@@ -52,6 +57,7 @@ else
   [ -n "$uv" ] && "$uv" venv --clear --seed --python "${python:-3.12}" "$venv" ||
     stop 'No usable Python >= 3.10. On Debian: apt-get install python3-venv python3-dev  (or install uv), then again.'
 fi
+touch "$venv/.made-by-make_venv"
 echo "Made $venv with $("$venv/bin/python" --version)"
 
 pip="$venv/bin/python -m pip --disable-pip-version-check"

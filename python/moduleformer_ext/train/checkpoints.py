@@ -33,13 +33,17 @@ class CheckpointStore:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         remove_partial(self.root)
+        self._remove_old()  # what a kill between writing and removing left
         path = self._path(step)
         if not path.exists():
             with new_directory(path) as scratch:
                 write(scratch)
+        self._remove_old()
+        return path
+
+    def _remove_old(self) -> None:
         for old in self.steps()[: -self.keep]:
             remove_directory(self._path(old))
-        return path
 
     def _path(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
