@@ -27,16 +27,11 @@ from ..cells import (
 )
 from ..inputs import expert_weights, layer_shape, normal, random_gates
 from ..peers import jetmoe
-from ..peers.experts import ExpertProduct, ffn, grouped_mm_product, loop_product, padded_bmm_product
+from ..peers.experts import PRODUCTS, ffn
 from ..pytest_cells import run_cell
 
 SECTION = "ffn"
 TOLERANCES = {torch.float32: Tolerance(1e-4), torch.bfloat16: Tolerance(0.05)}
-PRODUCTS: dict[str, ExpertProduct] = {
-    REFERENCE: loop_product,
-    "grouped_mm": grouped_mm_product,
-    "padded bmm": padded_bmm_product,
-}
 
 
 def race(tokens: int, dtype: torch.dtype, *, quick: bool, backward: bool, into_grad: bool) -> Race:

@@ -26,16 +26,11 @@ from ..cells import (
     forward_only,
 )
 from ..inputs import expert_weights, layer_shape, normal, random_gates
-from ..peers.experts import ExpertProduct, grouped_mm_product, loop_product, moa_map, moa_reduce, padded_bmm_product
+from ..peers.experts import PRODUCTS, ExpertProduct, moa_map, moa_reduce
 from ..pytest_cells import run_cell
 
 SECTION = "moa"
 TOLERANCES = {torch.float32: Tolerance(1e-4), torch.bfloat16: Tolerance(0.05)}
-PRODUCTS: dict[str, ExpertProduct] = {
-    REFERENCE: loop_product,
-    "grouped_mm": grouped_mm_product,
-    "padded bmm": padded_bmm_product,
-}
 
 
 def race(tokens: int, dtype: torch.dtype, *, quick: bool, way: str, backward: bool) -> Race:

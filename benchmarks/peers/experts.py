@@ -16,6 +16,8 @@ from torch import Tensor
 
 from moduleformer_ext.types import ExpertLayout
 
+from ..cells import REFERENCE
+
 ExpertProduct = Callable[[Tensor, Tensor, ExpertLayout], Tensor]
 
 
@@ -59,6 +61,14 @@ def padded_bmm_product(rows: Tensor, weight: Tensor, layout: ExpertLayout) -> Te
     place = expert * longest + torch.arange(rows.shape[0]) - layout.offsets[expert]
     padded = rows.new_zeros(experts * longest, rows.shape[-1]).index_copy(0, place, rows)
     return torch.bmm(padded.unflatten(0, (experts, longest)), weight).flatten(0, 1)[place]
+
+
+PRODUCTS: dict[str, ExpertProduct] = {
+    REFERENCE: loop_product,
+    "grouped_mm": grouped_mm_product,
+    "padded bmm": padded_bmm_product,
+}
+"""The peers of every expert benchmark, by the names they are reported under."""
 
 
 def _gated_sum(y: Tensor, gates: Tensor, layout: ExpertLayout) -> Tensor:
