@@ -1,0 +1,35 @@
+// Asynchronous copies from global to shared memory. PTX ISA, "Data movement and conversion instructions: non-bulk
+// copy". Of kBytes, `source_bytes` are read and the rest is filled with zeros; with 0 the source is not touched. Both
+// sides are aligned to kBytes.
+#pragma once
+
+#include "device/shared_address.cuh"
+
+namespace mfx::device {
+
+template <int kBytes>
+__device__ inline void cp_async(SharedAddress to, const void* from, std::uint32_t source_bytes = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "the sizes cp.async has");
+  if constexpr (kBytes == 16) {  // around L1: tiles are read once per block
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(source_bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(source_bytes)
+                 : "memory");
+  }
+}
+
+__device__ inline void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending of the youngest groups of this thread are under way. Others' copies: barrier afterwards.
+template <int kPending>
+__device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline void cp_async_wait_all() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+}  // namespace mfx::device
