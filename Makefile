@@ -14,7 +14,7 @@ help:
 	@echo 'make test    build and run the tests'
 	@echo 'make lint    ruff, mypy, clang-format and the layer check'
 	@echo 'make bench   benchmarks against the peers; table and plots under benchmarks/results/'
-	@echo 'make asan    the op tests on an AddressSanitizer and UBSan build of the CPU kernels'
+	@echo 'make asan    the tests of ops and core on an AddressSanitizer and UBSan build of the CPU kernels'
 	@echo 'make build   only the native extension, in place'
 
 $(STAMP): requirements-dev.txt tools/make_venv.sh

@@ -25,6 +25,7 @@ endif()
 list(JOIN MFX_CPU_ISAS " " MFX_ISA_NAMES)
 
 function(mfx_add_isa_sources target)
+  add_library(${target}_isa_objects INTERFACE)
   foreach(isa IN LISTS MFX_CPU_ISAS)
     string(TOUPPER "${isa}" upper)
     target_compile_definitions(${target} PRIVATE MFX_HAVE_${upper}=1)
@@ -36,8 +37,7 @@ function(mfx_add_isa_sources target)
     target_compile_options(${target}_${isa} PRIVATE
       ${MFX_FLAGS_${isa}} -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi
       $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized -Wno-maybe-uninitialized>)  # gcc's own intrinsics trip over these
-    target_sources(_mfx_isa_objects INTERFACE $<TARGET_OBJECTS:${target}_${isa}>)
+    target_sources(${target}_isa_objects INTERFACE $<TARGET_OBJECTS:${target}_${isa}>)
   endforeach()
-  target_link_libraries(${target} PUBLIC _mfx_isa_objects)
+  target_link_libraries(${target} PUBLIC ${target}_isa_objects)
 endfunction()
-add_library(_mfx_isa_objects INTERFACE)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the op tests on a build of the C++ code with AddressSanitizer and UndefinedBehaviorSanitizer:
+# Runs the tests of ops and core on a build of the C++ code with AddressSanitizer and UndefinedBehaviorSanitizer:
 # tools/asan.sh PYTHON [pytest arguments]. The build lies in build-asan/, apart from the ordinary one.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
@@ -14,8 +14,9 @@ cmake --build build-asan --parallel "${MAX_JOBS:-2}"
 cp -r python/moduleformer_ext/. "$package"
 cmake --install build-asan --prefix "$package"
 
+[ $# -gt 0 ] || set -- tests/core tests/ops
 # The interpreter itself is not instrumented, so the runtimes come first; libstdc++ with them, or its exceptions pass
 # the interceptors by. Python never frees some things: leaks are not looked for.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)" \
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH="$root/build-asan/python" \
-  "$python" -m pytest -p no:cacheprovider -m 'not slow' "${@:-tests/ops}"
+MFX_BUILD_DIR="$root/build-asan" "$python" -m pytest -p no:cacheprovider -m 'not slow' "$@"

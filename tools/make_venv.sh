@@ -38,27 +38,34 @@ find_uv() {
   fi
 }
 
-# Only what an earlier run made is made anew: VENV may name an environment that somebody cares for.
-if [ -e "$venv" ] && [ -n "$(ls -A "$venv")" ] && [ ! -e "$venv/.made-by-make_venv" ]; then
-  stop "$venv exists and was not made by tools/make_venv.sh; remove it, or set VENV to another directory."
-fi
-
 command -v g++ >/dev/null 2>&1 || stop 'No C++ compiler was found. On Debian: apt-get install g++'
 
-python=$(find_python)
-if [ -n "$python" ] && "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-  "$python" -m venv --clear "$venv"
+make_environment() {
+  python=$(find_python)
+  if [ -n "$python" ] && "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    "$python" -m venv --clear "$venv"
+  else
+    echo "No Python here has both venv and headers; trying uv" >&2
+    uv=$(find_uv)
+    export UV_PYTHON_INSTALL_DIR="$root/.python"
+    # As pip does: trust the system's certificates, a company's own among them, where there are any.
+    [ ! -e /etc/ssl/certs/ca-certificates.crt ] || export UV_SYSTEM_CERTS=true
+    [ -n "$uv" ] && "$uv" venv --clear --seed --python "${python:-3.12}" "$venv" ||
+      stop 'No usable Python >= 3.10. On Debian: apt-get install python3-venv python3-dev  (or install uv), then again.'
+  fi
+  touch "$venv/.made-by-make_venv"
+  echo "Made $venv with $("$venv/bin/python" --version)"
+}
+
+# What an earlier run made is brought up to date, or made anew if it no longer works; VENV may also name an environment
+# that somebody else cares for.
+if [ -e "$venv/.made-by-make_venv" ]; then
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_environment
+elif [ -e "$venv" ] && [ -n "$(ls -A "$venv")" ]; then
+  stop "$venv exists and was not made by tools/make_venv.sh; remove it, or set VENV to another directory."
 else
-  echo "No Python here has both venv and headers; trying uv" >&2
-  uv=$(find_uv)
-  export UV_PYTHON_INSTALL_DIR="$root/.python"
-  # As pip does: trust the system's certificates, a company's own among them, where there are any.
-  [ ! -e /etc/ssl/certs/ca-certificates.crt ] || export UV_SYSTEM_CERTS=true
-  [ -n "$uv" ] && "$uv" venv --clear --seed --python "${python:-3.12}" "$venv" ||
-    stop 'No usable Python >= 3.10. On Debian: apt-get install python3-venv python3-dev  (or install uv), then again.'
+  make_environment
 fi
-touch "$venv/.made-by-make_venv"
-echo "Made $venv with $("$venv/bin/python" --version)"
 
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 $pip install -q ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$root/requirements-dev.txt"

@@ -27,20 +27,12 @@ bool processor_has(Isa isa) {
 #endif
 }
 
-bool usable(Isa isa) {
-#define MFX_ISA_USABLE(name_space, name, ...) \
-  if (isa == Isa::name) return processor_has(isa);
-  MFX_FOR_EACH_ISA(MFX_ISA_USABLE, )
-#undef MFX_ISA_USABLE
-  return isa == Isa::kBaseline;
-}
-
 Isa choose_isa() {
   const char* wanted = std::getenv("MFX_CPU_ISA");
   const bool any = wanted == nullptr || *wanted == '\0';
   for (int i = static_cast<int>(Isa::kAvx512Bf16); i >= 0; --i) {
     const Isa isa = static_cast<Isa>(i);
-    if (usable(isa) && (any || std::strcmp(wanted, kNames[i]) == 0)) return isa;
+    if (isa_usable(isa) && (any || std::strcmp(wanted, kNames[i]) == 0)) return isa;
   }
   throw std::invalid_argument(
       "moduleformer_ext: MFX_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16, compiled in and within what this "
@@ -49,6 +41,14 @@ Isa choose_isa() {
 }
 
 }  // namespace
+
+bool isa_usable(Isa isa) {
+#define MFX_ISA_USABLE(name_space, name, ...) \
+  if (isa == Isa::name) return processor_has(isa);
+  MFX_FOR_EACH_ISA(MFX_ISA_USABLE, )
+#undef MFX_ISA_USABLE
+  return isa == Isa::kBaseline;
+}
 
 Isa active_isa() {
   static const Isa isa = choose_isa();

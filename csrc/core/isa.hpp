@@ -5,8 +5,11 @@ namespace mfx {
 
 enum class Isa : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The best instruction set that was compiled in and that this processor has; MFX_CPU_ISA=baseline|avx2|avx512|
-// avx512_bf16 lowers it (for tests). A name that is unknown or not available here throws std::invalid_argument.
+// Whether it was compiled in and this processor has it.
+bool isa_usable(Isa isa);
+
+// The best usable one; MFX_CPU_ISA=baseline|avx2|avx512|avx512_bf16 lowers it (for tests). A name that is unknown or
+// not usable here throws std::invalid_argument.
 Isa active_isa();
 
 const char* isa_name(Isa isa);
