@@ -38,9 +38,10 @@ __device__ inline void store_shared_128(SharedAddress to, const uint4& x) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+template <int kOffset = 0>
 __device__ inline std::uint32_t load_shared_32(SharedAddress from) {
   std::uint32_t x;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(x) : "r"(from), "n"(kOffset) : "memory");
   return x;
 }
 

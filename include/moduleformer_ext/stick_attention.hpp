@@ -37,6 +37,7 @@ struct StickAttentionProblem {
   const std::int32_t* cu_seqlens_k;
   double scale;
   bool attend_current;
+  bool allow_tf32 = false;  // CUDA, float32: products in tf32
 };
 
 struct StickAttentionForwardParams {
@@ -71,5 +72,9 @@ struct StickAttentionBackwardParams {
 // queries than keys.
 Status stick_attention_forward_cpu(const StickAttentionForwardParams& params);
 Status stick_attention_backward_cpu(const StickAttentionBackwardParams& params);
+
+// In libmoduleformer_ext_cuda. Nothing of cu_seqlens is checked: they are read on the device only. first_tiles counts
+// other tiles than on the CPU.
+extern "C" Status mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream);
 
 }  // namespace mfx

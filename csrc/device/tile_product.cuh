@@ -1,0 +1,159 @@
+// Products of one warp with operands in swizzled shared-memory tiles (shared_address.cuh), in the storage types:
+//
+//   BFloat16, Float16   m16n8k16
+//   float               m16n8k8 tf32, three times: x = high + low, the product of the low parts is dropped (2^-22)
+//   Tf32                binary32 in memory, m16n8k8 tf32 once
+//
+// A step of the inner dimension is 32 bytes of a row: 16 elements of 16 bits or 8 of 32. ldmatrix moves 16-byte rows
+// and does not mind the element size, so that untransposed operands look the same in all types. A tile's rows are
+// kRowBytes, a power of two >= 128, apart; tiles are aligned to kRowBytes, so that XOR selects a chunk.
+#pragma once
+
+#include "device/convert.cuh"
+#include "device/ldmatrix.cuh"
+#include "device/mma.cuh"
+#include "device/static_for.cuh"
+#include "device/vector_memory.cuh"
+
+namespace mfx::device {
+
+struct Tf32 {
+  float value;
+};
+
+template <typename Op>
+inline constexpr bool kIs16Bit = sizeof(Op) == 2;
+
+// Inner elements of one step.
+template <typename Op>
+inline constexpr int kStepElements = 32 / sizeof(Op);
+
+using FragmentA = std::uint32_t[4];
+
+// d = a b + c.
+template <typename Op>
+__device__ inline void multiply_step(float (&d)[4], const FragmentA& a, std::uint32_t b0, std::uint32_t b1,
+                                     const float (&c)[4]) {
+  if constexpr (std::is_same_v<Op, BFloat16>) {
+    mma_m16n8k16_bf16(d, a, b0, b1, c);
+  } else if constexpr (std::is_same_v<Op, Float16>) {
+    mma_m16n8k16_f16(d, a, b0, b1, c);
+  } else {
+    const std::uint32_t x[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    std::uint32_t high[6], low[6];
+#pragma unroll
+    for (int i = 0; i < 6; ++i) {
+      const float value = __uint_as_float(x[i]);
+      high[i] = to_tf32(value);
+      low[i] = to_tf32(value - __uint_as_float(high[i]));
+    }
+    const FragmentA a_high = {high[0], high[1], high[2], high[3]};
+    if constexpr (std::is_same_v<Op, Tf32>) {
+      mma_m16n8k8_tf32(d, a_high, high[4], high[5], c);
+    } else {
+      const FragmentA a_low = {low[0], low[1], low[2], low[3]};
+      mma_m16n8k8_tf32(d, a_low, high[4], high[5], c);  // small terms first
+      mma_m16n8k8_tf32(d, a_high, low[4], low[5], d);
+      mma_m16n8k8_tf32(d, a_high, high[4], high[5], d);
+    }
+  }
+}
+
+// Lane's address in a tile for load_a(): 16 rows, one step.
+template <int kRowBytes>
+__device__ inline SharedAddress a_rows(SharedAddress tile) {
+  const std::uint32_t lane = threadIdx.x & 31;
+  return tile + swizzled_offset<kRowBytes>(lane & 15, lane >> 4);
+}
+
+// The A fragment of step `step` of the 16 rows that `rows` stands for.
+__device__ inline void load_a(FragmentA& a, SharedAddress rows, int step) {
+  ldmatrix_x4(a, rows ^ (step * 32));
+}
+
+// Lane's address in a tile for multiply_rows().
+template <int kRowBytes>
+__device__ inline SharedAddress b_rows(SharedAddress tile) {
+  const std::uint32_t lane = threadIdx.x & 31;
+  return tile + swizzled_offset<kRowBytes>((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+}
+
+// acc [16, 8 kTiles] += A [16, kRowBytes] B^T, where column n of acc belongs to row n of the tile. `a_at(step, a)`
+// loads the fragments of A.
+template <typename Op, int kRowBytes, int kTiles, typename LoadA>
+__device__ inline void multiply_rows(float (&acc)[kTiles][4], LoadA&& a_at, SharedAddress rows) {
+  static_assert(kTiles % 2 == 0, "two tiles of 8 columns per ldmatrix");
+  static_for<kRowBytes / 32>([&](auto step) {
+    FragmentA a;
+    a_at(step, a);
+    const SharedAddress at = rows ^ (step * 32);
+    static_for<kTiles / 2>([&](auto pair) {
+      std::uint32_t b[4];
+      ldmatrix_x4<pair * 16 * kRowBytes>(b, at);
+      multiply_step<Op>(acc[2 * pair], a, b[0], b[1], acc[2 * pair]);
+      multiply_step<Op>(acc[2 * pair + 1], a, b[2], b[3], acc[2 * pair + 1]);
+    });
+  });
+}
+
+// Steps that 8 kTiles columns of an accumulator make as the inner dimension of a following product.
+template <typename Op>
+inline constexpr int steps_of_tiles(int tiles) {
+  return kIs16Bit<Op> ? tiles / 2 : tiles;
+}
+
+// Rounds an accumulator [16, 8 kTiles] to A fragments. The inner elements of a 32-bit step are taken in the order (0,
+// 2, 4, 6, 1, 3, 5, 7), which is how lanes hold them; multiply_columns() and load_a_columns() do the same.
+template <typename Op, int kTiles>
+__device__ inline void pack_a(FragmentA (&a)[steps_of_tiles<Op>(kTiles)], const float (&acc)[kTiles][4]) {
+#pragma unroll
+  for (int step = 0; step < steps_of_tiles<Op>(kTiles); ++step) {
+    if constexpr (kIs16Bit<Op>) {
+      a[step][0] = pack_pair<Op>(acc[2 * step][0], acc[2 * step][1]);
+      a[step][1] = pack_pair<Op>(acc[2 * step][2], acc[2 * step][3]);
+      a[step][2] = pack_pair<Op>(acc[2 * step + 1][0], acc[2 * step + 1][1]);
+      a[step][3] = pack_pair<Op>(acc[2 * step + 1][2], acc[2 * step + 1][3]);
+    } else {
+      a[step][0] = __float_as_uint(acc[step][0]);
+      a[step][1] = __float_as_uint(acc[step][2]);
+      a[step][2] = __float_as_uint(acc[step][1]);
+      a[step][3] = __float_as_uint(acc[step][3]);
+    }
+  }
+}
+
+// Lane's address in a tile for multiply_columns().
+template <typename Op, int kRowBytes>
+__device__ inline SharedAddress b_columns(SharedAddress tile) {
+  const std::uint32_t lane = threadIdx.x & 31;
+  if constexpr (kIs16Bit<Op>) return tile + swizzled_offset<kRowBytes>(lane & 15, lane >> 4);
+  const std::uint32_t row = 2 * (lane & 3), column = lane >> 2;
+  return tile + swizzled_offset<kRowBytes>(row, column >> 2) + (column & 3) * 4;
+}
+
+// acc [16, 8 kTiles] += A B, where inner element i belongs to row i of the tile and column n of acc to its column n.
+template <typename Op, int kRowBytes, int kTiles, int kSteps>
+__device__ inline void multiply_columns(float (&acc)[kTiles][4], const FragmentA (&a)[kSteps], SharedAddress columns) {
+  if constexpr (kIs16Bit<Op>) {
+    static_for<kTiles / 2>([&](auto pair) {
+      const SharedAddress at = columns ^ (pair * 32);
+      static_for<kSteps>([&](auto step) {
+        std::uint32_t b[4];
+        ldmatrix_x4_trans<step * 16 * kRowBytes>(b, at);
+        multiply_step<Op>(acc[2 * pair], a[step], b[0], b[1], acc[2 * pair]);
+        multiply_step<Op>(acc[2 * pair + 1], a[step], b[2], b[3], acc[2 * pair + 1]);
+      });
+    });
+  } else {
+    static_for<kTiles>([&](auto tile) {
+      const SharedAddress even = columns ^ (tile * 32), odd = even ^ 16;  // odd rows have their chunks exchanged
+      static_for<kSteps>([&](auto step) {
+        const std::uint32_t b0 = load_shared_32<step * 8 * kRowBytes>(even);
+        const std::uint32_t b1 = load_shared_32<(step * 8 + 1) * kRowBytes>(odd);
+        multiply_step<Op>(acc[tile], a[step], b0, b1, acc[tile]);
+      });
+    });
+  }
+}
+
+}  // namespace mfx::device

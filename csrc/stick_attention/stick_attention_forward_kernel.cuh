@@ -1,0 +1,234 @@
+// stick_attention forward, sm_80 and up: a block of four warps owns 64 query rows (positions and query heads of one K/V
+// head) and walks their key tiles from the newest to the oldest, each warp with 16 rows:
+//
+//   S [16, keys]   = Q K_tile^T                  tensor cores, binary32 accumulators
+//   weights        = scan(S) in the registers    stick_scan.cuh
+//   O [16, D]     += weights V_tile              the accumulators are this product's A fragments as they are
+//
+// K and V tiles come through a ring of kStages, one barrier per tile, which is also the vote on early exit. A K that is
+// V is copied once. Shared memory: Q [64, D] and kStages of K and V [keys, D], swizzled; Q's place takes O at the end.
+#pragma once
+
+#include "stick_attention/stick_geometry.cuh"
+
+namespace mfx {
+
+struct StickForwardLaunch {
+  StickAttentionForwardParams params;
+  float factor;   // scale * log2(e)
+  float epsilon;  // negative: never stop
+  bool q_aligned, k_aligned, v_aligned, o_aligned, residual_aligned;
+};
+
+template <typename Op, int kDim>
+struct StickForwardTiles {
+  static constexpr int kThreads = 128;
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Op));
+  static constexpr int kKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
+  static constexpr int kStages = kRowBytes <= 512 ? 2 : 1;
+  static constexpr int kQueryBytes = kStickTileRows * kRowBytes;
+  static constexpr int kTileBytes = kKeys * kRowBytes;
+  static constexpr int kSharedBytes = kQueryBytes + kStages * 2 * kTileBytes;
+};
+
+// Storage type of an operand type.
+template <typename Op>
+struct StickStorage {
+  using Type = Op;
+};
+template <>
+struct StickStorage<device::Tf32> {
+  using Type = float;
+};
+
+// Weights lie in [0, 1]; in units of 2^-12 half precision keeps small ones (2^-24 is its smallest number).
+template <typename Op>
+inline constexpr float kStickWeightUnit = std::is_same_v<Op, Float16> ? 4096.0f : 1.0f;
+
+// Writes a warp's [16, 8 kTiles] through 16 rows of shared memory, so that rows leave in chunks of 16 bytes. With
+// `rounding` also what rounding takes from them, there.
+template <typename T, int kRowBytes, int kTiles>
+__device__ inline void stick_store_rows(const float (&acc)[kTiles][4], device::SharedAddress scratch,
+                                        const StickRows<T>& to, int first_row, std::int64_t head_dim, bool aligned) {
+  const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
+  __syncwarp();
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float x = acc[tile][2 * half], y = acc[tile][2 * half + 1];
+      if constexpr (sizeof(T) == 2) {
+        device::store_shared_32(scratch + device::swizzled_offset<kRowBytes>(g + 8 * half, tile) + 4 * c,
+                                device::pack_pair<T>(x, y));
+      } else {
+        const auto offset = device::swizzled_offset<kRowBytes>(g + 8 * half, 2 * tile + c / 2);
+        device::store_shared_64(scratch + offset + c % 2 * 8, {__float_as_uint(x), __float_as_uint(y)});
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kChunks = kRowBytes / 16;
+#pragma unroll 4
+  for (int i = lane; i < 16 * kChunks; i += 32) {
+    const int row = i / kChunks, chunk = i % kChunks, column = chunk * (16 / static_cast<int>(sizeof(T)));
+    T* const target = to[first_row + row];
+    if (target == nullptr || column >= head_dim) continue;
+    const uint4 x = device::load_shared_128(scratch + device::swizzled_offset<kRowBytes>(row, chunk));
+    if (aligned) {
+      device::store_global_128(target + column, x);
+    } else {
+      stick_scatter_chunk(target + column, x);
+    }
+  }
+}
+
+template <typename Op, int kDim>
+__device__ inline void stick_forward(const StickForwardLaunch& launch) {
+  using T = typename StickStorage<Op>::Type;
+  using Tiles = StickForwardTiles<Op, kDim>;
+  constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kStages = Tiles::kStages;
+  constexpr int kSteps = kRowBytes / 32, kKeyTiles = kKeys / 8;
+  constexpr bool kKeepQueries = kSteps <= 8;  // in registers for the whole walk
+  const StickAttentionForwardParams& params = launch.params;
+  const StickAttentionProblem& p = params.problem;
+
+  // Late tiles, which walk furthest, start first; heads side by side.
+  const std::int64_t slot = (gridDim.x - 1 - blockIdx.x) / p.heads, head = blockIdx.x % p.heads;
+  const auto [sequence, tile] = stick_find_slot(p, slot, kStickTileRows);
+  const StickSequence s(p, sequence);
+  const int first_row = static_cast<int>(tile) * kStickTileRows;
+  if (first_row >= s.rows) return;
+
+  extern __shared__ __align__(1024) std::uint8_t shared[];
+  const device::SharedAddress queries = device::shared_address(shared), ring = queries + Tiles::kQueryBytes;
+  const StickTileCopy<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
+  copy.template rows<kStickTileRows>(
+      queries, StickRows<const T>(static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row), launch.q_aligned);
+
+  const T* const k = static_cast<const T*>(p.k) + s.batch * p.k_strides.batch + s.k_begin * p.k_strides.token +
+                     head * p.k_strides.head;
+  const T* const v = static_cast<const T*>(p.v) + s.batch * p.v_strides.batch + s.k_begin * p.v_strides.token +
+                     head * p.v_strides.head;
+  const bool k_is_v = k == v && p.k_strides.token == p.v_strides.token;
+  const auto copy_keys = [&](int key_tile, device::SharedAddress to) {
+    if (key_tile >= 0) {
+      const std::int64_t first = std::int64_t{key_tile} * kKeys;
+      const int keys = s.keys - key_tile * kKeys;
+      copy.template keys<kKeys>(to, k + first * p.k_strides.token, p.k_strides.token, keys, launch.k_aligned);
+      if (!k_is_v) {
+        copy.template keys<kKeys>(to + Tiles::kTileBytes, v + first * p.v_strides.token, p.v_strides.token, keys,
+                                  launch.v_aligned);
+      }
+    }
+    device::cp_async_commit();
+  };
+
+  // This lane's two rows, and its warp's first and last.
+  const int lane = threadIdx.x & 31, warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;
+  int newest[2];
+  float stick[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp_row + lane / 4 + 8 * half;
+    newest[half] = row < s.rows ? s.newest_key(p, row) : -1;
+    stick[half] = row < s.rows ? 1.0f : 0.0f;
+  }
+  const int warp_oldest = s.newest_key(p, min(warp_row, s.rows - 1));
+  const int warp_newest = s.newest_key(p, min(warp_row + 16, s.rows) - 1);
+  const int newest_key = s.newest_key(p, min(first_row + kStickTileRows, s.rows) - 1);
+  const StickOdds odds{launch.factor};
+  StickKeep<kKeys> keep(p, s);
+
+  device::FragmentA q[kKeepQueries ? kSteps : 1];
+  const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + threadIdx.x / 32 * (16 * kRowBytes));
+  float o[kDim / 8][4] = {};
+
+  int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
+  const int newest_tile = key_tile;
+  device::SharedAddress stage = ring, next = ring + (kStages - 1) * (2 * Tiles::kTileBytes);
+  if constexpr (kStages > 1) copy_keys(key_tile, stage);
+  keep.load(key_tile * kKeys);
+  for (; key_tile >= 0; --key_tile) {
+    if constexpr (kStages > 1) device::cp_async_wait<0>();
+    // The tile is there for all, all are done with the one before, and its place is free. Are all sticks used up?
+    if (__syncthreads_and(stick[0] <= launch.epsilon && stick[1] <= launch.epsilon)) break;
+    if constexpr (kStages == 1) {
+      copy_keys(key_tile, stage);
+      device::cp_async_wait<0>();
+      __syncthreads();
+    } else {
+      copy_keys(key_tile - 1, next);
+    }
+    if (kKeepQueries && key_tile == newest_tile) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) device::load_a(q[kKeepQueries ? step : 0], query_rows, step);
+    }
+    const int first_key = key_tile * kKeys;
+    const std::uint32_t kept = keep.run();
+    keep.load(first_key - kKeys);
+    if (warp_newest >= first_key) {
+      float scores[kKeyTiles][4] = {};
+      device::multiply_rows<Op, kRowBytes>(
+          scores,
+          [&](auto step, device::FragmentA& a) {
+            if constexpr (kKeepQueries) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) a[i] = q[step][i];
+            } else {
+              device::load_a(a, query_rows, step);
+            }
+          },
+          device::b_rows<kRowBytes>(stage));
+      if (keep.all() && warp_oldest >= first_key + kKeys - 1) {
+        stick_scan_forward<false>(scores, odds, {}, kStickWeightUnit<Op>, stick);
+      } else {
+        const std::uint32_t visible[2] = {stick_visible<kKeys>(newest[0] - first_key, kept),
+                                          stick_visible<kKeys>(newest[1] - first_key, kept)};
+        stick_scan_forward<true>(scores, odds, visible, kStickWeightUnit<Op>, stick);
+      }
+      device::FragmentA weights[device::steps_of_tiles<Op>(kKeyTiles)];
+      device::pack_a<Op>(weights, scores);
+      device::multiply_columns<Op, kRowBytes>(
+          o, weights, device::b_columns<Op, kRowBytes>(k_is_v ? stage : stage + Tiles::kTileBytes));
+    }
+    if constexpr (kStages > 1) {
+      const device::SharedAddress used = stage;
+      stage = next;
+      next = used;
+    }
+  }
+  device::cp_async_wait_all();
+
+#pragma unroll
+  for (int t = 0; t < kDim / 8; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) o[t][i] *= 1.0f / kStickWeightUnit<Op>;
+  }
+  const device::SharedAddress scratch = queries + threadIdx.x / 32 * (16 * kRowBytes);
+  const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
+  stick_store_rows<T, kRowBytes>(o, scratch,
+                                 StickRows<T>(static_cast<T*>(params.o), params.o_strides, p, s, head, first_row),
+                                 row_in_tile, p.head_dim, launch.o_aligned);
+  if constexpr (sizeof(T) == 2) {
+    if (params.residual != nullptr) {
+#pragma unroll
+      for (int t = 0; t < kDim / 8; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[t][i] -= device::to_float(device::from_float<T>(o[t][i]));
+      }
+      stick_store_rows<T, kRowBytes>(
+          o, scratch, StickRows<T>(static_cast<T*>(params.residual), params.o_strides, p, s, head, first_row),
+          row_in_tile, p.head_dim, launch.residual_aligned);
+    }
+  }
+  if (lane % 4 < 2) {  // lane 0 of a quad reports row g, lane 1 row g + 8
+    const int row = warp_row + lane / 4 + 8 * (lane % 4);
+    if (row < s.rows) {
+      const std::int64_t flat = stick_flat_row(p, s, head, row);
+      static_cast<float*>(params.remainder)[flat] = lane % 4 == 0 ? stick[0] : stick[1];
+      params.first_tiles[flat] = key_tile + 1;
+    }
+  }
+}
+
+}  // namespace mfx
