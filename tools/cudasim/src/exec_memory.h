@@ -1,0 +1,24 @@
+// Helpers shared by the instructions that address memory.
+#pragma once
+#include "machine.h"
+
+namespace cudasim {
+class Decoder;
+void laneAddresses(Warp& w, const Operand& o, int64_t disp, uint64_t* addr);
+bool isCacheModifier(const std::string& s);
+Space spaceOf(Decoder& d);
+Cls memoryClass(Space s);
+void syncOnWord(Warp& w, uint64_t addr, int lane, bool acq, bool rel);
+// Reports a store of `bytes` per lane to the race detector; lane i's data is at data + i * stride.
+void shadowStore(Warp& w, const Lanes& l, const uint64_t* addr, uint32_t bytes, int line, const uint8_t* data,
+                 uint32_t stride);
+// Held during atomics when several workers run blocks.
+struct AtomicLock {
+  bool locked;
+  explicit AtomicLock(Warp& w);
+  ~AtomicLock();
+  static void abandon();  // after a memory fault, which skips destructors
+};
+uint64_t atomElement(int op, Ty t, uint64_t old, uint64_t b, uint64_t c);
+int parseAtomOp(Decoder& d);
+}  // namespace cudasim

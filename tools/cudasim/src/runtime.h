@@ -1,0 +1,21 @@
+// What the files of the CUDA runtime share.
+#pragma once
+#include <string>
+
+#include "cuda_abi.h"
+#include "machine.h"
+
+namespace cudasim {
+
+extern thread_local int tlLastError;
+extern int g_pendingFault;       // until cudaGetLastError
+extern std::string g_faultText;  // of the last fault, see cudasim_last_fault
+extern int g_faultCode;
+
+int fail(int code);  // records and returns it
+void reportFault(const Fault& f);
+uint32_t maxShared();  // per block, with the opt-in
+LaunchConfig makeConfig(const Kernel& k, dim3 g, dim3 b, size_t smem);
+int launchKernel(Kernel& k, const LaunchConfig& c, void** args, int maxDynamic, bool nonPortable);
+
+}  // namespace cudasim
