@@ -7,11 +7,13 @@ export MAX_JOBS
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow lint format build bench asan clean
+.PHONY: help demo test test-slow test-emulated test-gpu check-cuda lint format build bench asan clean
 
 help:
 	@echo 'make demo    train a small MoLM on real text (5 minutes), sample from it, draw its expert usage'
 	@echo 'make test    build and run the tests'
+	@echo 'make test-gpu    the tests of the CUDA kernels on the GPU of this machine'
+	@echo 'make check-cuda  ptxas for every architecture and the emulator at length, no GPU needed'
 	@echo 'make lint    ruff, mypy, clang-format and the layer check'
 	@echo 'make bench   benchmarks against the peers; table and plots under benchmarks/results/'
 	@echo 'make asan    the tests of ops and core on an AddressSanitizer and UBSan build of the CPU kernels'
@@ -32,6 +34,19 @@ demo: build
 
 test: build
 	$(PY) -m pytest -m 'not slow'
+	@$(MAKE) --no-print-directory test-emulated
+
+# The emulator's own tests, then those of the CUDA kernels on it; skipped where there is no nvcc.
+test-emulated: $(STAMP)
+	$(MAKE) --no-print-directory -C tools/cudasim check PYTHON='$(abspath $(PY))'
+	tools/emulated.sh $(PY)
+
+test-gpu: build
+	@$(PY) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "test-gpu: this torch sees no GPU")'
+	$(PY) -m pytest tests/cuda
+
+check-cuda: $(STAMP)
+	tools/check_cuda.sh $(PY)
 
 test-slow: build
 	$(PY) -m pytest -m slow
@@ -41,12 +56,12 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) tools/check_layers.py
-	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
 bench: build
 	$(PY) -m benchmarks.run
@@ -55,4 +70,4 @@ asan: $(STAMP)
 	tools/asan.sh $(PY)
 
 clean:
-	rm -rf build build-asan dist python/moduleformer_ext/*.so python/*.egg-info
+	rm -rf build tools/cudasim/build build-asan build-emulated build-ptxas dist python/moduleformer_ext/*.so python/*.egg-info

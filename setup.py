@@ -10,7 +10,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-OPTIONS = ("MFX_CUDA", "MFX_CUDA_ARCHS", "MFX_CUTLASS_DIR", "MFX_CPU_ISAS", "MFX_SANITIZE", "MFX_WERROR")
+OPTIONS = (
+    "MFX_CUDA",
+    "MFX_CUDA_ARCHS",
+    "MFX_CUDA_DISPATCH",
+    "MFX_CUTLASS_DIR",
+    "MFX_CPU_ISAS",
+    "MFX_SANITIZE",
+    "MFX_WERROR",
+)
 
 
 class CMakeBuild(build_ext):

@@ -6,13 +6,7 @@ python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 shift
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
-package=$root/build-asan/python/moduleformer_ext
-mkdir -p "$package"
-PATH="$(dirname "$python"):$PATH"
-cmake -S . -B build-asan -G Ninja -DPython_EXECUTABLE="$python" -DMFX_CUDA=OFF -DMFX_SANITIZE=address,undefined
-cmake --build build-asan --parallel "${MAX_JOBS:-2}"
-cp -r python/moduleformer_ext/. "$package"
-cmake --install build-asan --prefix "$package"
+tools/build_flavour.sh "$python" build-asan -DMFX_CUDA=OFF -DMFX_SANITIZE=address,undefined
 
 [ $# -gt 0 ] || set -- tests/core tests/ops
 # The interpreter itself is not instrumented, so the runtimes come first; libstdc++ with them, or its exceptions pass

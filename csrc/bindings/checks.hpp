@@ -48,10 +48,4 @@ inline DType check_float_dtype(const char* op, const char* argument, const at::T
   }
 }
 
-// The devices this build has kernels for.
-inline void check_cpu(const char* op, const char* argument, const at::Tensor& tensor) {
-  MFX_CHECK_ARG(tensor.is_cpu(), op, argument, "be a CPU tensor (this build has no kernels for other devices)",
-                "one on ", tensor.device());
-}
-
 }  // namespace mfx

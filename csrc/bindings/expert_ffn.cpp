@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "bindings/launch.hpp"
 #include "bindings/routed.hpp"
 #include "moduleformer_ext/grouped_gemm.hpp"
 

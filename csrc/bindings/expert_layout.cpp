@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "bindings/checks.hpp"
+#include "bindings/launch.hpp"
 
 namespace mfx {
 namespace {
@@ -35,13 +36,12 @@ Outputs expert_layout_meta(const at::Tensor& expert_ids, int64_t num_experts) {
 
 Outputs expert_layout(const at::Tensor& expert_ids, int64_t num_experts) {
   check_arguments(expert_ids, num_experts);
-  check_cpu(kOp, "expert_ids", expert_ids);
   MFX_CHECK_ARG(expert_ids.numel() <= std::numeric_limits<int32_t>::max(), kOp, "expert_ids",
                 "have at most 2^31 - 1 slots", expert_ids.numel());
   const at::Tensor ids = expert_ids.contiguous();
   Outputs outputs = allocate(ids, num_experts);
   auto& [counts, offsets, slot_order, position] = outputs;
-  check_status(expert_layout_cpu({
+  const ExpertLayoutParams params = {
       .expert_ids = ids.const_data_ptr(),
       .ids_are_int64 = ids.scalar_type() == at::kLong,
       .num_slots = ids.numel(),
@@ -50,7 +50,14 @@ Outputs expert_layout(const at::Tensor& expert_ids, int64_t num_experts) {
       .offsets = offsets.mutable_data_ptr<int32_t>(),
       .slot_order = slot_order.mutable_data_ptr<int32_t>(),
       .position = position.mutable_data_ptr<int32_t>(),
-  }));
+  };
+  switch (backend_of(kOp, "expert_ids", ids)) {
+    case Backend::kCpu: check_status(expert_layout_cpu(params)); break;
+    case Backend::kCuda:
+      launch_cuda(kOp, {ids}, params, MFX_CUDA_FUNCTION(mfx_expert_layout_cuda),
+                  MFX_CUDA_FUNCTION(mfx_expert_layout_cuda_workspace));
+      break;
+  }
   return outputs;
 }
 

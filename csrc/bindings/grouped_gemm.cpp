@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings/launch.hpp"
 #include "bindings/routed.hpp"
 
 namespace mfx {

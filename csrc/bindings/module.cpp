@@ -2,12 +2,14 @@
 // beside this one). The module has each of them as a function, too, which spares eager callers the look-ups of
 // torch.ops, and tells how it was built.
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <string>
 
+#include "bindings/cuda_library.hpp"
+#include "bindings/launch.hpp"
 #include "core/brgemm.hpp"
 #include "core/isa.hpp"
 #include "core/parallel.hpp"
@@ -16,19 +18,6 @@ namespace py = pybind11;
 
 namespace mfx {
 namespace {
-
-// The CUDA library lies beside this module where nvcc was there to build it. Loading it touches no GPU.
-py::object cuda_build() {
-  Dl_info self;
-  if (dladdr(reinterpret_cast<void*>(&cuda_build), &self) == 0) return py::none();
-  std::string path = self.dli_fname;
-  path = path.substr(0, path.find_last_of('/') + 1) + "libmoduleformer_ext_cuda.so";
-  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) return py::none();
-  using BuildInfo = const char* (*)();
-  const auto info = reinterpret_cast<BuildInfo>(dlsym(library, "mfx_cuda_build_info"));
-  return info == nullptr ? py::object(py::none()) : py::object(py::str(info()));
-}
 
 py::dict build_info() {
   py::dict info;
@@ -42,7 +31,8 @@ py::dict build_info() {
   info["brgemm_f32"] = brgemm_available_f32();
   info["brgemm_bf16"] = brgemm_available_bf16();
   info["threads"] = num_threads();
-  info["cuda"] = cuda_build();
+  info["cuda"] = cuda_build_info();
+  info["cuda_dispatch"] = cuda_serves_cpu() ? "CPU" : "CUDA";
   return info;
 }
 

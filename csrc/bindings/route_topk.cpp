@@ -15,6 +15,7 @@
 
 #include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
+#include "bindings/launch.hpp"
 
 namespace mfx {
 namespace {

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "bindings/checks.hpp"
+#include "bindings/launch.hpp"
 
 namespace mfx {
 namespace {

@@ -13,13 +13,20 @@ struct ExpertLayoutParams {
   bool ids_are_int64;
   std::int64_t num_slots;
   std::int64_t num_experts;
-  std::int32_t* counts;      // [num_experts]
-  std::int32_t* offsets;     // [num_experts + 1], exclusive prefix sums of counts
-  std::int32_t* slot_order;  // [num_slots], position -> slot
-  std::int32_t* position;    // [num_slots], slot -> position (inverse of slot_order)
+  std::int32_t* counts;       // [num_experts]
+  std::int32_t* offsets;      // [num_experts + 1], exclusive prefix sums of counts
+  std::int32_t* slot_order;   // [num_slots], position -> slot
+  std::int32_t* position;     // [num_slots], slot -> position (inverse of slot_order)
+  void* workspace = nullptr;  // CUDA only: as many bytes as mfx_expert_layout_cuda_workspace says
 };
 
 // Returns an error, with nothing written to slot_order or position, when an id is out of range.
 Status expert_layout_cpu(const ExpertLayoutParams& params);
+
+extern "C" {
+// An id out of range ends the kernel with a trap, as a failed assertion on the device would.
+Status mfx_expert_layout_cuda(const ExpertLayoutParams& params, Stream stream);
+std::int64_t mfx_expert_layout_cuda_workspace(const ExpertLayoutParams& params);
+}
 
 }  // namespace mfx

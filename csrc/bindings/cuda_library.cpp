@@ -1,0 +1,46 @@
+#include "bindings/cuda_library.hpp"
+
+#include <c10/util/Exception.h>
+#include <dlfcn.h>
+
+#include <filesystem>
+
+namespace mfx {
+namespace {
+
+namespace fs = std::filesystem;
+
+fs::path library_path() {
+  Dl_info self;
+  TORCH_INTERNAL_ASSERT(dladdr(reinterpret_cast<void*>(&cuda_symbol), &self) != 0);
+  return fs::path(self.dli_fname).parent_path() / "libmoduleformer_ext_cuda.so";
+}
+
+// Stays open: kernels may run until the process ends.
+void* open_library(const fs::path& path) {
+  return dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+}
+
+}  // namespace
+
+void* cuda_symbol(const char* name) {
+  static const fs::path path = library_path();
+  TORCH_CHECK(fs::exists(path), "moduleformer_ext was built without CUDA kernels (there is no ", path.string(),
+              "); build it where nvcc is on PATH, see docs/build.md");
+  void* library = open_library(path);
+  TORCH_CHECK(library != nullptr, "moduleformer_ext: the CUDA kernels cannot be loaded: ", dlerror());
+  void* symbol = dlsym(library, name);
+  TORCH_CHECK(symbol != nullptr, "moduleformer_ext: ", path.string(), " has no ", name,
+              "; it comes from another build than this module, build both again");
+  return symbol;
+}
+
+std::optional<std::string> cuda_build_info() {
+  void* library = open_library(library_path());
+  if (library == nullptr) return std::nullopt;
+  const auto info = reinterpret_cast<const char* (*)()>(dlsym(library, "mfx_cuda_build_info"));
+  if (info == nullptr) return std::nullopt;
+  return info();
+}
+
+}  // namespace mfx

@@ -1,0 +1,22 @@
+// The torch-free library of CUDA kernels beside _C. It is opened when a CUDA launcher is first needed, never on import.
+#pragma once
+
+#include <optional>
+#include <string>
+
+namespace mfx {
+
+// The address of an exported function. Raises where the library was not built, cannot be loaded or lacks the function.
+void* cuda_symbol(const char* name);
+
+// What the library says about its build; nothing where there is none.
+std::optional<std::string> cuda_build_info();
+
+}  // namespace mfx
+
+// A launcher of the CUDA library, with the type that its header declares: MFX_CUDA_FUNCTION(mfx_<op>_cuda).
+#define MFX_CUDA_FUNCTION(name)                                                              \
+  ([]() -> decltype(&name) {                                                                 \
+    static const auto function = reinterpret_cast<decltype(&name)>(mfx::cuda_symbol(#name)); \
+    return function;                                                                         \
+  }())

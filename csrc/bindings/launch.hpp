@@ -1,0 +1,57 @@
+// Which kernels serve a tensor, and how the CUDA ones are launched; README.md here shows the pattern.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <concepts>
+
+#include "bindings/cuda_library.hpp"
+#include "moduleformer_ext/common.hpp"
+
+namespace mfx {
+
+enum class Backend { kCpu, kCuda };
+
+// The kernels for an op's tensors, told by one of them. Raises for a dtype or device that no kernel serves.
+Backend backend_of(const char* op, const char* argument, const at::Tensor& tensor);
+
+// For ops that have CPU kernels alone.
+void check_cpu(const char* op, const char* argument, const at::Tensor& tensor);
+
+// Whether this build runs the CUDA kernels on CPU tensors (MFX_CUDA_DISPATCH=CPU, for an emulated device).
+bool cuda_serves_cpu();
+
+// The current stream of a device; null for the CPU.
+Stream current_stream(c10::Device device);
+
+// Turns a failure to launch into an exception with the shapes of the op's inputs (undefined ones are left out).
+void check_launch(const char* op, const Status& status, at::TensorList inputs);
+
+// Params that have a member `workspace` get memory of as many bytes as their workspace function says.
+template <typename Params>
+concept HasWorkspace = requires(Params params) {
+  { params.workspace } -> std::convertible_to<void*>;
+};
+
+// Launches on the device and current stream of inputs[0].
+template <typename Params>
+  requires(!HasWorkspace<Params>)
+void launch_cuda(const char* op, at::TensorList inputs, const Params& params,
+                 Status (*launcher)(const Params&, Stream)) {
+  const c10::DeviceGuard guard(inputs[0].device());
+  check_launch(op, launcher(params, current_stream(inputs[0].device())), inputs);
+}
+
+template <HasWorkspace Params>
+void launch_cuda(const char* op, at::TensorList inputs, Params params, Status (*launcher)(const Params&, Stream),
+                 std::int64_t (*workspace_bytes)(const Params&)) {
+  const c10::DeviceGuard guard(inputs[0].device());
+  // Freed when this returns: the allocator hands the memory out again in the order of the stream.
+  const at::Tensor workspace = at::empty({workspace_bytes(params)}, inputs[0].options().dtype(at::kByte));
+  params.workspace = workspace.mutable_data_ptr();
+  check_launch(op, launcher(params, current_stream(inputs[0].device())), inputs);
+}
+
+}  // namespace mfx

@@ -1,0 +1,44 @@
+"""Tests of the CUDA kernels: on a GPU, or on the emulated device with `make test-emulated`.
+
+There the extension serves CPU tensors with its CUDA kernels (MFX_CUDA_DISPATCH=CPU), and every tensor is a device
+allocation with exact bounds and poisoned contents. The references are plain PyTorch and run on the CPU as ever.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moduleformer_ext._extension import build_info
+
+EMULATED = build_info()["cuda_dispatch"] == "CPU"
+if EMULATED:
+    import cudasim
+
+    cudasim.use_torch_allocator()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if EMULATED or torch.cuda.is_available():
+        return
+    for item in items:
+        if "/tests/cuda/" in item.path.as_posix():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, or the emulated device of `make test-emulated`"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cpu" if EMULATED else "cuda")
+
+
+@pytest.fixture(params=[0, 1, 2])
+def schedule(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs a test under several orders of warps and landing times of asynchronous copies."""
+    if not EMULATED:
+        if request.param:
+            pytest.skip("a GPU schedules as it likes")
+        yield 0
+        return
+    cudasim.set_seed(request.param)
+    yield request.param
+    cudasim.set_seed(0)

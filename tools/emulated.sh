@@ -1,0 +1,22 @@
+#!/bin/sh
+# Runs the tests of the CUDA kernels on the emulated device: tools/emulated.sh PYTHON [pytest arguments].
+# The build in build-emulated/ has PTX alone and serves CPU tensors with the CUDA kernels. Every race, missing wait and
+# uninitialised read fails the launch that makes it, unless the environment says otherwise (tools/cudasim/README.md).
+set -eu
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+if ! command -v "${CUDACXX:-nvcc}" >/dev/null; then
+  echo 'emulated tests: skipped, no nvcc was found to compile the CUDA kernels with'
+  exit 0
+fi
+tools/build_flavour.sh "$python" build-emulated -DMFX_CUDA=ON -DMFX_CUDA_DISPATCH=CPU -DMFX_CUDA_ARCHS=80-virtual \
+  -DMFX_CPU_ISAS=baseline -DCMAKE_CUDA_FLAGS=--no-compress
+
+export CUDASIM_ARCH=80
+emulator=$(tools/cudasim/run)
+make -s -C tools/cudasim BUILD="$emulator" PYTHON="$python" torch
+export CUDASIM_RACE="${CUDASIM_RACE-2}" CUDASIM_RACE_WARP="${CUDASIM_RACE_WARP-1}" CUDASIM_UNINIT="${CUDASIM_UNINIT-1}"
+export PYTHONPATH="$root/build-emulated/python:$root/tools/cudasim"
+exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -m 'not slow' "${@:-tests/cuda}"
