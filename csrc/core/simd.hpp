@@ -48,8 +48,8 @@ using Vec = typename VecOf<T>::type;
 using VecF = Vec<float>;
 using VecD = Vec<double>;
 using VecU32 = Vec<std::uint32_t>;
+using VecU64 = Vec<std::uint64_t>;
 using VecI32 = Vec<std::int32_t>;
-using VecI64 = Vec<std::int64_t>;
 typedef std::uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as VecF
 
 template <typename T>
@@ -321,8 +321,8 @@ inline VecF exp_bounded(VecF x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
-  const VecI32 scale = reinterpret_cast<VecI32>(shifted) << 23;  // the low bits of `shifted` are n
-  return reinterpret_cast<VecF>(reinterpret_cast<VecI32>(p) + scale);
+  const VecU32 scale = reinterpret_cast<VecU32>(shifted) << 23;  // the low bits of `shifted` are n
+  return reinterpret_cast<VecF>(reinterpret_cast<VecU32>(p) + scale);
 }
 
 inline VecD exp_bounded(VecD x) {
@@ -341,8 +341,8 @@ inline VecD exp_bounded(VecD x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   p = p * (r * r) + (r + 1.0);
-  const VecI64 scale = reinterpret_cast<VecI64>(shifted) << 52;
-  return reinterpret_cast<VecD>(reinterpret_cast<VecI64>(p) + scale);
+  const VecU64 scale = reinterpret_cast<VecU64>(shifted) << 52;
+  return reinterpret_cast<VecD>(reinterpret_cast<VecU64>(p) + scale);
 }
 
 // e^x everywhere: 0 and infinity at the ends (with gradual underflow cut off), NaN for NaN.

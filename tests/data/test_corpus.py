@@ -24,7 +24,7 @@ class Thing:
 def test_docstrings_are_separated_from_code() -> None:
     code, prose = separate_docstrings(SOURCE)
     assert prose == "Module text.\n\nClass text\n\non lines.\n\nShort."
-    assert code == "import os\n\n\nclass Thing:\n\n    def act(self):\n        return os.name\n"
+    assert code == "import os\n\n\nclass Thing:\n    def act(self):\n        return os.name\n"
 
 
 def test_source_that_does_not_parse_is_all_code() -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from small_models import BASE, random_model, random_state
 
-from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM, checkpoint
+from moduleformer_ext.models import MoLM, MoLMConfig, MoLMForCausalLM, checkpoint
 
 IDS = torch.arange(6)[None]
 
@@ -128,18 +128,31 @@ def test_the_callers_tensors_are_not_shared() -> None:
 def test_misfitting_weights_are_listed() -> None:
     state = random_state(BASE)
     del state["lm_head.weight"], state["transformer.h.1.attn.k_proj.bias"]
-    state["score.weight"] = torch.ones(2, 16)
+    state["lm_head.bias"] = torch.ones(31)
     state["transformer.wte.weight"] = torch.ones(30, 16)
     state["transformer.ln_f.bias"] = torch.ones(16, dtype=torch.int64)
     with pytest.raises(ValueError, match="do not fit") as error:
         MoLMForCausalLM.from_reference(BASE, state)
     for words in (
         "2 missing: transformer.h.1.attn.k_proj.bias, lm_head.weight",
-        "1 unknown: score.weight",
+        "1 unknown: lm_head.bias",
         "1 of the wrong shape: transformer.wte.weight (expected [31, 16], got [30, 16])",
         "1 not floating point: transformer.ln_f.bias (torch.int64)",
     ):
         assert words in str(error.value)
+
+
+def test_a_classifiers_backbone_loads_without_its_head() -> None:
+    state = random_state(BASE)
+    expected = MoLMForCausalLM.from_reference(BASE, state).transformer(IDS).last_hidden_state
+    del state["lm_head.weight"]
+    state["score.weight"] = torch.ones(2, 16)
+    assert torch.equal(MoLM.from_reference(BASE, state)(IDS).last_hidden_state, expected)
+    with pytest.raises(ValueError, match=r"sequence classifier.*MoLM\.from_reference"):
+        MoLMForCausalLM.from_reference(BASE, state)
+    del state["transformer.ln_f.bias"]
+    with pytest.raises(ValueError, match=r"1 missing: ln_f\.bias"):
+        MoLM.from_reference(BASE, state)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -178,7 +191,7 @@ def test_bin_files_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture
 
 SAVE_FOREVER = """
 import sys, torch
-from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models import MoLM, MoLMConfig, MoLMForCausalLM
 
 torch.set_num_threads(1)
 models = [MoLMForCausalLM(MoLMConfig.preset("molm-nano", n_layer=n)) for n in (1, 2)]

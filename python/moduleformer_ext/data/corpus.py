@@ -54,7 +54,10 @@ def _library_sources(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def separate_docstrings(source: str) -> tuple[str, str]:
-    """Split Python `source` into the code without docstrings and the dedented docstrings in file order."""
+    """Split Python `source` into the code without docstrings and the dedented docstrings in file order.
+
+    The blank lines that follow a docstring go with it: code would otherwise have more of them than anybody writes.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -67,8 +70,12 @@ def separate_docstrings(source: str) -> tuple[str, str]:
             statement = node.body[0]
             found.append((statement.lineno, statement.end_lineno or statement.lineno, text))
     found.sort()
-    removed = {line for first, last, _ in found for line in range(first, last + 1)}
     lines = source.splitlines(keepends=True)
+    removed: set[int] = set()
+    for first, last, _ in found:
+        while last < len(lines) and not lines[last].strip():  # `last` counts from 1: the line after
+            last += 1
+        removed.update(range(first, last + 1))
     code = "".join(line for number, line in enumerate(lines, start=1) if number not in removed)
     return code, "\n\n".join(text for _, _, text in found)
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moduleformer_ext.models.config import ACTIVATIONS, MoLMConfig
-from moduleformer_ext.models.modeling import MoLMForCausalLM
+from moduleformer_ext.models.modeling import MoLM, MoLMForCausalLM
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _SHARED_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50295,
@@ -46,6 +48,7 @@ _SHARED_DEFAULTS: dict[str, Any] = {
 
 _ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 _LAYER_NORM_EPSILON = 1e-5
+_HEADS = {"lm_head.weight", "score.weight"}  # of a language model, of a classifier of sequences
 _DROPPED_BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
 
@@ -124,6 +127,18 @@ def from_reference(
     return model_from_state(MoLMConfig.from_reference(config), state_dict, copy=copy)
 
 
+def backbone_from_reference(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, copy: bool = True) -> MoLM:
+    """The model below the head of a published checkpoint, which may be a classifier's (``score.weight``).
+
+    Arguments, result and errors are those of :func:`from_reference`; the head stays in ``state_dict``.
+    """
+    prefix = "transformer."
+    state = {name.removeprefix(prefix): tensor for name, tensor in _wanted(state_dict).items() if name not in _HEADS}
+    with torch.device("meta"):
+        model = MoLM(MoLMConfig.from_reference(config))
+    return _assign(model, state, copy).eval()
+
+
 def to_reference(model: MoLMForCausalLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, state dict) of the published format. The tensors are the model's own, detached."""
     return config_to_reference(model.config), {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -131,19 +146,33 @@ def to_reference(model: MoLMForCausalLM) -> tuple[dict[str, Any], dict[str, Tens
 
 def model_from_state(config: MoLMConfig, state_dict: Mapping[str, Tensor], *, copy: bool = True) -> MoLMForCausalLM:
     """The model of ``config`` with exactly these weights; see :func:`from_reference` for the errors."""
-    state = {name: tensor for name, tensor in state_dict.items() if not _DROPPED_BUFFERS.fullmatch(name)}
+    state = _wanted(state_dict)
+    if "score.weight" in state and "lm_head.weight" not in state:
+        raise ValueError(
+            "from_reference: state_dict must hold a language model, got a sequence classifier's (score.weight and no "
+            "lm_head.weight); MoLM.from_reference reads the model below that head, a Linear without bias on "
+            "last_hidden_state"
+        )
     if config.tie_word_embeddings and "transformer.wte.weight" in state:
         state.setdefault("lm_head.weight", state["transformer.wte.weight"])
     with torch.device("meta"):
         model = MoLMForCausalLM(config)
-    expected = model.state_dict()
-    _check_keys(expected, state)
-    if copy:
-        state = {name: tensor.clone() for name, tensor in state.items()}
-    model.load_state_dict(state, assign=True)
+    _assign(model, state, copy)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     return model.eval()
+
+
+def _wanted(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state_dict.items() if not _DROPPED_BUFFERS.fullmatch(name)}
+
+
+def _assign(model: Module, state: dict[str, Tensor], copy: bool) -> Module:
+    _check_keys(model.state_dict(), state)
+    if copy:
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 def _check_keys(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,22 @@ from torch import Tensor
 from moduleformer_ext.models.cache import KVCache
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from moduleformer_ext.models.modeling import MoLMForCausalLM
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of :func:`generate_stream`, which explains them."""
+
+    attention_mask: Tensor | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    generator: torch.Generator | None
+    eos_token_id: int | None
+    pad_token_id: int | None
 
 
 def sample(
@@ -148,31 +163,8 @@ def _last_kept(mask: Tensor | None, tokens: Tensor) -> Tensor:
 
 
 def generate(
-    model: MoLMForCausalLM,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    *,
-    attention_mask: Tensor | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
+    model: MoLMForCausalLM, input_ids: Tensor, max_new_tokens: int, **options: Unpack[GenerationOptions]
 ) -> Tensor:
     """Continue prompts [B, T]; the prompts and what follows them, [B, T + new]. Options: :func:`generate_stream`."""
-    stream = generate_stream(
-        model,
-        input_ids,
-        max_new_tokens,
-        attention_mask=attention_mask,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        generator=generator,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
+    stream = generate_stream(model, input_ids, max_new_tokens, **options)
     return torch.cat([input_ids, *(token[:, None] for token in stream)], dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ from moduleformer_ext.nn import (
 )
 from moduleformer_ext.nn.router import GateType, RouterOrder
 from moduleformer_ext.types import RouteTopK
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from moduleformer_ext.models.generation import GenerationOptions
 
 _AUX_LOSSES: dict[str, Callable[[RouteTopK], Tensor]] = {
     "mi": lambda route: ops.losses.mutual_information_loss(route),
@@ -155,6 +160,15 @@ class MoLM(nn.Module):
             routes=routes if output_routes else None,
         )
 
+    @classmethod
+    def from_reference(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MoLM:
+        """Published weights without their head; see
+        :func:`moduleformer_ext.models.convert.backbone_from_reference`.
+        """
+        from moduleformer_ext.models.convert import backbone_from_reference
+
+        return backbone_from_reference(config, state_dict)
+
     def _remember(self, presents: Sequence[LayerCache]) -> KVCache:
         cache = KVCache(presents)
         return cache.last(self.config.history_length) if self.training else cache
@@ -263,11 +277,13 @@ class MoLMForCausalLM(nn.Module):
                 loss = loss + self.config.aux_loss_weight * output.aux_loss
         return CausalLMOutput(**vars(output), logits=logits, uncast_logits=uncast_logits, loss=loss)
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Unpack[GenerationOptions]) -> Tensor:
         """Continue prompts; see :func:`moduleformer_ext.models.generation.generate`."""
         return generation.generate(self, input_ids, max_new_tokens, **options)
 
-    def generate_stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+    def generate_stream(
+        self, input_ids: Tensor, max_new_tokens: int, **options: Unpack[GenerationOptions]
+    ) -> Iterator[Tensor]:
         """Continue prompts token by token; see :func:`moduleformer_ext.models.generation.generate_stream`."""
         return generation.generate_stream(self, input_ids, max_new_tokens, **options)
 

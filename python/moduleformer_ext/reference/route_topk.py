@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,10 +11,21 @@ from torch import Tensor
 from moduleformer_ext.reference._common import accumulation_dtype, joined, without_autocast
 from moduleformer_ext.types import RouteTopK, Segments
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 SAMPLING_FLOOR = 1e-6
 """Added to every probability before sampling, so that an expert whose probability underflowed can still be
 drawn.
 """
+
+
+class Choice(TypedDict, total=False):
+    """Keyword arguments of :func:`route_topk`, which explains them; the gate networks pass them on."""
+
+    order: str
+    noise: Tensor | None
+    num_sampled: int
 
 
 @without_autocast
@@ -71,15 +84,12 @@ def route_topk_linear(
     x: Tensor,
     weight: Segments,
     k: int,
-    *,
-    order: str = "softmax_topk",
-    noise: Tensor | None = None,
-    num_sampled: int = 0,
+    **choice: Unpack[Choice],
 ) -> RouteTopK:
     """Route x [T, D] with logits = x Wᵀ, weight [E, D]."""
     dtype = accumulation_dtype(x.dtype)
     logits = F.linear(x.to(dtype), joined(weight).to(dtype))
-    return route_topk(logits, k, order=order, noise=noise, num_sampled=num_sampled)
+    return route_topk(logits, k, **choice)
 
 
 @without_autocast
@@ -89,17 +99,14 @@ def route_topk_mlp(
     hidden_bias: Tensor,
     weight: Segments,
     k: int,
-    *,
-    order: str = "softmax_topk",
-    noise: Tensor | None = None,
-    num_sampled: int = 0,
+    **choice: Unpack[Choice],
 ) -> RouteTopK:
     """Route x [T, D] with logits = gelu(x Vᵀ + b) Wᵀ (erf GELU), hidden_weight V [G, D], hidden_bias b [G],
     weight W [E, G].
     """
     dtype = accumulation_dtype(x.dtype)
     hidden = F.gelu(F.linear(x.to(dtype), hidden_weight.to(dtype), hidden_bias.to(dtype)))
-    return route_topk_linear(hidden, weight, k, order=order, noise=noise, num_sampled=num_sampled)
+    return route_topk_linear(hidden, weight, k, **choice)
 
 
 @without_autocast
@@ -109,10 +116,7 @@ def route_topk_gmm(
     centroids: Segments,
     temperature: Tensor,
     k: int,
-    *,
-    order: str = "softmax_topk",
-    noise: Tensor | None = None,
-    num_sampled: int = 0,
+    **choice: Unpack[Choice],
 ) -> RouteTopK:
     """Route x [T, D] by cosine similarity: logits = exp(temperature) · normalize(x Vᵀ) ·
     normalize(centroids)ᵀ.
@@ -123,4 +127,4 @@ def route_topk_gmm(
     direction = F.normalize(F.linear(x.to(dtype), hidden_weight.to(dtype)), dim=-1)
     centre = F.normalize(joined(centroids).to(dtype), dim=-1)
     logits = F.linear(direction, centre) * temperature.to(dtype).reshape(()).exp()
-    return route_topk(logits, k, order=order, noise=noise, num_sampled=num_sampled)
+    return route_topk(logits, k, **choice)
