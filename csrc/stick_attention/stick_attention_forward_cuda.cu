@@ -1,9 +1,8 @@
 // Launcher of stick_attention forward: the instances, and the choice among them.
 #include <cuda_runtime.h>
 
-#include <limits>
-
 #include "stick_attention/stick_attention_forward_kernel.cuh"
+#include "stick_attention/stick_instances.hpp"
 
 namespace mfx {
 namespace {
@@ -18,38 +17,25 @@ struct Instance {
 
 }  // namespace
 
-#define MFX_STICK_FORWARD_INSTANCES(X)                                                                    \
-  X(bf16, kBFloat16, BFloat16, 64)                                                                        \
-  X(bf16, kBFloat16, BFloat16, 128) X(bf16, kBFloat16, BFloat16, 256) X(fp16, kFloat16, Float16, 64)      \
-      X(fp16, kFloat16, Float16, 128) X(fp16, kFloat16, Float16, 256) X(fp32, kFloat32, float, 64)        \
-          X(fp32, kFloat32, float, 128) X(fp32, kFloat32, float, 256) X(tf32, kFloat32, device::Tf32, 64) \
-              X(tf32, kFloat32, device::Tf32, 128) X(tf32, kFloat32, device::Tf32, 256)
-
 #define MFX_STICK_FORWARD_KERNEL(name, dtype, op, dim)                                      \
   extern "C" __global__ void __launch_bounds__(128)                                         \
       stick_fwd_##name##_d##dim##_sm80(const __grid_constant__ StickForwardLaunch launch) { \
     stick_forward<op, dim>(launch);                                                         \
   }
-MFX_STICK_FORWARD_INSTANCES(MFX_STICK_FORWARD_KERNEL)
+MFX_STICK_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 
 #define MFX_STICK_FORWARD_ROW(name, dtype, op, dim)                                               \
   {DType::dtype, std::is_same_v<op, device::Tf32>, dim, StickForwardTiles<op, dim>::kSharedBytes, \
    stick_fwd_##name##_d##dim##_sm80},
-static constexpr Instance kInstances[] = {MFX_STICK_FORWARD_INSTANCES(MFX_STICK_FORWARD_ROW)};
+static constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)};
 
 extern "C" __attribute__((visibility("default"))) Status
 mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream) {
   const StickAttentionProblem& p = params.problem;
   for (const Instance& instance : kInstances) {
-    if (instance.dtype != p.dtype || instance.tf32 != (p.allow_tf32 && p.dtype == DType::kFloat32) ||
-        p.head_dim > instance.most_head_dim) {
-      continue;
-    }
-    const std::int64_t blocks = stick_tile_slots(p) * p.heads;
-    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-    if (blocks > kMost || p.tokens_q * p.group > kMost - kStickTileRows || p.tokens_k > kMost - kStickTileRows) {
-      return {"stick_attention: q must have fewer than 2^31 rows per head and 2^37 in all, got more"};
-    }
+    if (!stick_serves(instance.dtype, instance.tf32, instance.most_head_dim, p)) continue;
+    const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, kStickTileRows) * p.heads;
+    if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return {kStickTooLarge};
     if (blocks == 0) return {};
     const std::int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
     const StickForwardLaunch launch = {

@@ -9,7 +9,7 @@
 // V is copied once. Shared memory: Q [64, D] and kStages of K and V [keys, D], swizzled; Q's place takes O at the end.
 #pragma once
 
-#include "stick_attention/stick_geometry.cuh"
+#include "stick_attention/stick_store.cuh"
 
 namespace mfx {
 
@@ -31,57 +31,6 @@ struct StickForwardTiles {
   static constexpr int kSharedBytes = kQueryBytes + kStages * 2 * kTileBytes;
 };
 
-// Storage type of an operand type.
-template <typename Op>
-struct StickStorage {
-  using Type = Op;
-};
-template <>
-struct StickStorage<device::Tf32> {
-  using Type = float;
-};
-
-// Weights lie in [0, 1]; in units of 2^-12 half precision keeps small ones (2^-24 is its smallest number).
-template <typename Op>
-inline constexpr float kStickWeightUnit = std::is_same_v<Op, Float16> ? 4096.0f : 1.0f;
-
-// Writes a warp's [16, 8 kTiles] through 16 rows of shared memory, so that rows leave in chunks of 16 bytes. With
-// `rounding` also what rounding takes from them, there.
-template <typename T, int kRowBytes, int kTiles>
-__device__ inline void stick_store_rows(const float (&acc)[kTiles][4], device::SharedAddress scratch,
-                                        const StickRows<T>& to, int first_row, std::int64_t head_dim, bool aligned) {
-  const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
-  __syncwarp();
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float x = acc[tile][2 * half], y = acc[tile][2 * half + 1];
-      if constexpr (sizeof(T) == 2) {
-        device::store_shared_32(scratch + device::swizzled_offset<kRowBytes>(g + 8 * half, tile) + 4 * c,
-                                device::pack_pair<T>(x, y));
-      } else {
-        const auto offset = device::swizzled_offset<kRowBytes>(g + 8 * half, 2 * tile + c / 2);
-        device::store_shared_64(scratch + offset + c % 2 * 8, {__float_as_uint(x), __float_as_uint(y)});
-      }
-    }
-  }
-  __syncwarp();
-  constexpr int kChunks = kRowBytes / 16;
-#pragma unroll 4
-  for (int i = lane; i < 16 * kChunks; i += 32) {
-    const int row = i / kChunks, chunk = i % kChunks, column = chunk * (16 / static_cast<int>(sizeof(T)));
-    T* const target = to[first_row + row];
-    if (target == nullptr || column >= head_dim) continue;
-    const uint4 x = device::load_shared_128(scratch + device::swizzled_offset<kRowBytes>(row, chunk));
-    if (aligned) {
-      device::store_global_128(target + column, x);
-    } else {
-      stick_scatter_chunk(target + column, x);
-    }
-  }
-}
-
 template <typename Op, int kDim>
 __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   using T = typename StickStorage<Op>::Type;
@@ -94,7 +43,7 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
 
   // Late tiles, which walk furthest, start first; heads side by side.
   const std::int64_t slot = (gridDim.x - 1 - blockIdx.x) / p.heads, head = blockIdx.x % p.heads;
-  const auto [sequence, tile] = stick_find_slot(p, slot, kStickTileRows);
+  const auto [sequence, tile] = stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, kStickTileRows, slot);
   const StickSequence s(p, sequence);
   const int first_row = static_cast<int>(tile) * kStickTileRows;
   if (first_row >= s.rows) return;
@@ -204,11 +153,14 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) o[t][i] *= 1.0f / kStickWeightUnit<Op>;
   }
-  const device::SharedAddress scratch = queries + threadIdx.x / 32 * (16 * kRowBytes);
   const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
-  stick_store_rows<T, kRowBytes>(o, scratch,
-                                 StickRows<T>(static_cast<T*>(params.o), params.o_strides, p, s, head, first_row),
-                                 row_in_tile, p.head_dim, launch.o_aligned);
+  const device::SharedAddress scratch = queries + row_in_tile * kRowBytes;  // read by this warp only
+  const auto store = [&](void* tensor, bool aligned) {
+    const StickRows<T> rows(static_cast<T*>(tensor), params.o_strides, p, s, head, first_row);
+    stick_store_rows<T>(
+        o, scratch, [&](int row) { return rows[row_in_tile + row]; }, static_cast<int>(p.head_dim), aligned);
+  };
+  store(params.o, launch.o_aligned);
   if constexpr (sizeof(T) == 2) {
     if (params.residual != nullptr) {
 #pragma unroll
@@ -216,9 +168,7 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) o[t][i] -= device::to_float(device::from_float<T>(o[t][i]));
       }
-      stick_store_rows<T, kRowBytes>(
-          o, scratch, StickRows<T>(static_cast<T*>(params.residual), params.o_strides, p, s, head, first_row),
-          row_in_tile, p.head_dim, launch.residual_aligned);
+      store(params.residual, launch.residual_aligned);
     }
   }
   if (lane % 4 < 2) {  // lane 0 of a quad reports row g, lane 1 row g + 8

@@ -32,9 +32,11 @@ struct StickSequence {
   }
 };
 
-// First tile slot of sequence i; stick_tile_slots() has the reason.
-__device__ inline std::int64_t stick_first_slot(const StickAttentionProblem& p, std::int64_t i, int tile_rows) {
-  return p.cu_seqlens_q[i] * p.group / tile_rows + i;
+// First tile slot of a sequence; stick_tile_slots() has the reason. `cu_seqlens` is null where all have `tokens`.
+__device__ inline std::int64_t stick_first_slot(const std::int32_t* cu_seqlens, std::int64_t group, std::int64_t tokens,
+                                                int tile_rows, std::int64_t sequence) {
+  if (cu_seqlens != nullptr) return cu_seqlens[sequence] * group / tile_rows + sequence;
+  return sequence * ((tokens * group + tile_rows - 1) / tile_rows);
 }
 
 struct StickSlot {
@@ -42,21 +44,23 @@ struct StickSlot {
 };
 
 // The sequence that owns a tile slot, and which of its tiles it is.
-__device__ inline StickSlot stick_find_slot(const StickAttentionProblem& p, std::int64_t slot, int tile_rows) {
-  if (p.cu_seqlens_q == nullptr) {
-    const std::int64_t tiles = (p.tokens_q * p.group + tile_rows - 1) / tile_rows;
-    return {slot / tiles, slot % tiles};
+__device__ inline StickSlot stick_find_slot(const std::int32_t* cu_seqlens, std::int64_t sequences, std::int64_t group,
+                                            std::int64_t tokens, int tile_rows, std::int64_t slot) {
+  if (cu_seqlens == nullptr) {
+    const auto tiles = static_cast<std::uint32_t>((tokens * group + tile_rows - 1) / tile_rows);
+    const auto index = static_cast<std::uint32_t>(slot);
+    return {index / tiles, index % tiles};
   }
-  std::int64_t first = 0, last = p.sequences - 1;  // the last sequence whose first slot is not beyond
+  std::int64_t first = 0, last = sequences - 1;  // the last sequence whose first slot is not beyond
   while (first < last) {
     const std::int64_t middle = (first + last + 1) / 2;
-    if (stick_first_slot(p, middle, tile_rows) <= slot) {
+    if (stick_first_slot(cu_seqlens, group, tokens, tile_rows, middle) <= slot) {
       first = middle;
     } else {
       last = middle - 1;
     }
   }
-  return {first, slot - stick_first_slot(p, first, tile_rows)};
+  return {first, slot - stick_first_slot(cu_seqlens, group, tokens, tile_rows, first)};
 }
 
 // The rows from `first` on of one sequence and K/V head, in a tensor of q's shape [B, Tq, H, G, D].

@@ -10,13 +10,18 @@ namespace mfx {
 
 inline constexpr int kStickTileRows = 64;  // query rows per block of forward, and per early-exit decision
 
-// Rows of a K/V head are (position, query head of the group): row = position * G + g. Of packed sequences, whose
-// lengths only the device knows, sequence i takes the tile slots from floor(rows before it / 64) + i on: they suffice,
-// since ceil(n / 64) <= floor((before + n) / 64) - floor(before / 64) + 1. A slot that is left over does nothing.
-inline std::int64_t stick_tile_slots(const StickAttentionProblem& p) {
-  const std::int64_t rows = p.tokens_q * p.group;
-  if (p.cu_seqlens_q != nullptr) return p.sequences == 0 ? 0 : rows / kStickTileRows + p.sequences;
-  return p.sequences * ((rows + kStickTileRows - 1) / kStickTileRows);
+// Tiles of a batch whose sequences have `tokens` each, in total where it is packed. Of packed sequences, whose lengths
+// only the device knows, sequence i takes the slots from floor(rows before it / tile_rows) + i on: they suffice, since
+// ceil(n / m) <= floor((before + n) / m) - floor(before / m) + 1. A slot that is left over does nothing.
+inline std::int64_t stick_tile_slots(const StickAttentionProblem& p, std::int64_t rows, int tile_rows) {
+  if (p.cu_seqlens_q != nullptr) return p.sequences == 0 ? 0 : rows / tile_rows + p.sequences;
+  return p.sequences * ((rows + tile_rows - 1) / tile_rows);
+}
+
+// What the kernels' 32-bit counters of rows and keys hold. A row of a K/V head is (position, query head of its group).
+inline bool stick_fits(const StickAttentionProblem& p) {
+  constexpr std::int64_t kMost = (std::int64_t{1} << 31) - 4096;
+  return p.tokens_q * p.group <= kMost && p.tokens_k <= kMost;
 }
 
 // Whether 16-byte chunks of all rows are aligned, so that they can be copied whole.

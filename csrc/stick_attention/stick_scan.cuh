@@ -9,6 +9,7 @@
 // Two special-function results and no logarithm per score; nothing is rounded below binary32.
 #pragma once
 
+#include "device/convert.cuh"
 #include "device/fast_math.cuh"
 #include "device/warp.cuh"
 
@@ -20,9 +21,10 @@ __host__ __device__ constexpr int stick_key_of_slot(int slot) {
   return (slot % 8 / 2) * (kKeys / 4) + slot / 8 * 2 + slot % 2;
 }
 
-// exp(scale * s) = 2^min(s * factor, limit). The limit, 80 in units of the logit, keeps u a normal number.
+// exp(scale * s) = 2^min(s * factor, limit). At the limit, 64 in units of the logit, weights are 0 or 1 to every digit
+// that is kept, while u and products of e with gradients stay in range.
 struct StickOdds {
-  static constexpr float kLimit = 80.0f * 1.44269504f;
+  static constexpr float kLimit = 64.0f * 1.44269504f;
   float factor;  // scale * log2(e)
 
   __device__ float operator()(float score) const {
@@ -39,35 +41,115 @@ __device__ inline std::uint32_t stick_visible(int newest, std::uint32_t keep) {
   return keep & ((1u << count) - 1);
 }
 
-// What is left of a stick after a tile: where the tile took less than half, the stick less what was taken, for a
-// product of many factors just below 1 would lose the sum of their small differences from it; else the product.
-__device__ inline float stick_left(float stick, float product, float mass) {
-  return mass < 0.5f ? stick - stick * mass : stick * product;
+// Weights lie in [0, 1]; in units of 2^-12 half precision keeps small ones (2^-24 is its smallest number).
+template <typename Op>
+inline constexpr float kStickWeightUnit = std::is_same_v<Op, Float16> ? 4096.0f : 1.0f;
+
+// The part of a scan that forward and backward share, for row g + 8 half of a warp's 16: scores become weights without
+// what newer lanes and tiles took, factors u and e are kept where wanted. Returns the quad's products of u.
+template <bool kMasked, bool kKeep, int kTiles>
+__device__ inline device::QuadScan stick_scan_run(float (&scores)[kTiles][4], int half, const StickOdds& odds,
+                                                  std::uint32_t visible, float (&odds_of)[2 * kTiles],
+                                                  float (&left_of)[2 * kTiles]) {
+  float product = 1.0f;
+#pragma unroll
+  for (int i = 2 * kTiles - 1; i >= 0; --i) {
+    float& score = scores[i / 2][2 * half + i % 2];
+    float e = odds(score);
+    if (kMasked) e = visible >> i & 1 ? e : 0.0f;
+    const float u = device::reciprocal_approx(1.0f + e);
+    product *= u;
+    score = e * product;
+    if (kKeep) {
+      odds_of[i] = e;
+      left_of[i] = u;
+    }
+  }
+  return device::quad_suffix_product(product);
 }
 
-// Scores of rows g and g + 8 of a warp's 16 become weights, times weight_unit; the sticks move to the tile's older
-// edge.
+// What is left of a row's stick after a tile: where the tile took less than half, the stick less what was taken, for a
+// product of many factors just below 1 would lose the sum of their small differences from it; else the product.
+template <int kTiles>
+__device__ inline float stick_left(const float (&weights)[kTiles][4], int half, const device::QuadScan& newer,
+                                   float stick) {
+  const bool small = newer.all > 0.5f;
+  if (!__any_sync(device::kAllLanes, small)) return stick * newer.all;
+  float taken = 0.0f;
+#pragma unroll
+  for (int i = 2 * kTiles - 1; i >= 0; --i) taken += weights[i / 2][2 * half + i % 2];
+  const float mass = device::lanes_sum<device::kQuad>(taken * newer.later);
+  return small ? stick - stick * mass : stick * newer.all;
+}
+
+// Scores of rows g and g + 8 become weights, times weight_unit; the sticks move to the tile's older edge.
 template <bool kMasked, int kTiles>
 __device__ inline void stick_scan_forward(float (&scores)[kTiles][4], const StickOdds& odds,
                                           const std::uint32_t (&visible)[2], float weight_unit, float (&stick)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float product = 1.0f, taken = 0.0f;
-#pragma unroll
-    for (int i = 2 * kTiles - 1; i >= 0; --i) {
-      float& score = scores[i / 2][2 * half + i % 2];
-      float e = odds(score);
-      if (kMasked) e = visible[half] >> i & 1 ? e : 0.0f;
-      product *= device::reciprocal_approx(1.0f + e);
-      score = e * product;
-      taken += score;
-    }
-    const device::QuadScan newer = device::quad_suffix_product(product);
-    const float mass = device::lanes_sum<device::kQuad>(taken * newer.later);
+    float unused[2 * kTiles];
+    const device::QuadScan newer = stick_scan_run<kMasked, false>(scores, half, odds, visible[half], unused, unused);
+    const float left = stick_left(scores, half, newer, stick[half]);
     const float share = stick[half] * newer.later * weight_unit;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) scores[i / 2][2 * half + i % 2] *= share;
-    stick[half] = stick_left(stick[half], newer.all, mass);
+    stick[half] = left;
+  }
+}
+
+// Two weights, times their unit, as they are rounded for a product. Of float there is nothing to round.
+template <typename Op>
+__device__ inline float2 stick_rounded(float x, float y) {
+  if constexpr (sizeof(Op) == 2) {
+    const std::uint32_t pair = device::pack_pair<Op>(x, y);
+    return {device::low_of_pair<Op>(pair), device::high_of_pair<Op>(pair)};
+  } else {
+    return {x, y};
+  }
+}
+
+// Backward meets the same weights. With G = weight * dp, and since beta = e u,
+//
+//   ds / scale = u G - beta * (sum of older G) = u * (G - e * (sum of older G)).
+//
+// Weights enter G as they were rounded for the product that made o. In: scores and dp. Out: rounded weights times their
+// unit, and ds / scale. `edge(half, newer, mass)` is called with the weights of the row before newer lanes' shares, the
+// products of u and the tile's sum of G; it returns the sum of G over the keys older than the tile. `edges(half, newer,
+// older)` gets that sum at the older edge of the lane's run.
+template <typename Op, bool kMasked, int kTiles, typename Left, typename Edge, typename Note>
+__device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&grads)[kTiles][4], const StickOdds& odds,
+                                           const std::uint32_t (&visible)[2], const float (&stick)[2], Left&& left,
+                                           Edge&& edge, Note&& note) {
+  constexpr float kUnit = kStickWeightUnit<Op>;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float e[2 * kTiles], u[2 * kTiles];
+    const device::QuadScan newer = stick_scan_run<kMasked, true>(scores, half, odds, visible[half], e, u);
+    left(half, newer);
+    const float share = stick[half] * newer.later * kUnit;
+    float sum = 0.0f;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      float &first = scores[tile][2 * half], &second = scores[tile][2 * half + 1];
+      const float2 weights = stick_rounded<Op>(first * share, second * share);
+      first = weights.x;
+      second = weights.y;
+      grads[tile][2 * half] *= kUnit == 1.0f ? weights.x : weights.x * (1.0f / kUnit);
+      grads[tile][2 * half + 1] *= kUnit == 1.0f ? weights.y : weights.y * (1.0f / kUnit);
+      sum += grads[tile][2 * half];
+      sum += grads[tile][2 * half + 1];
+    }
+    const device::QuadPrefix older_lanes = device::quad_prefix_sum(sum);
+    float older = edge(half, older_lanes.all) + older_lanes.earlier;
+    note(half, newer, older);
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      float& grad = grads[i / 2][2 * half + i % 2];
+      const float g = grad;
+      grad = u[i] * (g - e[i] * older);
+      older += g;
+    }
   }
 }
 

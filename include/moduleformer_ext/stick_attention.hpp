@@ -66,6 +66,7 @@ struct StickAttentionBackwardParams {
   StickKeyStrides grad_k_strides;
   void* grad_v;  // null where K is V
   StickKeyStrides grad_v_strides;
+  void* workspace = nullptr;  // CUDA: mfx_stick_attention_backward_cuda_workspace() bytes, aligned to 16
 };
 
 // Error, before anything is written, when cu_seqlens do not ascend from 0 to the totals or a sequence has more
@@ -76,5 +77,7 @@ Status stick_attention_backward_cpu(const StickAttentionBackwardParams& params);
 // In libmoduleformer_ext_cuda. Nothing of cu_seqlens is checked: they are read on the device only. first_tiles counts
 // other tiles than on the CPU.
 extern "C" Status mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream);
+extern "C" Status mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, Stream stream);
+extern "C" std::int64_t mfx_stick_attention_backward_cuda_workspace(const StickAttentionProblem& problem);
 
 }  // namespace mfx

@@ -1,0 +1,170 @@
+// Launcher of stick_attention backward: the instances, the choice among them, and the workspace.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "stick_attention/stick_attention_forward_kernel.cuh"
+#include "stick_attention/stick_instances.hpp"
+#include "stick_attention/stick_key_grad_kernel.cuh"
+#include "stick_attention/stick_query_grad_kernel.cuh"
+
+namespace mfx {
+namespace {
+
+struct Kernel {
+  void (*function)(StickBackwardLaunch);
+  int threads, shared_bytes;
+};
+
+struct Instance {
+  DType dtype;
+  bool tf32;
+  int most_head_dim;
+  int forward_keys, query_rows, keys, span;
+  Kernel lengths, query, key;
+};
+
+}  // namespace
+
+extern "C" __global__ void stick_bwd_lengths_bf16(const __grid_constant__ StickBackwardLaunch launch) {
+  stick_value_lengths<BFloat16>(launch);
+}
+extern "C" __global__ void stick_bwd_lengths_fp16(const __grid_constant__ StickBackwardLaunch launch) {
+  stick_value_lengths<Float16>(launch);
+}
+extern "C" __global__ void stick_bwd_lengths_fp32(const __grid_constant__ StickBackwardLaunch launch) {
+  stick_value_lengths<float>(launch);
+}
+
+#define MFX_STICK_BACKWARD_KERNELS(name, dtype, op, dim)                                           \
+  extern "C" __global__ void __launch_bounds__(StickQueryGradTiles<op, dim>::kThreads)             \
+      stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) { \
+    stick_query_grad<op, dim, StickKeyGradTiles<op, dim>::kSpan>(launch);                          \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(StickKeyGradTiles<op, dim>::kThreads)               \
+      stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) {   \
+    stick_key_grad<op, dim>(launch);                                                               \
+  }
+MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_KERNELS)
+
+namespace {
+
+template <typename Op, int kDim>
+constexpr Instance instance(DType dtype, void (*query)(StickBackwardLaunch), void (*key)(StickBackwardLaunch)) {
+  using Query = StickQueryGradTiles<Op, kDim>;
+  using Key = StickKeyGradTiles<Op, kDim>;
+  constexpr auto lengths = std::is_same_v<Op, BFloat16>  ? stick_bwd_lengths_bf16
+                           : std::is_same_v<Op, Float16> ? stick_bwd_lengths_fp16
+                                                         : stick_bwd_lengths_fp32;
+  return {dtype,
+          std::is_same_v<Op, device::Tf32>,
+          kDim,
+          StickForwardTiles<Op, kDim>::kKeys,
+          Query::kRows,
+          Key::kKeys,
+          Key::kSpan,
+          {lengths, 128, 0},
+          {query, Query::kThreads, Query::kSharedBytes},
+          {key, Key::kThreads, Key::kSharedBytes}};
+}
+
+#define MFX_STICK_BACKWARD_ROW(name, dtype, op, dim) \
+  instance<op, dim>(DType::dtype, stick_bwd_query_##name##_d##dim##_sm80, stick_bwd_key_##name##_d##dim##_sm80),
+constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_ROW)};
+
+const Instance* find(const StickAttentionProblem& p) {
+  for (const Instance& row : kInstances) {
+    if (stick_serves(row.dtype, row.tf32, row.most_head_dim, p)) return &row;
+  }
+  return nullptr;
+}
+
+// Where the parts of the workspace begin, in bytes. See StickBackwardLaunch.
+struct Workspace {
+  std::int64_t rows, length_slots, olders, states, sums, lengths, bytes;
+
+  Workspace(const Instance& instance, const StickAttentionProblem& p)
+      : rows(p.tokens_q * p.group * (p.cu_seqlens_q == nullptr ? p.sequences : 1)),
+        length_slots(stick_tile_slots(p, p.tokens_k, kStickLengthKeys)) {
+    const std::int64_t keys = (std::min<std::int64_t>(p.tokens_k, kStickWindow) + 63) / 64 * 64;
+    const std::int64_t all_rows = p.heads * rows;
+    const bool windows = p.tokens_k > kStickWindow;
+    const auto aligned = [](std::int64_t n) { return (n + 15) / 16 * 16; };
+    olders = aligned(keys / instance.span * all_rows * 4);
+    states = 2 * olders;
+    sums = states + (windows ? aligned(all_rows * 8) : 0);
+    lengths = sums + (windows ? aligned(all_rows * p.head_dim * 4) : 0);
+    bytes = lengths + p.heads * length_slots * 4;
+  }
+};
+
+cudaError_t launch_kernel(const Kernel& kernel, std::int64_t blocks, const StickBackwardLaunch& launch, Stream stream) {
+  if (blocks == 0) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel.function),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+  if (error != cudaSuccess) return error;
+  kernel.function<<<static_cast<unsigned>(blocks), kernel.threads, kernel.shared_bytes,
+                    static_cast<cudaStream_t>(stream)>>>(launch);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) std::int64_t mfx_stick_attention_backward_cuda_workspace(
+    const StickAttentionProblem& p) {
+  const Instance* const instance = find(p);
+  return instance == nullptr ? 0 : Workspace(*instance, p).bytes;
+}
+
+extern "C" __attribute__((visibility("default"))) Status
+mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, Stream stream) {
+  const StickAttentionProblem& p = params.problem;
+  const Instance* const instance = find(p);
+  if (instance == nullptr) return {stick_no_instance(p)};
+  const Workspace workspace(*instance, p);
+  const std::int64_t query_blocks = stick_tile_slots(p, p.tokens_q * p.group, instance->query_rows) * p.heads;
+  const std::int64_t key_blocks = p.sequences * p.heads * (kStickWindow / instance->keys);
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (!stick_fits(p) || query_blocks > kMost || key_blocks > kMost) return {kStickTooLarge};
+  const std::int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+  char* const memory = static_cast<char*>(params.workspace);
+  StickBackwardLaunch launch = {
+      .params = params,
+      .factor = static_cast<float>(p.scale * 1.4426950408889634),
+      .scale = static_cast<float>(p.scale),
+      .forward_keys = instance->forward_keys,
+      .window_begin = 0,
+      .window_end = 0,
+      .newest_window = true,
+      .rows = workspace.rows,
+      .length_slots = workspace.length_slots,
+      .sticks = reinterpret_cast<float*>(memory),
+      .olders = reinterpret_cast<float*>(memory + workspace.olders),
+      .states = reinterpret_cast<float2*>(memory + workspace.states),
+      .sums = reinterpret_cast<float*>(memory + workspace.sums),
+      .lengths = reinterpret_cast<float*>(memory + workspace.lengths),
+      .q_aligned = stick_aligned(p.q, element, p.q_strides),
+      .k_aligned = stick_aligned(p.k, element, p.k_strides),
+      .v_aligned = stick_aligned(p.v, element, p.v_strides),
+      .grad_o_aligned = stick_aligned(params.grad_o, element, params.grad_o_strides),
+      .o_aligned = stick_aligned(params.o, element, params.o_strides) &&
+                   stick_aligned(params.residual, element, params.o_strides),
+      .grad_q_aligned = stick_aligned(params.grad_q, element, params.grad_q_strides),
+      .grad_k_aligned = stick_aligned(params.grad_k, element, params.grad_k_strides),
+      .grad_v_aligned = stick_aligned(params.grad_v, element, params.grad_v_strides),
+  };
+  cudaError_t error = launch_kernel(instance->lengths, (p.heads * workspace.length_slots + 3) / 4, launch, stream);
+  for (std::int64_t window = (p.tokens_k + kStickWindow - 1) / kStickWindow; window-- > 0 && error == cudaSuccess;) {
+    launch.window_begin = static_cast<int>(window * kStickWindow);
+    launch.window_end = launch.window_begin + kStickWindow;
+    error = launch_kernel(instance->query, query_blocks, launch, stream);
+    launch.newest_window = false;
+    if (error != cudaSuccess) break;
+    const std::int64_t keys = std::min<std::int64_t>(kStickWindow, p.tokens_k - launch.window_begin);
+    const std::int64_t tiles = (keys + instance->keys - 1) / instance->keys;
+    error = launch_kernel(instance->key, tiles * p.sequences * p.heads, launch, stream);
+  }
+  return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
+}
+
+}  // namespace mfx

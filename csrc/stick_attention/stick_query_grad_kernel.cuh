@@ -1,0 +1,281 @@
+// stick_attention backward, the query kernel (stick_backward.cuh): each warp with 16 rows of the tile, per key tile
+//
+//   S = Q K_tile^T,  dP = dO V_tile^T,  (weights, dS) = scan(S, dP) in the registers,  dQ += dS K_tile
+//
+// Shared memory: Q and dO, and a ring of kStages of K and V; Q's place takes dQ at the end.
+#pragma once
+
+#include "stick_attention/stick_backward.cuh"
+
+namespace mfx {
+
+// Per row of a warp: delta = do . o + dr r with o as it was before rounding, and what bounds sums of G: |sum of older
+// G|
+// <= stick * reach, with reach >= |do| max|v| + |dr|. Lanes (g, c) get those of rows g and g + 8.
+template <typename T, int kRowBytes>
+__device__ inline void stick_row_sums(const StickBackwardLaunch& launch, const StickSequence& s, std::int64_t head,
+                                      int first_row, device::SharedAddress grad_rows, float longest, float (&delta)[2],
+                                      float (&reach)[2]) {
+  constexpr int kChunks = kRowBytes / 16, kLanes = kChunks < 32 ? kChunks : 32;  // that share a row
+  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  const StickAttentionBackwardParams& params = launch.params;
+  const StickAttentionProblem& p = params.problem;
+  const int lane = threadIdx.x & 31;
+  const StickRows<const T> o(static_cast<const T*>(params.o), params.o_strides, p, s, head, first_row);
+  const StickRows<const T> residual(static_cast<const T*>(params.residual), params.o_strides, p, s, head, first_row);
+  const auto read = [&](const T* from, float (&x)[kElements]) {
+    const uint4 words = launch.o_aligned ? device::load_global_128_constant(from) : stick_gather_chunk(from);
+    device::unpack_chunk<T>(words, x);
+  };
+#pragma unroll 1
+  for (int row = lane / kLanes; row < 16; row += 32 / kLanes) {
+    float product = 0.0f, squares = 0.0f;
+    const T* const source = o[row];
+    for (int chunk = lane % kLanes; source != nullptr && chunk < kChunks; chunk += kLanes) {
+      const int column = chunk * kElements;
+      if (column >= p.head_dim) break;
+      float value[kElements], grad[kElements];
+      read(source + column, value);
+      if (params.residual != nullptr) {
+        float lost[kElements];
+        read(residual[row] + column, lost);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) value[i] += lost[i];
+      }
+      device::unpack_chunk<T>(device::load_shared_128(grad_rows + device::swizzled_offset<kRowBytes>(row, chunk)),
+                              grad);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        product += grad[i] * value[i];
+        squares += grad[i] * grad[i];
+      }
+    }
+    product = device::lanes_sum<kLanes>(product);
+    squares = device::lanes_sum<kLanes>(squares);
+    float most = 1.01f * sqrtf(squares * longest);  // 1.01 for rounding
+    if (params.grad_remainder != nullptr && source != nullptr) {
+      const std::int64_t flat = stick_flat_row(p, s, head, first_row + row);
+      const float grad = static_cast<const float*>(params.grad_remainder)[flat];
+      product += grad * static_cast<const float*>(params.remainder)[flat];
+      most += 1.01f * fabsf(grad);
+    }
+    // Where lengths overflow there is no bound, but 0 times it must be 0.
+    most = most < 3.4e38f ? most : 3.4e38f;
+    // Rows of this round, row .. row + 32 / kLanes of lane 0's, go to the lanes that own them.
+    const int base = row - lane / kLanes;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int wanted = lane / 4 + 8 * half - base;
+      const bool mine = wanted >= 0 && wanted < 32 / kLanes;
+      const int from = mine ? wanted * kLanes : 0;
+      const float a = __shfl_sync(device::kAllLanes, product, from), b = __shfl_sync(device::kAllLanes, most, from);
+      if (mine) {
+        delta[half] = a;
+        reach[half] = b;
+      }
+    }
+  }
+}
+
+// The greatest |v|^2 of key tiles up to the newest, in all threads.
+template <int kThreads>
+__device__ inline float stick_longest(const float* lengths, int count, float* of_warps) {
+  float longest = 0.0f;
+  for (int i = threadIdx.x; i < count; i += kThreads) longest = fmaxf(longest, lengths[i]);
+  longest = device::lanes_max(longest);
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = longest;
+  __syncthreads();
+  for (int i = 0; i < kThreads / 32; ++i) longest = fmaxf(longest, of_warps[i]);
+  return longest;
+}
+
+template <typename Op, int kDim, int kSpan>
+__device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
+  using T = typename StickStorage<Op>::Type;
+  using Tiles = StickQueryGradTiles<Op, kDim>;
+  constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kStages = Tiles::kStages, kRows = Tiles::kRows;
+  constexpr int kKeyTiles = kKeys / 8;
+  constexpr int kSpanLanes = 4 * kSpan / kKeys;  // lanes of a quad that share a span
+  static_assert(kSpan <= kKeys, "spans end where tiles do");
+  const StickAttentionBackwardParams& params = launch.params;
+  const StickAttentionProblem& p = params.problem;
+
+  const std::int64_t slot = (gridDim.x - 1 - blockIdx.x) / p.heads, head = blockIdx.x % p.heads;
+  const auto [sequence, tile] = stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, kRows, slot);
+  const StickSequence s(p, sequence);
+  const int first_row = static_cast<int>(tile) * kRows;
+  if (first_row >= s.rows) return;
+
+  // Keys [oldest, newest] in all, [begin, end) in this window.
+  const int newest_key = s.newest_key(p, min(first_row + kRows, s.rows) - 1);
+  const int oldest_key = stick_first_key(launch, s, head, first_row);
+  const int begin = max(oldest_key, launch.window_begin), end = min(newest_key + 1, launch.window_end);
+  const bool nothing = oldest_key > newest_key;
+  if (nothing ? !launch.newest_window : begin >= end) return;
+  const bool starts = nothing || newest_key < launch.window_end;
+  const bool finishes = nothing || oldest_key >= launch.window_begin;
+
+  extern __shared__ __align__(1024) std::uint8_t shared[];
+  const device::SharedAddress queries = device::shared_address(shared), grads = queries + Tiles::kQueryBytes,
+                              ring = grads + Tiles::kQueryBytes;
+  const StickTileCopy<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
+  copy.template rows<kRows>(queries, StickRows<const T>(static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row),
+                            launch.q_aligned);
+  copy.template rows<kRows>(
+      grads, StickRows<const T>(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, first_row),
+      launch.grad_o_aligned);
+  device::cp_async_commit();
+
+  const T* const k = stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head);
+  const T* const v = stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head);
+  const bool k_is_v = k == v && p.k_strides.token == p.v_strides.token;
+  const auto copy_keys = [&](int key_tile, device::SharedAddress to) {
+    if (key_tile * kKeys >= begin) {
+      const std::int64_t first = std::int64_t{key_tile} * kKeys;
+      const int keys = s.keys - key_tile * kKeys;
+      copy.template keys<kKeys>(to, k + first * p.k_strides.token, p.k_strides.token, keys, launch.k_aligned);
+      if (!k_is_v) {
+        copy.template keys<kKeys>(to + Tiles::kTileBytes, v + first * p.v_strides.token, p.v_strides.token, keys,
+                                  launch.v_aligned);
+      }
+    }
+    device::cp_async_commit();
+  };
+  int key_tile = nothing ? begin / kKeys - 1 : (end - 1) / kKeys;
+  device::SharedAddress stage = ring, next = ring + (kStages - 1) * (2 * Tiles::kTileBytes);
+  if constexpr (kStages > 1) copy_keys(key_tile, stage);
+  StickKeep<kKeys> keep(p, s);
+  keep.load(key_tile * kKeys);
+
+  const int lane = threadIdx.x & 31, row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
+  const int warp_row = first_row + row_in_tile;
+  const float longest = stick_longest<Tiles::kThreads>(
+      launch.lengths + head * launch.length_slots + stick_length_slot(p, sequence),
+      newest_key < 0 ? 0 : newest_key / kStickLengthKeys + 1, reinterpret_cast<float*>(shared + Tiles::kTilesBytes));
+  device::cp_async_wait<kStages - 1>();
+  __syncthreads();
+  float delta[2], reach[2];
+  stick_row_sums<T, kRowBytes>(launch, s, head, warp_row, grads + row_in_tile * kRowBytes, longest, delta, reach);
+
+  // This lane's two rows, and its warp's first and last.
+  int newest[2];
+  float stick[2], passed[2];
+  std::int64_t at[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp_row + lane / 4 + 8 * half;
+    newest[half] = row < s.rows ? s.newest_key(p, row) : -1;
+    stick[half] = row < s.rows ? 1.0f : 0.0f;
+    passed[half] = 0.0f;
+    at[half] = stick_workspace_row(launch, s, head, row);
+    if (row < s.rows && !starts) {
+      const float2 state = launch.states[at[half]];
+      stick[half] = state.x;
+      passed[half] = state.y;
+    }
+  }
+  const int warp_oldest = s.newest_key(p, min(warp_row, s.rows - 1));
+  const StickOdds odds{launch.factor};
+  const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + row_in_tile * kRowBytes);
+  const device::SharedAddress grad_rows = device::a_rows<kRowBytes>(grads + row_in_tile * kRowBytes);
+
+  // dQ in accumulator layout, at the same place for every window.
+  float grad_q[kDim / 8][4] = {};
+  const auto for_sums = [&](auto&& each) {
+#pragma unroll
+    for (int t = 0; t < kDim / 8; ++t) {
+      const int column = 8 * t + 2 * (lane % 4);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (warp_row + lane / 4 + 8 * half < s.rows && column < p.head_dim) {
+          each(*reinterpret_cast<float2*>(launch.sums + at[half] * p.head_dim + column), grad_q[t][2 * half],
+               grad_q[t][2 * half + 1]);
+        }
+      }
+    }
+  };
+  if (!starts) {
+    for_sums([](const float2& sum, float& x, float& y) {
+      x = sum.x;
+      y = sum.y;
+    });
+  }
+
+  for (; key_tile * kKeys >= begin; --key_tile) {
+    if constexpr (kStages > 1) device::cp_async_wait<0>();
+    __syncthreads();  // the tile is there for all, all are done with the one before, and its place is free
+    if constexpr (kStages == 1) {
+      copy_keys(key_tile, stage);
+      device::cp_async_wait<0>();
+      __syncthreads();
+    } else {
+      copy_keys(key_tile - 1, next);
+    }
+    const int first_key = key_tile * kKeys;
+    const std::uint32_t kept = keep.run();
+    keep.load(first_key - kKeys);
+    float scores[kKeyTiles][4] = {}, grad_weights[kKeyTiles][4] = {};
+    device::multiply_rows<Op, kRowBytes>(
+        scores, [&](auto step, device::FragmentA& a) { device::load_a(a, query_rows, step); },
+        device::b_rows<kRowBytes>(stage));
+    device::multiply_rows<Op, kRowBytes>(
+        grad_weights, [&](auto step, device::FragmentA& a) { device::load_a(a, grad_rows, step); },
+        device::b_rows<kRowBytes>(k_is_v ? stage : stage + Tiles::kTileBytes));
+    float left[2];
+    const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
+      const std::int64_t span = (first_key - launch.window_begin) / kSpan + lane % 4 / kSpanLanes;
+      stick_scan_backward<Op, masked>(
+          scores, grad_weights, odds, visible, stick,
+          [&](int half, const device::QuadScan& newer) { left[half] = stick_left(scores, half, newer, stick[half]); },
+          [&](int half, float mass) {
+            passed[half] += mass;
+            const float most = left[half] * reach[half];
+            return device::max_nan(-most, device::min_nan(most, delta[half] - passed[half]));
+          },
+          [&](int half, const device::QuadScan& newer, float older) {
+            if (warp_row + lane / 4 + 8 * half >= s.rows) return;
+            const std::int64_t place = span * (p.heads * launch.rows) + at[half];
+            if (lane % kSpanLanes == kSpanLanes - 1) launch.sticks[place] = stick[half] * newer.later;
+            if (lane % kSpanLanes == 0) launch.olders[place] = older;
+            stick[half] = left[half];
+          });
+    };
+    if (keep.all() && warp_oldest >= first_key + kKeys - 1) {
+      scan(std::false_type{}, {});
+    } else {
+      scan(std::true_type{},
+           {stick_visible<kKeys>(newest[0] - first_key, kept), stick_visible<kKeys>(newest[1] - first_key, kept)});
+    }
+    device::FragmentA grad_scores[device::steps_of_tiles<Op>(kKeyTiles)];
+    device::pack_a<Op>(grad_scores, grad_weights);
+    device::multiply_columns<Op, kRowBytes>(grad_q, grad_scores, device::b_columns<Op, kRowBytes>(stage));
+    if constexpr (kStages > 1) {
+      const device::SharedAddress used = stage;
+      stage = next;
+      next = used;
+    }
+  }
+  device::cp_async_wait_all();
+
+  if (finishes) {
+#pragma unroll
+    for (int t = 0; t < kDim / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) grad_q[t][i] *= launch.scale;
+    }
+    const StickRows<T> rows(static_cast<T*>(params.grad_q), params.grad_q_strides, p, s, head, first_row);
+    stick_store_rows<T>(
+        grad_q, queries + row_in_tile * kRowBytes, [&](int row) { return rows[row_in_tile + row]; },
+        static_cast<int>(p.head_dim), launch.grad_q_aligned);
+  } else {
+    for_sums([](float2& sum, float x, float y) { sum = {x, y}; });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (lane % 4 == 0 && warp_row + lane / 4 + 8 * half < s.rows) {
+        launch.states[at[half]] = {stick[half], passed[half]};
+      }
+    }
+  }
+}
+
+}  // namespace mfx
