@@ -181,4 +181,4 @@ def test_ctrl_c_saves_and_resume_finishes(corpus: Path, tmp_path: Path) -> None:
 def test_demo_has_a_budget_under_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
-    assert "default: 4.5" in capsys.readouterr().out
+    assert "default: 4.8" in capsys.readouterr().out

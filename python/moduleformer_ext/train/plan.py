@@ -14,7 +14,7 @@ from moduleformer_ext.train.trainer import Trainer
 
 _CLOSING_SECONDS = 12.0
 """Set aside for samples, figures and the last checkpoint."""
-_SAFETY = 0.85
+_SAFETY = 0.9
 """Part of the remaining time that is planned: other programs may slow the machine, and checkpoints take time."""
 _FEWEST_STEPS = 20
 _PATIENCE_SECONDS = 8.0
@@ -71,7 +71,7 @@ def make_plan(
 
 def _seconds_per_step(trainer: Trainer) -> float:
     begin = time.monotonic()
-    for _ in range(2):  # the history must be there, memory allocated
+    for _ in range(4):  # the history must be there, memory allocated
         trainer.take_step()
     times: list[float] = []
     while len(times) < 4 and (not times or time.monotonic() - begin < _PATIENCE_SECONDS):
