@@ -92,6 +92,15 @@ Outputs stick_attention_decode_meta(const at::Tensor& q, const at::Tensor& k_cac
   return allocate(q);
 }
 
+// Lengths on a GPU stay there: asking for them would wait for all that runs before.
+void check_lengths(const at::Tensor& lengths, int64_t max_keys) {
+  for (int64_t b = 0; b < lengths.numel(); ++b) {
+    const int32_t length = lengths.const_data_ptr<int32_t>()[b];
+    MFX_CHECK_ARG(length >= 0 && length <= max_keys, kOp, "cache_lengths",
+                  c10::str("lie in [0, S_max] = [0, ", max_keys, "]"), length, " for sequence ", b);
+  }
+}
+
 // Strides of the token, K/V head and group dimensions, whichever of the two forms q has.
 struct QueryStrides {
   int64_t batch, token, head, group;
@@ -106,15 +115,10 @@ Outputs stick_attention_decode(const at::Tensor& q, const at::Tensor& k_cache, c
                                const at::Tensor& cache_lengths, std::optional<double> scale, bool attend_current,
                                const OptionalTensor& key_padding_mask, std::optional<double> stick_epsilon) {
   check_arguments(q, k_cache, v_cache, cache_lengths, scale, key_padding_mask, stick_epsilon);
-  check_cpu(kOp, "q", q);
-
+  const Backend backend = backend_of(kOp, "q", q);
   const at::Tensor lengths = cache_lengths.contiguous();
   const int64_t max_keys = k_cache.size(1);
-  for (int64_t b = 0; b < lengths.numel(); ++b) {
-    const int32_t length = lengths.const_data_ptr<int32_t>()[b];
-    MFX_CHECK_ARG(length >= 0 && length <= max_keys, kOp, "cache_lengths",
-                  c10::str("lie in [0, S_max] = [0, ", max_keys, "]"), length, " for sequence ", b);
-  }
+  if (backend == Backend::kCpu) check_lengths(lengths, max_keys);
 
   Outputs outputs = allocate(q);
   auto& [out, remainder] = outputs;
@@ -122,7 +126,7 @@ Outputs stick_attention_decode(const at::Tensor& q, const at::Tensor& k_cache, c
   const int64_t group_size = q.dim() == 5 ? q.size(3) : q.size(2) / kv_heads;
   const QueryStrides q_strides(q, group_size), out_strides(out, group_size);
   const at::Tensor& v = v_cache ? *v_cache : k_cache;
-  check_status(stick_attention_decode_cpu({
+  const StickAttentionDecodeParams params = {
       .dtype = check_float_dtype(kOp, "q", q),
       .q = q.const_data_ptr(),
       .q_batch_stride = q_strides.batch,
@@ -156,7 +160,14 @@ Outputs stick_attention_decode(const at::Tensor& q, const at::Tensor& k_cache, c
       .scale = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1)))),
       .stick_epsilon = stick_epsilon.value_or(q.scalar_type() == at::kDouble ? 0 : kDefaultEpsilon),
       .attend_current = attend_current,
-  }));
+  };
+  switch (backend) {
+    case Backend::kCpu: check_status(stick_attention_decode_cpu(params)); break;
+    case Backend::kCuda:
+      launch_cuda(kOp, {q, k_cache}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_decode_cuda),
+                  MFX_CUDA_FUNCTION(mfx_stick_attention_decode_cuda_workspace));
+      break;
+  }
   return outputs;
 }
 

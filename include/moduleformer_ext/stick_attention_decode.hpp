@@ -33,9 +33,17 @@ struct StickAttentionDecodeParams {
   double scale;
   double stick_epsilon;  // 0: every key is read
   bool attend_current;
+
+  void* workspace = nullptr;  // CUDA only: as many bytes as mfx_stick_attention_decode_cuda_workspace says
 };
 
 // Returns an error, with nothing written, when a length is outside [0, max_keys].
 Status stick_attention_decode_cpu(const StickAttentionDecodeParams& params);
+
+// In the CUDA library. Lengths stay on the device: one outside [0, max_keys] is taken as the nearest that is not.
+extern "C" {
+Status mfx_stick_attention_decode_cuda(const StickAttentionDecodeParams& params, Stream stream);
+std::int64_t mfx_stick_attention_decode_cuda_workspace(const StickAttentionDecodeParams& params);
+}
 
 }  // namespace mfx

@@ -1,0 +1,96 @@
+// Launchers of stick_attention_decode: which instance serves which head dimension, row count and dtype.
+#include "core/cuda_status.hpp"
+#include "stick_attention/stick_attention_decode_kernel.cuh"
+
+namespace mfx::stick_decode {
+
+template <typename T, int kLanes, int kRows, bool kShared>
+__global__ void __launch_bounds__(Shape<T, kLanes, kRows>::kThreads)
+    stick_decode(StickAttentionDecodeParams p, StickDecodePlan plan, StickDecodeWorkspace work, bool aligned,
+                 int first_slot) {
+  decode<T, Shape<T, kLanes, kRows>, kShared>(p, plan, work, aligned, first_slot + static_cast<int>(blockIdx.y));
+}
+
+namespace {
+
+// Whether every row of q and of the cache starts at a multiple of 16 bytes.
+template <typename T>
+bool is_aligned(const StickAttentionDecodeParams& p) {
+  constexpr std::int64_t kVec = 16 / sizeof(T);
+  for (const void* pointer : {p.q, p.k_cache, p.v_cache}) {
+    if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) return false;
+  }
+  for (const std::int64_t stride :
+       {p.q_batch_stride, p.q_token_stride, p.q_head_stride, p.q_group_stride, p.k_batch_stride, p.k_key_stride,
+        p.k_head_stride, p.v_batch_stride, p.v_key_stride, p.v_head_stride}) {
+    if (stride % kVec != 0) return false;
+  }
+  return true;
+}
+
+bool is_shared(const StickAttentionDecodeParams& p) {
+  return p.k_cache == p.v_cache && p.k_batch_stride == p.v_batch_stride && p.k_key_stride == p.v_key_stride &&
+         p.k_head_stride == p.v_head_stride;
+}
+
+template <typename T, int kLanes, int kRows, bool kShared>
+Status launch(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
+  constexpr int kThreads = Shape<T, kLanes, kRows>::kThreads;
+  const auto kernel = stick_decode<T, kLanes, kRows, kShared>;
+  const auto work = StickDecodeWorkspace::in(p.workspace, plan, p.head_dim);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const auto groups = static_cast<unsigned>(plan.groups);
+  kernel<<<groups, kThreads, 0, on>>>(p, plan, work, is_aligned<T>(p), 0);
+  if (plan.older_slots > 0) {
+    const dim3 grid(groups, static_cast<unsigned>(plan.older_slots));  // the newest slots of all groups come first
+    kernel<<<grid, kThreads, 0, on>>>(p, plan, work, is_aligned<T>(p), 1);
+  }
+  return cuda_status();
+}
+
+template <typename T, int kLanes, int kRows>
+Status launch_rows(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
+  return is_shared(p) ? launch<T, kLanes, kRows, true>(p, plan, stream)
+                      : launch<T, kLanes, kRows, false>(p, plan, stream);
+}
+
+template <typename T, int kLanes>
+Status launch_lanes(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
+  switch (plan.rows) {
+    case 2: return launch_rows<T, kLanes, 2>(p, plan, stream);
+    case 4: return launch_rows<T, kLanes, 4>(p, plan, stream);
+    default: return launch_rows<T, kLanes, 8>(p, plan, stream);
+  }
+}
+
+template <typename T>
+Status launch_type(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
+  const std::int64_t chunks = p.head_dim * static_cast<std::int64_t>(sizeof(T)) / 16;
+  if (chunks <= 8) return launch_lanes<T, 8>(p, plan, stream);
+  if (chunks <= 16) return launch_lanes<T, 16>(p, plan, stream);
+  return launch_lanes<T, 32>(p, plan, stream);
+}
+
+}  // namespace
+}  // namespace mfx::stick_decode
+
+namespace mfx {
+
+std::int64_t mfx_stick_attention_decode_cuda_workspace(const StickAttentionDecodeParams& p) {
+  const auto plan = StickDecodePlan::of(p);
+  return plan.older_slots == 0 ? 0 : StickDecodeWorkspace::bytes(plan, p.head_dim);
+}
+
+Status mfx_stick_attention_decode_cuda(const StickAttentionDecodeParams& p, Stream stream) {
+  const auto plan = StickDecodePlan::of(p);
+  if (plan.groups == 0) return {};
+  if (plan.groups > INT32_MAX) return {"stick_attention_decode: q must have fewer than 2^31 heads in all, got more"};
+  switch (p.dtype) {
+    case DType::kBFloat16: return stick_decode::launch_type<BFloat16>(p, plan, stream);
+    case DType::kFloat16: return stick_decode::launch_type<Float16>(p, plan, stream);
+    case DType::kFloat32: return stick_decode::launch_type<float>(p, plan, stream);
+    default: return {"stick_attention_decode: q must be float32, bfloat16 or float16 on CUDA, got float64"};
+  }
+}
+
+}  // namespace mfx
