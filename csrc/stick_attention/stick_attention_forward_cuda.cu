@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "stick_attention/stick_attention_forward_kernel.cuh"
+#include "stick_attention/stick_forward_wide_kernel.cuh"
 #include "stick_attention/stick_instances.hpp"
 
 namespace mfx {
@@ -11,30 +12,46 @@ struct Instance {
   DType dtype;
   bool tf32;
   int most_head_dim;
-  int shared_bytes;
+  int tile_rows, threads, shared_bytes;
   void (*kernel)(StickForwardLaunch);
+};
+
+// How an instance works: head dims above 256 are split over the warps.
+template <typename Op, int kDim>
+struct Forward : StickForwardTiles<Op, kDim> {
+  static constexpr int kRows = kStickTileRows;
+  __device__ static void run(const StickForwardLaunch& launch) { stick_forward<Op, kDim>(launch); }
+};
+template <typename Op>
+struct Forward<Op, 1024> : StickWideForward<Op> {
+  __device__ static void run(const StickForwardLaunch& launch) { stick_forward_wide<Op>(launch); }
 };
 
 }  // namespace
 
 #define MFX_STICK_FORWARD_KERNEL(name, dtype, op, dim)                                      \
-  extern "C" __global__ void __launch_bounds__(128)                                         \
+  extern "C" __global__ void __launch_bounds__(Forward<op, dim>::kThreads)                  \
       stick_fwd_##name##_d##dim##_sm80(const __grid_constant__ StickForwardLaunch launch) { \
-    stick_forward<op, dim>(launch);                                                         \
+    Forward<op, dim>::run(launch);                                                          \
   }
-MFX_STICK_INSTANCES(MFX_STICK_FORWARD_KERNEL)
+MFX_STICK_FORWARD_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 
-#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim)                                               \
-  {DType::dtype, std::is_same_v<op, device::Tf32>, dim, StickForwardTiles<op, dim>::kSharedBytes, \
+#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim) \
+  {DType::dtype,                                    \
+   std::is_same_v<op, device::Tf32>,                \
+   dim,                                             \
+   Forward<op, dim>::kRows,                         \
+   Forward<op, dim>::kThreads,                      \
+   Forward<op, dim>::kSharedBytes,                  \
    stick_fwd_##name##_d##dim##_sm80},
-static constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)};
+static constexpr Instance kInstances[] = {MFX_STICK_FORWARD_INSTANCES(MFX_STICK_FORWARD_ROW)};
 
 extern "C" __attribute__((visibility("default"))) Status
 mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream) {
   const StickAttentionProblem& p = params.problem;
   for (const Instance& instance : kInstances) {
     if (!stick_serves(instance.dtype, instance.tf32, instance.most_head_dim, p)) continue;
-    const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, kStickTileRows) * p.heads;
+    const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, instance.tile_rows) * p.heads;
     if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return {kStickTooLarge};
     if (blocks == 0) return {};
     const std::int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
@@ -51,8 +68,8 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
     cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(instance.kernel),
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, instance.shared_bytes);
     if (error == cudaSuccess) {
-      instance.kernel<<<static_cast<unsigned>(blocks), 128, instance.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-          launch);
+      instance.kernel<<<static_cast<unsigned>(blocks), instance.threads, instance.shared_bytes,
+                        static_cast<cudaStream_t>(stream)>>>(launch);
       error = cudaGetLastError();
     }
     return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};

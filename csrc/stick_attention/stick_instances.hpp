@@ -22,6 +22,14 @@
   X(tf32, kFloat32, device::Tf32, 128) \
   X(tf32, kFloat32, device::Tf32, 256)
 
+// Head dims above 256 are split over the warps of a block: forward alone.
+#define MFX_STICK_FORWARD_INSTANCES(X) \
+  MFX_STICK_INSTANCES(X)               \
+  X(bf16, kBFloat16, BFloat16, 1024)   \
+  X(fp16, kFloat16, Float16, 1024)     \
+  X(fp32, kFloat32, float, 1024)       \
+  X(tf32, kFloat32, device::Tf32, 1024)
+
 namespace mfx {
 
 inline constexpr const char* kStickTooLarge =

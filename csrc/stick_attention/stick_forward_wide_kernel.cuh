@@ -1,0 +1,167 @@
+// stick_attention forward for head dims above 256 (stick_wide.cuh). A block owns 32 query rows (16 in binary32) of one
+// K/V head and walks tiles of 16 keys, newest first. Per tile each warp, with its columns of Q in registers,
+//
+//   S_w = Q_w K_w^T,   S = sum_w S_w,   weights = scan(S),   O_w += weights V_w
+//
+// Two tiles per warp in shared memory: K and V, or, where K is V, which is then loaded once, this tile and the next. In
+// all 83 KiB (137 KiB in binary32, more than sm_86 and sm_89 have).
+#pragma once
+
+#include "stick_attention/stick_attention_forward_kernel.cuh"
+#include "stick_attention/stick_wide.cuh"
+
+namespace mfx {
+
+template <typename Op>
+struct StickWideForward : StickWide<Op> {
+  static constexpr int kBlocksOf16 = sizeof(Op) == 2 ? 2 : 1;
+  static constexpr int kRows = 16 * kBlocksOf16;
+  using Wide = StickWide<Op>;
+  static constexpr int kTilesBytes = Wide::kWarps * 2 * Wide::kTileBytes;
+  static constexpr int kPartsBytes = Wide::kWarps * kBlocksOf16 * Wide::kPart * 4;
+  static constexpr int kSharedBytes = kTilesBytes + kPartsBytes + kBlocksOf16 * Wide::kOperandBytes + kRows * 4;
+};
+
+template <typename Op>
+__device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
+  using T = typename StickStorage<Op>::Type;
+  using Wide = StickWideForward<Op>;
+  constexpr int kRowBytes = Wide::kRowBytes, kKeys = Wide::kKeys, kRows = Wide::kRows, kM = Wide::kBlocksOf16;
+  constexpr float kUnit = kStickWeightUnit<Op>;
+  const StickAttentionForwardParams& params = launch.params;
+  const StickAttentionProblem& p = params.problem;
+
+  const std::int64_t slot = (gridDim.x - 1 - blockIdx.x) / p.heads, head = blockIdx.x % p.heads;
+  const auto [sequence, tile] = stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, kRows, slot);
+  const StickSequence s(p, sequence);
+  const int first_row = static_cast<int>(tile) * kRows;
+  if (first_row >= s.rows) return;
+
+  extern __shared__ __align__(1024) std::uint8_t shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const device::SharedAddress tiles = device::shared_address(shared) + warp * (2 * Wide::kTileBytes);
+  auto* const parts = reinterpret_cast<float*>(shared + Wide::kTilesBytes);
+  std::uint8_t* const weights = shared + Wide::kTilesBytes + Wide::kPartsBytes;
+  auto* const sticks = reinterpret_cast<float*>(weights + kM * Wide::kOperandBytes);
+  const int column = warp * Wide::kColumns, columns = static_cast<int>(p.head_dim) - column;
+
+  const std::int64_t k_begin = s.batch * p.k_strides.batch + s.k_begin * p.k_strides.token + head * p.k_strides.head;
+  const std::int64_t v_begin = s.batch * p.v_strides.batch + s.k_begin * p.v_strides.token + head * p.v_strides.head;
+  const bool k_is_v = p.k == p.v && k_begin == v_begin && p.k_strides.token == p.v_strides.token;
+  const auto copy = [&](const void* tensor, std::int64_t begin, std::int64_t stride, int key_tile,
+                        device::SharedAddress to, bool aligned) {
+    const T* const from = static_cast<const T*>(tensor) + begin + column;
+    stick_wide_copy<T, kRowBytes>(to, columns, aligned, static_cast<const T*>(tensor), [&](int row) {
+      const int key = key_tile * kKeys + row;
+      return key >= 0 && key < s.keys ? from + key * stride : nullptr;
+    });
+  };
+  const auto copy_k = [&](int key_tile, device::SharedAddress to) {
+    copy(p.k, k_begin, p.k_strides.token, key_tile, to, launch.k_aligned);
+  };
+  const auto copy_v = [&](int key_tile, device::SharedAddress to) {
+    copy(p.v, v_begin, p.v_strides.token, key_tile, to, launch.v_aligned);
+  };
+
+  device::FragmentA q[kM][Wide::kSteps];
+  const StickRows<const T> queries(static_cast<const T*>(p.q) + column, p.q_strides, p, s, head, first_row);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    stick_wide_fragments<T, kRowBytes>(q[m], tiles, columns, launch.q_aligned, static_cast<const T*>(p.q),
+                                       [&](int row) { return queries[16 * m + row]; });
+  }
+  if (threadIdx.x < kRows) sticks[threadIdx.x] = first_row + static_cast<int>(threadIdx.x) < s.rows ? 1.0f : 0.0f;
+
+  const int newest_key = s.newest_key(p, min(first_row + kRows, s.rows) - 1);
+  const StickOdds odds{launch.factor};
+  float o[kM][Wide::kColumnTiles][4] = {};
+  device::SharedAddress now = tiles, other = tiles + Wide::kTileBytes;  // K and V, or this K and the next
+  int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
+  copy_k(key_tile, now);
+  if (!k_is_v) copy_v(key_tile, other);
+  __syncthreads();  // the sticks
+
+  for (; key_tile >= 0; --key_tile) {
+    if (k_is_v) copy_k(key_tile - 1, other);
+    device::cp_async_wait<1>();  // K
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      float scores[2][4] = {};
+      stick_wide_multiply<Op>(scores, q[m], now);
+      stick_wide_store_part(parts + (warp * kM + m) * Wide::kPart, scores);
+    }
+    __syncwarp();
+    if (!k_is_v) copy_k(key_tile - 1, now);
+    __syncthreads();
+
+    bool ended = true;
+    const int row = warp * 4 + lane / 8;
+    if (row < kRows) {  // whole warps
+      const float2 score = stick_wide_sum(parts, kM * Wide::kPart, row);
+      const int newest = first_row + row < s.rows ? s.newest_key(p, first_row + row) : -1;
+      const StickWideSight sees(p, s, key_tile * kKeys, newest);
+      const StickWideScan scan(score, odds, sees.older, sees.newer);
+      const float stick = sticks[row], share = stick * kUnit;
+      auto* const older = weights + stick_wide_operand<Op>(row, 2 * (lane % 8));
+      if constexpr (sizeof(Op) == 2) {
+        *reinterpret_cast<std::uint32_t*>(older) =
+            device::pack_pair<Op>(scan.weight[0] * share, scan.weight[1] * share);
+      } else {
+        *reinterpret_cast<float*>(older) = scan.weight[0] * share;
+        *reinterpret_cast<float*>(weights + stick_wide_operand<Op>(row, 2 * (lane % 8) + 1)) = scan.weight[1] * share;
+      }
+      const float left = scan.left(stick);
+      __syncwarp();
+      if (lane % 8 == 0) sticks[row] = left;
+      ended = left <= launch.epsilon;
+    }
+    const bool last = __syncthreads_and(ended);
+
+    device::cp_async_wait<1>();  // V; where K is V it has been there
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      device::FragmentA a[device::steps_of_tiles<Op>(2)];
+      stick_wide_load<Op>(a, weights + m * Wide::kOperandBytes);
+      device::multiply_columns<Op, kRowBytes>(o[m], a, device::b_columns<Op, kRowBytes>(k_is_v ? now : other));
+    }
+    if (last) break;
+    __syncwarp();
+    if (k_is_v) {
+      const device::SharedAddress used = now;
+      now = other;
+      other = used;
+    } else {
+      copy_v(key_tile - 1, other);
+    }
+  }
+  device::cp_async_wait_all();
+
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int i = 0; i < Wide::kColumnTiles * 4; ++i) o[m][i / 4][i % 4] *= 1.0f / kUnit;
+    const auto store = [&](void* to, bool aligned) {
+      const StickRows<T> rows(static_cast<T*>(to) + column, params.o_strides, p, s, head, first_row);
+      stick_store_rows<T>(o[m], tiles, [&](int row) { return rows[16 * m + row]; }, columns, aligned);
+    };
+    store(params.o, launch.o_aligned);
+    if (sizeof(T) == 2 && params.residual != nullptr) {
+#pragma unroll
+      for (int i = 0; i < Wide::kColumnTiles * 4; ++i) {
+        float& x = o[m][i / 4][i % 4];
+        x -= device::to_float(device::from_float<T>(x));
+      }
+      store(params.residual, launch.residual_aligned);
+    }
+  }
+  const int row = first_row + static_cast<int>(threadIdx.x);
+  if (threadIdx.x < kRows && row < s.rows) {
+    const std::int64_t flat = stick_flat_row(p, s, head, row);
+    static_cast<float*>(params.remainder)[flat] = sticks[threadIdx.x];
+    params.first_tiles[flat] = max(key_tile, 0);
+  }
+}
+
+}  // namespace mfx
