@@ -29,6 +29,16 @@ __device__ inline int lanes_sum(int x) {
   return x;
 }
 
+// The sum over this lane and those of a lower index.
+__device__ inline unsigned lanes_prefix_sum(unsigned x) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const unsigned earlier = __shfl_up_sync(kAllLanes, x, step);
+    if (static_cast<int>(threadIdx.x % kWarp) >= step) x += earlier;
+  }
+  return x;
+}
+
 // What a scan over the four lanes of a quad leaves in each: the result over the lanes of a higher (later) index alone,
 // and over all four.
 struct QuadScan {

@@ -50,6 +50,10 @@ struct GroupedGemmParams {
   RowOrder out_order;
   void* out;     // [T, n], [T, K, n] or [S, n], contiguous
   void* hidden;  // [S, out_features] before the activation, in expert order; or null
+  // CUDA only, like the same two below: float32 products may be rounded to TF32; as much memory as
+  // mfx_<op>_cuda_workspace says.
+  bool allow_tf32 = false;
+  void* workspace = nullptr;
 };
 
 struct GroupedGemmBackwardParams {
@@ -58,6 +62,7 @@ struct GroupedGemmBackwardParams {
   void* grad_x;               // contiguous, in the order of x; or null
   void* grad_gates;           // [T, K], dtype of the gates; or null
   void* const* grad_weight;   // [num_experts] of [in_features, out_features], null for experts without; or null
+  void* workspace = nullptr;
 };
 
 // y_t = sum over k of gate_tk * activation(x_t up_e) down_e.
@@ -73,6 +78,8 @@ struct ExpertFfnParams {
   const void* gates;  // [T, K]
   void* out;          // [T, model_features]
   void* hidden;       // [S, columns of up] before the activation, in expert order; or null
+  bool allow_tf32 = false;
+  void* workspace = nullptr;
 };
 
 struct ExpertFfnBackwardParams {
@@ -82,6 +89,7 @@ struct ExpertFfnBackwardParams {
   void* grad_gates;
   void* const* grad_up;
   void* const* grad_down;
+  void* workspace = nullptr;
 };
 
 // Every launcher checks the layout's contents first and returns an error, with nothing written, if they cannot be one.
@@ -89,5 +97,19 @@ Status grouped_gemm_cpu(const GroupedGemmParams& params);
 Status grouped_gemm_backward_cpu(const GroupedGemmBackwardParams& params);
 Status expert_ffn_cpu(const ExpertFfnParams& params);
 Status expert_ffn_backward_cpu(const ExpertFfnBackwardParams& params);
+
+// float32, bfloat16 and float16, on sm_80 and later. The layout stays on the device and is trusted; matrices lie in at
+// most 64 contiguous runs of experts.
+extern "C" {
+Status mfx_grouped_gemm_cuda(const GroupedGemmParams& params, Stream stream);
+Status mfx_grouped_gemm_backward_cuda(const GroupedGemmBackwardParams& params, Stream stream);
+Status mfx_expert_ffn_cuda(const ExpertFfnParams& params, Stream stream);
+Status mfx_expert_ffn_backward_cuda(const ExpertFfnBackwardParams& params, Stream stream);
+// Bytes of `workspace`.
+std::int64_t mfx_grouped_gemm_cuda_workspace(const GroupedGemmParams& params);
+std::int64_t mfx_grouped_gemm_backward_cuda_workspace(const GroupedGemmBackwardParams& params);
+std::int64_t mfx_expert_ffn_cuda_workspace(const ExpertFfnParams& params);
+std::int64_t mfx_expert_ffn_backward_cuda_workspace(const ExpertFfnBackwardParams& params);
+}
 
 }  // namespace mfx

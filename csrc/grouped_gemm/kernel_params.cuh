@@ -1,0 +1,147 @@
+// What the CUDA kernels are told: plain data, passed by value as kernel parameters, so that a CUDA graph replays it.
+#pragma once
+
+#include <cstdint>
+
+#include "moduleformer_ext/grouped_gemm.hpp"
+
+namespace mfx::grouped {
+
+// n / divisor for 0 <= n < 2^31, without a division.
+struct FastDivide {
+  std::uint32_t divisor, multiplier, shift;
+
+  FastDivide() = default;
+  explicit FastDivide(std::uint32_t d) : divisor(d), shift(31) {
+    while ((std::uint64_t{1} << (shift - 31)) < d) ++shift;
+    multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << shift) + d - 1) / d);
+  }
+  __device__ std::uint32_t operator()(std::uint32_t n) const {
+    return static_cast<std::uint32_t>((std::uint64_t{n} * multiplier) >> shift);
+  }
+};
+
+// Where the row of a position lies. Token and slot order go by way of the slot; expert order is the position itself.
+struct RowMap {
+  char* data;
+  const std::int32_t* slot_order;      // null in expert order
+  std::int64_t stride, choice_stride;  // bytes
+  FastDivide choices;                  // by 1 in expert order
+
+  __device__ std::int32_t fetch(std::int32_t position) const {
+    return slot_order != nullptr ? slot_order[position] : position;
+  }
+  // Bytes from `data` for what fetch() returned.
+  __device__ std::int64_t offset(std::int32_t slot) const {
+    const std::uint32_t token = choices(slot);
+    return token * stride + (slot - token * choices.divisor) * choice_stride;
+  }
+};
+
+// Matrices of consecutive experts lie one after the other within a segment. No data: nothing is wanted there.
+struct ExpertMatrices {
+  static constexpr int kMaxSegments = 64;
+  char* data[kMaxSegments];
+  std::int32_t first_expert[kMaxSegments];
+  std::int32_t segments;
+  std::int64_t row_bytes, matrix_bytes;
+
+  __device__ char* operator[](std::int32_t expert) const {
+    int s = segments - 1;
+    while (first_expert[s] > expert) --s;
+    return data[s] != nullptr ? data[s] + (expert - first_expert[s]) * matrix_bytes : nullptr;
+  }
+};
+
+// Backward of a = gate * activation(h), rows in expert order.
+struct ActivationGradRows {
+  ActivationSpec activation;
+  std::int32_t columns;  // of a
+  const char* hidden;    // h [S, columns], or [S, 2 columns] if gated
+  char* grad_hidden;     // likewise
+  char* gated;           // a [S, columns], or null
+
+  // The same rows from `row` and `column` on.
+  template <typename T>
+  __device__ ActivationGradRows from(std::int64_t row, int column) const {
+    const std::int64_t a = (row * columns + column) * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t h = activation.gated ? a + row * columns * static_cast<std::int64_t>(sizeof(T)) : a;
+    return {activation, columns, hidden + h, grad_hidden + h, gated != nullptr ? gated + a : nullptr};
+  }
+};
+
+enum class Product : std::uint8_t { kForward, kInputGrad, kHiddenGrad, kWeightGrad };
+
+// y_p = x_p B_e(p) for every position p, and what happens to it on the way out:
+//   forward      x W          out <- gate * activation(y), hidden <- y
+//   input grad   g W^T        out <- gate * y, dots <- <y, x>
+//   hidden grad  g D^T        y is the gradient of a = gate * activation(h): see ActivationGradRows; dots <- <y, a /
+//   gate>
+struct RowProductParams {
+  const std::int32_t* offsets;  // [num_experts + 1]
+  std::int32_t num_experts;
+  std::int32_t depth;    // features that are summed over
+  std::int32_t columns;  // of y; of each half of it where a gated activation folds it
+  RowMap rows;           // the left operand
+  ExpertMatrices matrices;
+
+  RowMap out;                      // data may be null
+  bool out_unrounded;              // in float32: rows that combine() will sum
+  const std::int32_t* slot_order;  // position -> slot
+  const float* gates;              // by slot, or null
+  ActivationSpec activation;       // forward
+  char* hidden;                    // forward: [S, columns], or [S, 2 columns] if gated, in expert order; or null
+  RowMap x;                        // input grad with dots
+  ActivationGradRows hidden_grad;
+  float* dots;         // [groups of columns, S] partial sums, or null
+  std::int32_t slots;  // S
+};
+
+// dW_e = sum over the positions p of expert e of x_p^T g_p.
+struct WeightGradParams {
+  const std::int32_t* offsets;
+  std::int32_t num_experts;
+  std::int32_t in_features, out_features;
+  RowMap x, grad;
+  ExpertMatrices grad_weight;
+};
+
+// out_t = sum over the choices k, in their order, of gate_tk * rows[position of (t, k)]: every row of the products was
+// stored once, so no addition waits for another block and the bits repeat.
+struct CombineParams {
+  const float* rows;  // [S, columns]
+  const std::int32_t* position;
+  const float* gates;  // or null
+  char* out;           // [T, columns]
+  std::int64_t tokens;
+  std::int32_t choices, columns;
+};
+
+// to_p = gate * x_p, in expert order.
+struct ScaleParams {
+  RowMap x;
+  const std::int32_t* slot_order;
+  const float* gates;
+  char* to;
+  std::int32_t slots, columns;
+};
+
+// Gradient of the pre-activation from that of the output, and the gates' gradients.
+struct ActivationGradParams {
+  ActivationGradRows rows;
+  RowMap grad;
+  const std::int32_t* slot_order;
+  const float* gates;  // or null
+  float* grad_gates;   // [S] by slot, or null
+  std::int32_t slots;
+};
+
+// grad_gates[slot of p] = sum over the groups of columns, in their order, of dots[group][p].
+struct GateGradParams {
+  const float* dots;
+  const std::int32_t* slot_order;
+  float* grad_gates;
+  std::int32_t groups, slots;
+};
+
+}  // namespace mfx::grouped

@@ -1,0 +1,226 @@
+#include <algorithm>
+#include <limits>
+
+#include "core/cuda_status.hpp"
+#include "grouped_gemm/cuda_launches.hpp"
+#include "grouped_gemm/pointwise_kernel.cuh"
+
+namespace mfx::grouped {
+namespace {
+
+Instances instances_of(DType dtype, bool allow_tf32) {
+  switch (dtype) {
+    case DType::kBFloat16: return product_instances_bf16();
+    case DType::kFloat16: return product_instances_f16();
+    case DType::kFloat32: return allow_tf32 ? product_instances_tf32() : product_instances_f32();
+    case DType::kFloat64: break;
+  }
+  return {nullptr, 0};
+}
+
+bool multiple_of_16(const void* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
+}
+
+// f(element, aligned) with values of types that carry the choice.
+template <typename F>
+void dispatch(DType dtype, bool aligned, F f) {
+  const auto with = [&](auto element) { aligned ? f(element, std::true_type{}) : f(element, std::false_type{}); };
+  switch (dtype) {
+    case DType::kBFloat16: return with(BFloat16{});
+    case DType::kFloat16: return with(Float16{});
+    default: return with(float{});
+  }
+}
+
+}  // namespace
+
+bool any(void* const* pointers, std::int64_t n) {
+  return pointers != nullptr && std::any_of(pointers, pointers + n, [](const void* p) { return p != nullptr; });
+}
+
+Launches::Launches(DType dtype, bool allow_tf32, const RoutedLayout& layout, Stream stream)
+    : dtype_(dtype),
+      instances_(instances_of(dtype, allow_tf32)),
+      layout_(layout),
+      stream_(static_cast<cudaStream_t>(stream)) {
+  int device = 0;
+  fail_if(instances_.count == 0, "there are no CUDA kernels for float64");
+  fail_if(layout.num_slots() > std::numeric_limits<std::int32_t>::max(), "there must be at most 2^31 - 1 slots");
+  if (status_.ok() && cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status_.ok() && processors_ == 0) status_ = cuda_status();
+}
+
+void Launches::fail_if(bool failed, const char* message) {
+  if (failed && status_.ok()) status_ = {message};
+}
+
+RowMap Launches::map(const RoutedRows& rows) const {
+  const std::int64_t size = element_size(dtype_);
+  const bool expert = rows.order == RowOrder::kExpert;
+  return {static_cast<char*>(const_cast<void*>(rows.data)), expert ? nullptr : layout_.slot_order, rows.stride * size,
+          rows.order == RowOrder::kSlot ? rows.choice_stride * size : 0,
+          FastDivide(expert ? 1 : static_cast<std::uint32_t>(layout_.num_choices))};
+}
+
+RowMap Launches::map(void* data, RowOrder order, std::int64_t columns) const {
+  return map({data, order, order == RowOrder::kSlot ? layout_.num_choices * columns : columns, columns});
+}
+
+void Launches::write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, char* rows) const {
+  if (rows == nullptr) {
+    product->out = map(out, order, product->columns);
+    product->gates = static_cast<const float*>(gates);
+    return;
+  }
+  product->out = map(rows, RowOrder::kExpert, product->columns);
+  product->out.stride = product->columns * static_cast<std::int64_t>(sizeof(float));
+  product->out_unrounded = true;
+}
+
+ExpertMatrices Launches::matrices(const void* const* pointers, std::int64_t rows, std::int64_t columns) {
+  ExpertMatrices result = {};
+  result.row_bytes = columns * element_size(dtype_);
+  result.matrix_bytes = rows * result.row_bytes;
+  fail_if(std::max(rows, columns) >= 1 << 28, "matrices must have fewer than 2^28 rows and columns");
+  const char* expected = nullptr;  // where the next matrix of the current segment lies
+  for (std::int64_t e = 0; e < layout_.num_experts; ++e) {
+    const char* matrix = static_cast<const char*>(pointers[e]);
+    if (result.segments == 0 || matrix != expected) {
+      fail_if(result.segments == ExpertMatrices::kMaxSegments,
+              "the matrices must lie in at most 64 runs of consecutive experts");
+      if (!status_.ok()) return result;
+      result.data[result.segments] = const_cast<char*>(matrix);
+      result.first_expert[result.segments++] = static_cast<std::int32_t>(e);
+    }
+    expected = matrix != nullptr ? matrix + result.matrix_bytes : nullptr;
+  }
+  return result;
+}
+
+bool Launches::aligned(const RowMap& map) const {
+  return multiple_of_16(map.data) && map.stride % 16 == 0 && map.choice_stride % 16 == 0;
+}
+
+bool Launches::aligned(const ExpertMatrices& matrices) const {
+  return matrices.row_bytes % 16 == 0 && std::all_of(matrices.data, matrices.data + matrices.segments, multiple_of_16);
+}
+
+bool Launches::aligned(const void* data, std::int64_t columns) const {
+  return multiple_of_16(data) && columns * element_size(dtype_) % 16 == 0;
+}
+
+const ProductInstance& Launches::choose(Product product, bool aligned) const {
+  const int rows = rows_of_tile(product, aligned, layout_.num_slots(), layout_.num_experts);
+  return *std::find_if(instances_.first, instances_.first + instances_.count, [&](const ProductInstance& instance) {
+    return instance.product == product && instance.rows == rows && instance.aligned == aligned;
+  });
+}
+
+void Launches::launch(const ProductInstance& instance, std::int64_t blocks, const void* params) {
+  if (!status_.ok()) return;
+  void* arguments[] = {const_cast<void*>(params)};
+  cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, instance.shared_bytes);
+  cudaLaunchKernel(instance.kernel, dim3(static_cast<unsigned>(blocks)), dim3(instance.threads), arguments,
+                   instance.shared_bytes, stream_);
+  status_ = cuda_status();
+}
+
+// Blocks for `rows` warps, and no more than the device holds at a time.
+int Launches::pointwise_blocks(std::int64_t rows) const {
+  return static_cast<int>(std::min<std::int64_t>((rows * 32 + kPointwiseThreads - 1) / kPointwiseThreads,
+                                                 processors_ * (2048 / kPointwiseThreads)));
+}
+
+void Launches::row_product(Product product, RowProductParams params, void* grad_gates) {
+  const std::int64_t slots = layout_.num_slots();
+  if (!status_.ok() || slots == 0) return;
+  params.offsets = layout_.offsets;
+  params.num_experts = static_cast<std::int32_t>(layout_.num_experts);
+  params.slot_order = layout_.slot_order;
+  params.slots = static_cast<std::int32_t>(slots);
+  const ActivationGradRows& hidden_grad = params.hidden_grad;
+  const ProductInstance& instance = choose(
+      product, aligned(params.rows) && aligned(params.matrices) && aligned(params.out) && aligned(params.x) &&
+                   aligned(params.hidden, params.columns) && aligned(hidden_grad.hidden, params.columns) &&
+                   aligned(hidden_grad.grad_hidden, params.columns) && aligned(hidden_grad.gated, params.columns));
+  const std::int64_t folded = product == Product::kForward && params.activation.gated ? 2 : 1;
+  const std::int64_t column_tiles = (params.columns * folded + instance.columns - 1) / instance.columns;
+  const std::int64_t row_tiles = slots / instance.rows + std::min(slots, layout_.num_experts);  // at most
+  launch(instance, std::min<std::int64_t>(row_tiles * column_tiles, processors_ * instance.blocks_per_sm), &params);
+  if (grad_gates == nullptr || !status_.ok()) return;
+  const int groups = (params.columns + instance.columns_per_warp - 1) / instance.columns_per_warp;
+  sum_gate_grads<<<pointwise_blocks((slots + 31) / 32), kPointwiseThreads, 0, stream_>>>(
+      {params.dots, layout_.slot_order, static_cast<float*>(grad_gates), groups, params.slots});
+  status_ = cuda_status();
+}
+
+void Launches::weight_grad(const RowMap& x, const RowMap& grad, void* const* grad_weight, std::int64_t in_features,
+                           std::int64_t out_features) {
+  const WeightGradParams params{layout_.offsets,
+                                static_cast<std::int32_t>(layout_.num_experts),
+                                static_cast<std::int32_t>(in_features),
+                                static_cast<std::int32_t>(out_features),
+                                x,
+                                grad,
+                                matrices(grad_weight, in_features, out_features)};
+  if (!status_.ok()) return;
+  const ProductInstance& instance =
+      choose(Product::kWeightGrad, aligned(x) && aligned(grad) && aligned(params.grad_weight));
+  const std::int64_t tiles = (in_features + instance.rows - 1) / instance.rows *
+                             ((out_features + instance.columns - 1) / instance.columns) * layout_.num_experts;
+  // One tile per block, as experts differ in depth: whoever is done first takes the next.
+  launch(instance, std::min<std::int64_t>(tiles, std::numeric_limits<std::int32_t>::max()), &params);
+}
+
+void Launches::combine(const void* rows, const void* gates, void* out, std::int64_t columns) {
+  if (!status_.ok() || rows == nullptr || layout_.num_tokens == 0) return;
+  const CombineParams params{
+      static_cast<const float*>(rows),   layout_.position,   static_cast<const float*>(gates),
+      static_cast<char*>(out),           layout_.num_tokens, static_cast<std::int32_t>(layout_.num_choices),
+      static_cast<std::int32_t>(columns)};
+  dispatch(dtype_, multiple_of_16(rows) && aligned(out, columns), [&](auto element, auto aligned) {
+    grouped::combine<decltype(element), decltype(aligned)::value>
+        <<<pointwise_blocks(layout_.num_tokens), kPointwiseThreads, 0, stream_>>>(params);
+  });
+  status_ = cuda_status();
+}
+
+void Launches::scale(const RowMap& x, const void* gates, char* to, std::int64_t columns) {
+  const std::int64_t slots = layout_.num_slots();
+  if (!status_.ok() || slots == 0) return;
+  const ScaleParams params{x,
+                           layout_.slot_order,
+                           static_cast<const float*>(gates),
+                           to,
+                           static_cast<std::int32_t>(slots),
+                           static_cast<std::int32_t>(columns)};
+  dispatch(dtype_, aligned(x) && aligned(to, columns), [&](auto element, auto aligned) {
+    grouped::scale<decltype(element), decltype(aligned)::value>
+        <<<pointwise_blocks(slots), kPointwiseThreads, 0, stream_>>>(params);
+  });
+  status_ = cuda_status();
+}
+
+void Launches::activation_grad(const ActivationGradRows& rows, const RowMap& grad, const void* gates,
+                               void* grad_gates) {
+  const std::int64_t slots = layout_.num_slots();
+  if (!status_.ok() || slots == 0) return;
+  const ActivationGradParams params{rows,
+                                    grad,
+                                    layout_.slot_order,
+                                    static_cast<const float*>(gates),
+                                    static_cast<float*>(grad_gates),
+                                    static_cast<std::int32_t>(slots)};
+  const bool all_aligned = aligned(grad) && aligned(rows.hidden, rows.columns) &&
+                           aligned(rows.grad_hidden, rows.columns) && aligned(rows.gated, rows.columns);
+  dispatch(dtype_, all_aligned, [&](auto element, auto aligned) {
+    grouped::activation_grad<decltype(element), decltype(aligned)::value>
+        <<<pointwise_blocks(slots), kPointwiseThreads, 0, stream_>>>(params);
+  });
+  status_ = cuda_status();
+}
+
+}  // namespace mfx::grouped

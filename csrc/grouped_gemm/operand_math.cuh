@@ -1,0 +1,74 @@
+// The arithmetic of a product: storage type and the tensor-core instructions that multiply it.
+//
+// A left operand is 16 rows by 32 bytes of depth, a right one two groups of 8 columns by 32 bytes, 4 registers each.
+// kStepsAtOnce: steps of 32 bytes whose loads and products may overlap, as far as registers last.
+#pragma once
+
+#include "device/convert.cuh"
+#include "device/mma.cuh"
+
+namespace mfx::grouped {
+
+struct Registers {
+  std::uint32_t r[4];
+};
+
+struct Bf16Math {
+  using T = BFloat16;
+  static constexpr int kStepsAtOnce = 4;
+  using Operand = Registers;
+  static __device__ Operand operand(const std::uint32_t (&r)[4]) { return {{r[0], r[1], r[2], r[3]}}; }
+  static __device__ void multiply(float (&c)[4], const Operand& a, const Operand& b, int group) {
+    device::mma_m16n8k16_bf16(c, a.r, b.r[2 * group], b.r[2 * group + 1], c);
+  }
+};
+
+struct F16Math {
+  using T = Float16;
+  static constexpr int kStepsAtOnce = 4;
+  using Operand = Registers;
+  static __device__ Operand operand(const std::uint32_t (&r)[4]) { return {{r[0], r[1], r[2], r[3]}}; }
+  static __device__ void multiply(float (&c)[4], const Operand& a, const Operand& b, int group) {
+    device::mma_m16n8k16_f16(c, a.r, b.r[2 * group], b.r[2 * group + 1], c);
+  }
+};
+
+// float32 rounded to TF32's 11 significant bits.
+struct Tf32Math {
+  using T = float;
+  static constexpr int kStepsAtOnce = 4;
+  using Operand = Registers;
+  static __device__ Operand operand(const std::uint32_t (&r)[4]) {
+    Operand x;
+    for (int i = 0; i < 4; ++i) x.r[i] = device::to_tf32(__uint_as_float(r[i]));
+    return x;
+  }
+  static __device__ void multiply(float (&c)[4], const Operand& a, const Operand& b, int group) {
+    device::mma_m16n8k8_tf32(c, a.r, b.r[2 * group], b.r[2 * group + 1], c);
+  }
+};
+
+// float32 as the sum of two TF32 numbers; the product of the two small parts, 2^-22 of the whole, is left out.
+struct F32Math {
+  using T = float;
+  static constexpr int kStepsAtOnce = 1;
+  struct Operand {
+    Registers big, small;
+  };
+  static __device__ Operand operand(const std::uint32_t (&r)[4]) {
+    Operand x;
+    for (int i = 0; i < 4; ++i) {
+      const float value = __uint_as_float(r[i]);
+      x.big.r[i] = device::to_tf32(value);
+      x.small.r[i] = device::to_tf32(value - __uint_as_float(x.big.r[i]));
+    }
+    return x;
+  }
+  static __device__ void multiply(float (&c)[4], const Operand& a, const Operand& b, int group) {
+    Tf32Math::multiply(c, a.small, b.big, group);
+    Tf32Math::multiply(c, a.big, b.small, group);
+    Tf32Math::multiply(c, a.big, b.big, group);
+  }
+};
+
+}  // namespace mfx::grouped

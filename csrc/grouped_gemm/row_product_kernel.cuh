@@ -1,0 +1,162 @@
+// Products with the matrix of each position's expert; see RowProductParams for the three forms.
+//
+// A persistent grid walks the tiles (kRows positions of one expert) x (kColumns columns), expert by expert and, within
+// one, rows fastest, so that neighbouring blocks share a panel of the matrix. Where an expert's positions begin is read
+// from the layout on the device: nobody waits for the host, experts without positions have no tiles, nothing is padded.
+#pragma once
+
+#include <algorithm>
+
+#include "device/warp.cuh"
+#include "grouped_gemm/finish.cuh"
+#include "grouped_gemm/way_out.cuh"
+
+namespace mfx::grouped {
+
+// False beyond the last tile. Whole warps call this; every lane looks at one of 32 experts.
+__device__ inline bool find_row_tile(const std::int32_t* offsets, int num_experts, int rows_per_tile, int column_tiles,
+                                     unsigned tile, RowTile* found) {
+  const int lane = threadIdx.x % 32;
+  for (int base = 0; base < num_experts; base += 32) {
+    const int expert = min(base + lane, num_experts);
+    const int begin = offsets[expert], end = offsets[min(expert + 1, num_experts)];
+    const int row_tiles = (end - begin + rows_per_tile - 1) / rows_per_tile;
+    const unsigned tiles = row_tiles * column_tiles, up_to = device::lanes_prefix_sum(tiles);
+    const unsigned later = __ballot_sync(device::kAllLanes, tile < up_to);
+    if (later == 0) {
+      tile -= __shfl_sync(device::kAllLanes, up_to, 31);
+      continue;
+    }
+    const int owner = __ffs(later) - 1;
+    const auto of_owner = [&](int x) { return __shfl_sync(device::kAllLanes, x, owner); };
+    const int local = static_cast<int>(tile) - of_owner(up_to - tiles), high = of_owner(row_tiles);
+    found->expert = base + owner;
+    found->first = of_owner(begin) + local % high * rows_per_tile;
+    found->rows = min(rows_per_tile, of_owner(end) - found->first);
+    found->column_tile = local / high;
+    return true;
+  }
+  return false;
+}
+
+template <typename Math, typename Shape_, Product kProduct_, bool kAligned_>
+class RowProduct {
+ public:
+  using Params = RowProductParams;
+  using Shape = Shape_;
+  static constexpr Product kProduct = kProduct_;
+  static constexpr bool kAligned = kAligned_;
+
+ private:
+  using T = typename Math::T;
+  static constexpr Major kRight = kProduct == Product::kForward ? Major::kResult : Major::kDepth;
+  static constexpr int kElement = sizeof(T);
+  using Table = RowTable<Shape::kRows>;
+  using RowLoader = DepthMajorLoader<Math, Shape, Shape::kRows, kAligned>;
+  using RightSlice = Slice<Math, kRight, Shape::kColumns, Shape::kDepthBytes>;
+  using Folded = FoldedColumns<Shape>;
+  using Out = WayOut<Shape>;
+
+ public:
+  static constexpr int kTableOffset = std::max(Shape::kPipelineBytes, Out::kSharedBytes);
+  static constexpr int kSharedBytes = kTableOffset + sizeof(Table);
+
+  static __device__ void run(const RowProductParams& p) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    Table& table = *reinterpret_cast<Table*>(shared + kTableOffset);
+    const Multistage<Math, Shape, Major::kDepth, kRight> product(device::shared_address(shared));
+    const bool folded = kProduct == Product::kForward && p.activation.gated;
+    const int columns_per_tile = folded ? Shape::kColumns / 2 : Shape::kColumns;
+    const int column_tiles = (p.columns + columns_per_tile - 1) / columns_per_tile;
+    RowTile tile;
+    for (unsigned i = blockIdx.x; find_row_tile(p.offsets, p.num_experts, Shape::kRows, column_tiles, i, &tile);
+         i += gridDim.x) {
+      fill(table, p, tile);
+      RowLoader left(tile.rows, p.depth,
+                     [&](int row) { return p.rows.data + p.rows.offset(p.rows.fetch(tile.first + row)); });
+      const char* matrix = p.matrices[tile.expert];
+      const int column = tile.column_tile * columns_per_tile;
+      // Rows of this warp, none where its columns are beyond the last.
+      const int warp_columns = Shape::kColumnsPerWarp / (folded ? 2 : 1);
+      const bool visible = column + Shape::warp_column() / Shape::kColumnsPerWarp * warp_columns < p.columns;
+      const int rows = visible ? min(tile.rows - Shape::warp_row(), Shape::kRowsPerWarp) : 0;
+      Accumulators<Shape> sums;
+      if constexpr (kProduct == Product::kForward) {
+        ResultMajorLoader<Math, Shape, Shape::kColumns, kAligned, MatrixRows> right(
+            MatrixRows{p.matrices.row_bytes, RightSlice::kDepth * p.matrices.row_bytes}, p.depth,
+            [&](int c) {
+              const int at =
+                  folded ? column + Folded::within_half(c) + (Folded::second_half(c) ? p.columns : 0) : column + c;
+              return matrix + std::int64_t{at} * kElement;
+            },
+            [&](int c) { return p.columns - column - (folded ? Folded::within_half(c) : c); });
+        product.run(sums, left, right, p.depth, rows);
+      } else {
+        DepthMajorLoader<Math, Shape, Shape::kColumns, kAligned> right(
+            p.columns - column, p.depth, [&](int c) { return matrix + (column + c) * p.matrices.row_bytes; });
+        product.run(sums, left, right, p.depth, rows);
+      }
+      if constexpr (kProduct == Product::kForward) {
+        if (folded) {
+          finish<true, ForwardFinish<T, true, kAligned>>(p, table, tile, column, sums, rows);
+        } else if (p.activation.function != Activation::kNone) {
+          finish<false, ForwardFinish<T, false, kAligned>>(p, table, tile, column, sums, rows);
+        } else {
+          finish<false, PlainFinish<T, kAligned>>(p, table, tile, column, sums, rows);
+        }
+      } else if constexpr (kProduct == Product::kInputGrad) {
+        finish_with_dots<InputGradFinish<T, kAligned>>(p, table, tile, column, sums, rows);
+      } else {
+        finish_with_dots<HiddenGradFinish<T, kAligned>>(p, table, tile, column, sums, rows);
+      }
+      __syncthreads();
+    }
+  }
+
+ private:
+  static __device__ void fill(Table& table, const RowProductParams& p, const RowTile& tile) {
+    for (int row = threadIdx.x; row < tile.rows; row += Shape::kThreads) {
+      const int position = tile.first + row;
+      const std::int64_t offset = p.out.data != nullptr ? p.out.offset(p.out.fetch(position)) : 0;
+      const float gate = p.gates != nullptr ? p.gates[p.slot_order[position]] : 1.0f;
+      // In one piece: two would meet in the same banks.
+      device::store_shared_128(
+          device::shared_address(&table.out[row]),
+          {static_cast<unsigned>(offset), static_cast<unsigned>(offset >> 32), __float_as_uint(gate), 0});
+      if (kProduct == Product::kInputGrad && p.dots != nullptr) table.x[row] = p.x.offset(p.x.fetch(position));
+    }
+  }
+
+  template <bool kFolded, typename Finish>
+  static __device__ void finish(const RowProductParams& p, const Table& table, const RowTile& tile, int tile_column,
+                                const Accumulators<Shape>& sums, int rows) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const Finish finish_row(p, tile, tile_column + Out::template column<kFolded>());
+    Out::template visit<kFolded>(sums, device::shared_address(shared), rows,
+                                 [&](int row, const float4& y, const float4& partner) {
+                                   if (finish_row.left > 0 && row < tile.rows) finish_row(row, y, partner, table);
+                                 });
+  }
+
+  // Sums what each row's lanes return to `dots`, one number for each warp's columns.
+  template <typename Finish>
+  static __device__ void finish_with_dots(const RowProductParams& p, const Table& table, const RowTile& tile,
+                                          int tile_column, const Accumulators<Shape>& sums, int rows) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    constexpr int kLanes = Out::template kLanes<false>;
+    const int column = tile_column + Out::template column<false>();
+    const Finish finish_row(p, tile, column);
+    float* const dots =
+        p.dots != nullptr ? p.dots + std::int64_t{column / Shape::kColumnsPerWarp} * p.slots + tile.first : nullptr;
+    Out::template visit<false>(sums, device::shared_address(shared), rows,
+                               [&](int row, const float4& y, const float4&) {
+                                 const bool present = finish_row.left > 0 && row < tile.rows;
+                                 float dot = present ? finish_row(row, y, table) : 0.0f;
+                                 if (dots == nullptr) return;
+                                 dot = device::lanes_sum<kLanes>(dot);
+                                 if (present && threadIdx.x % kLanes == 0) dots[row] = dot;
+                               });
+  }
+};
+
+}  // namespace mfx::grouped
