@@ -1,3 +1,4 @@
+#include <ATen/Context.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -75,6 +76,7 @@ struct Operands {
         .gates = gates.const_data_ptr(),
         .out = nullptr,
         .hidden = nullptr,
+        .allow_tf32 = at::globalContext().allowTF32CuBLAS(),
     };
   }
 };
@@ -83,29 +85,30 @@ using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, at::Tensor
                                                    const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&,
                                                    c10::string_view, bool);
 
-std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& x, at::TensorList up, at::TensorList down,
-                                                const at::Tensor& offsets, const at::Tensor& slot_order,
-                                                const at::Tensor& position, int64_t num_choices,
-                                                const at::Tensor& gates, c10::string_view activation,
-                                                bool save_hidden) {
-  const LayoutTensors layout{offsets, slot_order, position, num_choices};
-  return allocate(check_arguments(x, up, down, layout, gates, activation), save_hidden);
-}
-
-std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, at::TensorList up, at::TensorList down,
-                                               const at::Tensor& offsets, const at::Tensor& slot_order,
-                                               const at::Tensor& position, int64_t num_choices, const at::Tensor& gates,
-                                               c10::string_view activation, bool save_hidden) {
+// Meta tensors get outputs and nothing else.
+template <bool kMeta>
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, at::TensorList up, at::TensorList down,
+                                           const at::Tensor& offsets, const at::Tensor& slot_order,
+                                           const at::Tensor& position, int64_t num_choices, const at::Tensor& gates,
+                                           c10::string_view activation, bool save_hidden) {
   const LayoutTensors layout{offsets, slot_order, position, num_choices};
   const Arguments a = check_arguments(x, up, down, layout, gates, activation);
-  check_cpu(kOp, "x", x);
   auto outputs = allocate(a, save_hidden);
-  auto& [out, hidden] = outputs;
-  const Operands operands(a);
-  ExpertFfnParams params = operands.params(a);
-  params.out = out.mutable_data_ptr();
-  params.hidden = data_or_null(hidden);
-  check_status(kOp, expert_ffn_cpu(params));
+  if constexpr (!kMeta) {
+    auto& [out, hidden] = outputs;
+    const Backend backend = backend_of(kOp, "x", x);
+    const Operands operands(a);
+    ExpertFfnParams params = operands.params(a);
+    params.out = out.mutable_data_ptr();
+    params.hidden = data_or_null(hidden);
+    switch (backend) {
+      case Backend::kCpu: check_status(kOp, expert_ffn_cpu(params)); break;
+      case Backend::kCuda:
+        launch_cuda(kOp, {x, up[0], down[0]}, params, MFX_CUDA_FUNCTION(mfx_expert_ffn_cuda),
+                    MFX_CUDA_FUNCTION(mfx_expert_ffn_cuda_workspace));
+        break;
+    }
+  }
   return outputs;
 }
 
@@ -146,41 +149,39 @@ using Backward = std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, a
                                          const at::Tensor&, c10::string_view, const at::Tensor&, bool, bool,
                                          c10::List<bool>, c10::List<bool>);
 
-std::vector<at::Tensor> backward_meta(const at::Tensor& grad, const at::Tensor& x, at::TensorList up,
-                                      at::TensorList down, const at::Tensor& offsets, const at::Tensor& slot_order,
-                                      const at::Tensor& position, int64_t num_choices, const at::Tensor& gates,
-                                      c10::string_view activation, const at::Tensor& hidden, bool needs_x,
-                                      bool needs_gates, c10::List<bool> needs_up, c10::List<bool> needs_down) {
+template <bool kMeta>
+std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList up, at::TensorList down,
+                                 const at::Tensor& offsets, const at::Tensor& slot_order, const at::Tensor& position,
+                                 int64_t num_choices, const at::Tensor& gates, c10::string_view activation,
+                                 const at::Tensor& hidden, bool needs_x, bool needs_gates, c10::List<bool> needs_up,
+                                 c10::List<bool> needs_down) {
   const LayoutTensors layout{offsets, slot_order, position, num_choices};
   const Arguments a = check_arguments(x, up, down, layout, gates, activation);
   check_backward(a, grad, hidden);
-  return allocate_gradients(a, {needs_x, needs_gates, needs_up, needs_down});
-}
-
-std::vector<at::Tensor> backward_cpu(const at::Tensor& grad, const at::Tensor& x, at::TensorList up,
-                                     at::TensorList down, const at::Tensor& offsets, const at::Tensor& slot_order,
-                                     const at::Tensor& position, int64_t num_choices, const at::Tensor& gates,
-                                     c10::string_view activation, const at::Tensor& hidden, bool needs_x,
-                                     bool needs_gates, c10::List<bool> needs_up, c10::List<bool> needs_down) {
-  const LayoutTensors layout{offsets, slot_order, position, num_choices};
-  const Arguments a = check_arguments(x, up, down, layout, gates, activation);
-  check_backward(a, grad, hidden);
-  check_cpu(kOp, "x", x);
   std::vector<at::Tensor> gradients = allocate_gradients(a, {needs_x, needs_gates, needs_up, needs_down});
-  const Operands operands(a);
-  const at::Tensor grad_rows = with_unit_stride(grad), saved = hidden.contiguous();
-  ExpertFfnBackwardParams params{};
-  params.forward = operands.params(a);
-  params.forward.hidden = data_or_null(saved);
-  params.grad = view_rows(grad_rows, RowOrder::kToken);
-  params.grad_x = data_or_null(gradients[0]);
-  params.grad_gates = data_or_null(gradients[1]);
-  const at::TensorList all(gradients);
-  const auto up_pointers = expert_pointers(all.slice(2, up.size()), operands.up);
-  const auto down_pointers = expert_pointers(all.slice(2 + up.size()), operands.down);
-  params.grad_up = up_pointers.data();
-  params.grad_down = down_pointers.data();
-  check_status(kOp, expert_ffn_backward_cpu(params));
+  if constexpr (!kMeta) {
+    const Backend backend = backend_of(kOp, "x", x);
+    const Operands operands(a);
+    const at::Tensor grad_rows = with_unit_stride(grad), saved = hidden.contiguous();
+    ExpertFfnBackwardParams params{};
+    params.forward = operands.params(a);
+    params.forward.hidden = data_or_null(saved);
+    params.grad = view_rows(grad_rows, RowOrder::kToken);
+    params.grad_x = data_or_null(gradients[0]);
+    params.grad_gates = data_or_null(gradients[1]);
+    const at::TensorList all(gradients);
+    const auto up_pointers = expert_pointers(all.slice(2, up.size()), operands.up);
+    const auto down_pointers = expert_pointers(all.slice(2 + up.size()), operands.down);
+    params.grad_up = up_pointers.data();
+    params.grad_down = down_pointers.data();
+    switch (backend) {
+      case Backend::kCpu: check_status(kOp, expert_ffn_backward_cpu(params)); break;
+      case Backend::kCuda:
+        launch_cuda(kOp, {x, up[0], down[0]}, params, MFX_CUDA_FUNCTION(mfx_expert_ffn_backward_cuda),
+                    MFX_CUDA_FUNCTION(mfx_expert_ffn_backward_cuda_workspace));
+        break;
+    }
+  }
   return gradients;
 }
 
@@ -309,18 +310,18 @@ TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, CPU, m) {
   m.impl("expert_ffn", &below_autograd);
-  m.impl("expert_ffn_forward", &forward_cpu);
-  m.impl("expert_ffn_backward", &backward_cpu);
+  m.impl("expert_ffn_forward", &forward<false>);
+  m.impl("expert_ffn_backward", &backward<false>);
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, CUDA, m) {
   m.impl("expert_ffn", &below_autograd);
-  m.impl("expert_ffn_forward", &forward_cpu);
-  m.impl("expert_ffn_backward", &backward_cpu);
+  m.impl("expert_ffn_forward", &forward<false>);
+  m.impl("expert_ffn_backward", &backward<false>);
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
   m.impl("expert_ffn", &below_autograd);
-  m.impl("expert_ffn_forward", &forward_meta);
-  m.impl("expert_ffn_backward", &backward_meta);
+  m.impl("expert_ffn_forward", &forward<true>);
+  m.impl("expert_ffn_backward", &backward<true>);
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
   m.impl("expert_ffn", &autograd);

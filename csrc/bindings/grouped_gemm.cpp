@@ -1,5 +1,6 @@
 #include "moduleformer_ext/grouped_gemm.hpp"
 
+#include <ATen/Context.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -86,6 +87,7 @@ struct Operands {
         .out_order = a.out_order,
         .out = nullptr,
         .hidden = nullptr,
+        .allow_tf32 = at::globalContext().allowTF32CuBLAS(),
     };
   }
 };
@@ -94,30 +96,30 @@ using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, at::Tensor
                                                    const at::Tensor&, const at::Tensor&, int64_t, c10::string_view,
                                                    c10::string_view, const OptionalTensor&, OptionalName, bool);
 
-std::tuple<at::Tensor, at::Tensor> forward_meta(const at::Tensor& x, at::TensorList weight, const at::Tensor& offsets,
-                                                const at::Tensor& slot_order, const at::Tensor& position,
-                                                int64_t num_choices, c10::string_view x_order,
-                                                c10::string_view out_order, const OptionalTensor& gates,
-                                                OptionalName activation, bool save_hidden) {
-  const LayoutTensors layout{offsets, slot_order, position, num_choices};
-  return allocate(check_arguments(x, weight, layout, x_order, out_order, gates, activation), save_hidden);
-}
-
-std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, at::TensorList weight, const at::Tensor& offsets,
-                                               const at::Tensor& slot_order, const at::Tensor& position,
-                                               int64_t num_choices, c10::string_view x_order,
-                                               c10::string_view out_order, const OptionalTensor& gates,
-                                               OptionalName activation, bool save_hidden) {
+// Meta tensors get outputs and nothing else.
+template <bool kMeta>
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, at::TensorList weight, const at::Tensor& offsets,
+                                           const at::Tensor& slot_order, const at::Tensor& position,
+                                           int64_t num_choices, c10::string_view x_order, c10::string_view out_order,
+                                           const OptionalTensor& gates, OptionalName activation, bool save_hidden) {
   const LayoutTensors layout{offsets, slot_order, position, num_choices};
   const Arguments a = check_arguments(x, weight, layout, x_order, out_order, gates, activation);
-  check_cpu(kOp, "x", x);
   auto outputs = allocate(a, save_hidden);
-  auto& [out, hidden] = outputs;
-  const Operands operands(a);
-  GroupedGemmParams params = operands.params(a);
-  params.out = out.mutable_data_ptr();
-  params.hidden = data_or_null(hidden);
-  check_status(kOp, grouped_gemm_cpu(params));
+  if constexpr (!kMeta) {
+    auto& [out, hidden] = outputs;
+    const Backend backend = backend_of(kOp, "x", x);
+    const Operands operands(a);
+    GroupedGemmParams params = operands.params(a);
+    params.out = out.mutable_data_ptr();
+    params.hidden = data_or_null(hidden);
+    switch (backend) {
+      case Backend::kCpu: check_status(kOp, grouped_gemm_cpu(params)); break;
+      case Backend::kCuda:
+        launch_cuda(kOp, {x, weight[0]}, params, MFX_CUDA_FUNCTION(mfx_grouped_gemm_cuda),
+                    MFX_CUDA_FUNCTION(mfx_grouped_gemm_cuda_workspace));
+        break;
+    }
+  }
   return outputs;
 }
 
@@ -154,40 +156,36 @@ using Backward = std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, a
                                          c10::string_view, const OptionalTensor&, OptionalName, const at::Tensor&, bool,
                                          bool, c10::List<bool>);
 
-std::vector<at::Tensor> backward_meta(const at::Tensor& grad, const at::Tensor& x, at::TensorList weight,
-                                      const at::Tensor& offsets, const at::Tensor& slot_order,
-                                      const at::Tensor& position, int64_t num_choices, c10::string_view x_order,
-                                      c10::string_view out_order, const OptionalTensor& gates, OptionalName activation,
-                                      const at::Tensor& hidden, bool needs_x, bool needs_gates,
-                                      c10::List<bool> needs_weight) {
+template <bool kMeta>
+std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weight,
+                                 const at::Tensor& offsets, const at::Tensor& slot_order, const at::Tensor& position,
+                                 int64_t num_choices, c10::string_view x_order, c10::string_view out_order,
+                                 const OptionalTensor& gates, OptionalName activation, const at::Tensor& hidden,
+                                 bool needs_x, bool needs_gates, c10::List<bool> needs_weight) {
   const LayoutTensors layout{offsets, slot_order, position, num_choices};
   const Arguments a = check_arguments(x, weight, layout, x_order, out_order, gates, activation);
   check_backward(a, grad, hidden);
-  return allocate_gradients(a, {needs_x, needs_gates, needs_weight});
-}
-
-std::vector<at::Tensor> backward_cpu(const at::Tensor& grad, const at::Tensor& x, at::TensorList weight,
-                                     const at::Tensor& offsets, const at::Tensor& slot_order,
-                                     const at::Tensor& position, int64_t num_choices, c10::string_view x_order,
-                                     c10::string_view out_order, const OptionalTensor& gates, OptionalName activation,
-                                     const at::Tensor& hidden, bool needs_x, bool needs_gates,
-                                     c10::List<bool> needs_weight) {
-  const LayoutTensors layout{offsets, slot_order, position, num_choices};
-  const Arguments a = check_arguments(x, weight, layout, x_order, out_order, gates, activation);
-  check_backward(a, grad, hidden);
-  check_cpu(kOp, "x", x);
   std::vector<at::Tensor> gradients = allocate_gradients(a, {needs_x, needs_gates, needs_weight});
-  const Operands operands(a);
-  const at::Tensor grad_rows = with_unit_stride(grad), saved = hidden.contiguous();
-  GroupedGemmBackwardParams params{};
-  params.forward = operands.params(a);
-  params.forward.hidden = data_or_null(saved);
-  params.grad = view_rows(grad_rows, a.out_order);
-  params.grad_x = data_or_null(gradients[0]);
-  params.grad_gates = data_or_null(gradients[1]);
-  const auto pointers = expert_pointers(at::TensorList(gradients).slice(2), operands.weight);
-  params.grad_weight = pointers.data();
-  check_status(kOp, grouped_gemm_backward_cpu(params));
+  if constexpr (!kMeta) {
+    const Backend backend = backend_of(kOp, "x", x);
+    const Operands operands(a);
+    const at::Tensor grad_rows = with_unit_stride(grad), saved = hidden.contiguous();
+    GroupedGemmBackwardParams params{};
+    params.forward = operands.params(a);
+    params.forward.hidden = data_or_null(saved);
+    params.grad = view_rows(grad_rows, a.out_order);
+    params.grad_x = data_or_null(gradients[0]);
+    params.grad_gates = data_or_null(gradients[1]);
+    const auto pointers = expert_pointers(at::TensorList(gradients).slice(2), operands.weight);
+    params.grad_weight = pointers.data();
+    switch (backend) {
+      case Backend::kCpu: check_status(kOp, grouped_gemm_backward_cpu(params)); break;
+      case Backend::kCuda:
+        launch_cuda(kOp, {x, weight[0]}, params, MFX_CUDA_FUNCTION(mfx_grouped_gemm_backward_cuda),
+                    MFX_CUDA_FUNCTION(mfx_grouped_gemm_backward_cuda_workspace));
+        break;
+    }
+  }
   return gradients;
 }
 
@@ -319,18 +317,18 @@ TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, CPU, m) {
   m.impl("grouped_gemm", &below_autograd);
-  m.impl("grouped_gemm_forward", &forward_cpu);
-  m.impl("grouped_gemm_backward", &backward_cpu);
+  m.impl("grouped_gemm_forward", &forward<false>);
+  m.impl("grouped_gemm_backward", &backward<false>);
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, CUDA, m) {
   m.impl("grouped_gemm", &below_autograd);
-  m.impl("grouped_gemm_forward", &forward_cpu);
-  m.impl("grouped_gemm_backward", &backward_cpu);
+  m.impl("grouped_gemm_forward", &forward<false>);
+  m.impl("grouped_gemm_backward", &backward<false>);
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
   m.impl("grouped_gemm", &below_autograd);
-  m.impl("grouped_gemm_forward", &forward_meta);
-  m.impl("grouped_gemm_backward", &backward_meta);
+  m.impl("grouped_gemm_forward", &forward<true>);
+  m.impl("grouped_gemm_backward", &backward<true>);
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
   m.impl("grouped_gemm", &autograd);
