@@ -176,7 +176,6 @@ ResultsAndHidden forward_meta(const Tensor& x, std::string_view gate, const Opti
 class NetworkParams {
  public:
   explicit NetworkParams(const Network& network) {
-    check_cpu(network.op, "x", network.x);
     const auto keep = [this](const Tensor& tensor) { return kept_.emplace_back(tensor).const_data_ptr(); };
     params_.gate = network.gate;
     params_.num_tokens = network.x.size(0);
@@ -218,13 +217,14 @@ ResultsAndHidden forward(const Tensor& x, std::string_view gate, const OptionalT
                          const OptionalTensor& noise, int64_t num_sampled, bool save_hidden) {
   const Network network(x, gate, hidden_weight, hidden_bias, weight);
   check_choice(network, k, order, noise, num_sampled);
+  const Backend backend = backend_of(network.op, "x", x);
   MFX_CHECK_ARG(x.size(0) <= std::numeric_limits<int32_t>::max() / k, network.op, "x",
                 "have fewer than 2^31 slots (tokens times k)", "shape ", x.sizes());
   const NetworkParams params(network);
   const Tensor noise_values = noise.has_value() ? noise->to(result_type(x)).contiguous() : Tensor();
   ResultsAndHidden results = allocate(network, k, save_hidden);
   auto& [gates, expert_ids, prob_sum, plogp_sum, logsumexp_sq_sum, counts, logits, hidden] = results;
-  check_status(route_topk_cpu({
+  const RouteTopKParams call = {
       .network = params.get(),
       .k = k,
       .order = parse_order(network.op, order),
@@ -238,7 +238,14 @@ ResultsAndHidden forward(const Tensor& x, std::string_view gate, const OptionalT
       .counts = counts.mutable_data_ptr<int32_t>(),
       .logits = logits.mutable_data_ptr(),
       .hidden = save_hidden && has_hidden_layer(network.gate) ? hidden.mutable_data_ptr() : nullptr,
-  }));
+  };
+  switch (backend) {
+    case Backend::kCpu: check_status(route_topk_cpu(call)); break;
+    case Backend::kCuda:
+      launch_cuda(network.op, {x, logits, gates}, call, MFX_CUDA_FUNCTION(mfx_route_topk_cuda),
+                  MFX_CUDA_FUNCTION(mfx_route_topk_cuda_workspace));
+      break;
+  }
   return results;
 }
 
@@ -284,6 +291,7 @@ std::vector<Tensor> backward(const OptionalTensor& grad_gates, const OptionalTen
                              at::TensorList weight, std::string_view order, const Tensor& expert_ids,
                              const Tensor& logits, const Tensor& hidden, const c10::List<bool>& wanted) {
   const Network network(x, gate, hidden_weight, hidden_bias, weight);
+  const Backend backend = backend_of(network.op, "x", x);
   const NetworkParams params(network);
   std::vector<Tensor> kept;
   const auto pointer = [&](const OptionalTensor& tensor) -> const void* {
@@ -306,7 +314,7 @@ std::vector<Tensor> backward(const OptionalTensor& grad_gates, const OptionalTen
   }
   std::vector<void*> grad_segments;
   for (std::size_t i = 0; i < weight.size(); ++i) grad_segments.push_back(target(3 + i));
-  check_status(route_topk_backward_cpu({
+  const RouteTopKBackwardParams call = {
       .network = params.get(),
       .k = expert_ids.size(1),
       .order = parse_order(network.op, order),
@@ -322,7 +330,14 @@ std::vector<Tensor> backward(const OptionalTensor& grad_gates, const OptionalTen
       .grad_hidden_weight = grad_hidden_weight,
       .grad_hidden_bias = grad_hidden_bias,
       .grad_segments = grad_segments.data(),
-  }));
+  };
+  switch (backend) {
+    case Backend::kCpu: check_status(route_topk_backward_cpu(call)); break;
+    case Backend::kCuda:
+      launch_cuda(network.op, {x, logits, expert_ids}, call, MFX_CUDA_FUNCTION(mfx_route_topk_backward_cuda),
+                  MFX_CUDA_FUNCTION(mfx_route_topk_backward_cuda_workspace));
+      break;
+  }
   if (wanted[2]) *bias_gradient = bias.to(hidden_bias->scalar_type());
   return gradients;
 }

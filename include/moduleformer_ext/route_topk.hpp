@@ -46,14 +46,15 @@ struct RouteTopKParams {
   std::int64_t num_sampled;
   const void* noise;  // [T, E], result type
   // Results. Experts are ranked by logit, NaN first and the lower index first among equals.
-  void* gates;               // [T, k]
-  std::int32_t* expert_ids;  // [T, k]
-  void* prob_sum;            // [E] sum over t of p
-  void* plogp_sum;           // [] sum over t and e of p log p
-  void* logsumexp_sq_sum;    // [] sum over t of logsumexp(logits)^2
-  std::int32_t* counts;      // [E]
-  void* logits;              // [T, E]
-  void* hidden;              // [T, G] x V^T + b for the backward pass, or null
+  void* gates;                // [T, k]
+  std::int32_t* expert_ids;   // [T, k]
+  void* prob_sum;             // [E] sum over t of p
+  void* plogp_sum;            // [] sum over t and e of p log p
+  void* logsumexp_sq_sum;     // [] sum over t of logsumexp(logits)^2
+  std::int32_t* counts;       // [E]
+  void* logits;               // [T, E]
+  void* hidden;               // [T, G] x V^T + b for the backward pass, or null
+  void* workspace = nullptr;  // CUDA only, as in the backward pass
 };
 
 struct RouteTopKBackwardParams {
@@ -74,10 +75,19 @@ struct RouteTopKBackwardParams {
   void* grad_hidden_weight;
   void* grad_hidden_bias;
   void* const* grad_segments;  // one per segment
+  void* workspace = nullptr;
 };
 
 // Sums over tokens are taken tile by tile in a fixed order: the same bits for every number of threads.
 Status route_topk_cpu(const RouteTopKParams& params);
 Status route_topk_backward_cpu(const RouteTopKBackwardParams& params);
+
+// CUDA: no float64, at most 32 segments; fixed order of summation as well.
+extern "C" {
+Status mfx_route_topk_cuda(const RouteTopKParams& params, Stream stream);
+std::int64_t mfx_route_topk_cuda_workspace(const RouteTopKParams& params);
+Status mfx_route_topk_backward_cuda(const RouteTopKBackwardParams& params, Stream stream);
+std::int64_t mfx_route_topk_backward_cuda_workspace(const RouteTopKBackwardParams& params);
+}
 
 }  // namespace mfx

@@ -1,7 +1,7 @@
 """Tests of the CUDA kernels: on a GPU, or on the emulated device with `make test-emulated`.
 
-There the extension serves CPU tensors with its CUDA kernels (MFX_CUDA_DISPATCH=CPU), and every tensor is a device
-allocation with exact bounds and poisoned contents. The references are plain PyTorch and run on the CPU as ever.
+There the extension serves CPU tensors with its CUDA kernels (MFX_CUDA_DISPATCH=CPU). The references are plain PyTorch
+and run on the CPU as ever.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,6 @@ from moduleformer_ext._extension import build_info
 EMULATED = build_info()["cuda_dispatch"] == "CPU"
 if EMULATED:
     import cudasim
-
-    cudasim.use_torch_allocator()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -73,6 +73,8 @@ def lib():
 
 def use_torch_allocator():
     """Makes every CPU tensor of torch a device allocation: exact bounds, poisoned contents (`make torch` builds it)."""
+    import torch  # noqa: F401  brings the libraries that the allocator is linked to
+
     allocator = ctypes.CDLL(os.path.join(os.path.dirname(library_path()), "libcudasim_torch.so"))
     allocator.cudasim_use_torch_allocator()
 

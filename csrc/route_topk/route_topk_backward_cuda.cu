@@ -1,0 +1,254 @@
+// Two launches. Blocks of 32 tokens: the gradient of the logits, then of z, then of x. Then blocks of the weight
+// gradients, 32 x 64 each, which sum over all tokens in order; and of the bias, from sums per tile.
+#include <cuda_runtime.h>
+
+#include "route_topk/route_topk_launch.cuh"
+#include "route_topk/route_topk_select.cuh"
+
+namespace mfx::router {
+
+struct Backward {
+  Network network;
+  std::int64_t k;
+  RouterOrder order;
+  const float* logits;
+  const float* z;
+  const std::int32_t* expert_ids;
+  const float* grad_gates;
+  const float* grad_prob_sum;
+  const float* grad_plogp_sum;
+  const float* grad_logsumexp_sq_sum;
+  const float* grad_logits_in;
+  void* grad_x;
+  void* grad_hidden_weight;
+  float* grad_hidden_bias;
+  Segments grad_experts;  // null where not wanted
+  bool wants_experts;
+  // Between the launches.
+  float* grad_logits;  // [T, E]
+  float* grad_z;       // [T, G], before the nonlinearity
+  float* scales;       // [T], kGmm alone
+  float* bias_sums;    // [tiles, G]
+  std::int64_t num_tiles;
+
+  // Rows of the product that meets x: V's, or W's where there is no V; and their gradient.
+  __device__ std::int64_t inner() const {
+    return network.has_hidden_layer() ? network.hidden_dim : network.num_experts;
+  }
+  __device__ const float* grad_inner() const { return network.has_hidden_layer() ? grad_z : grad_logits; }
+};
+
+__device__ void logit_gradients(const Backward& p, std::int64_t first, std::int64_t end) {
+  const Network& n = p.network;
+  const auto at = [](const float* rows, std::int64_t offset) { return rows == nullptr ? nullptr : rows + offset; };
+  for (std::int64_t token = first + threadIdx.x / 32; token < end; token += kThreads / 32) {
+    const std::int64_t row = token * n.num_experts;
+    const LogitGradient gradient = {
+        p.logits + row,
+        p.expert_ids + token * p.k,
+        at(p.grad_gates, token * p.k),
+        at(p.grad_logits_in, row),
+        p.grad_prob_sum,
+        p.grad_plogp_sum == nullptr ? 0.0f : *p.grad_plogp_sum,
+        p.grad_logsumexp_sq_sum == nullptr ? 0.0f : *p.grad_logsumexp_sq_sum,
+        n.num_experts,
+        p.k,
+        p.order,
+    };
+    gradient.compute([&](std::int64_t e, float value) {
+      if (n.gate == RouterGate::kLogits) {
+        store(p.grad_x, n.x_dtype, row + e, value);
+      } else {
+        p.grad_logits[row + e] = value;
+      }
+    });
+  }
+}
+
+// grad_z from after the nonlinearity to before it, one warp per token.
+__device__ void activate_backward(const Backward& p, std::int64_t first, std::int64_t end) {
+  const Network& n = p.network;
+  for (std::int64_t token = first + threadIdx.x / 32; token < end; token += kThreads / 32) {
+    const float* z = p.z + token * n.hidden_dim;
+    float* grad = p.grad_z + token * n.hidden_dim;
+    if (n.gate == RouterGate::kMlp) {
+      for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) grad[g] *= gelu_slope(z[g]);
+      continue;
+    }
+    const float scale = inverse_norm(z, n.hidden_dim);
+    float along = 0.0f;
+    for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) along += z[g] * grad[g];
+    along = device::lanes_sum(along) * scale * scale;
+    if (scale >= 1.0f / kNormFloor) along = 0.0f;  // below the floor the norm is a constant
+    for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) grad[g] = scale * (grad[g] - z[g] * along);
+    if (lane_id() == 0) p.scales[token] = scale;
+  }
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    route_topk_backward_tokens(const __grid_constant__ Backward p) {
+  __shared__ ProductTiles tiles;
+  const Network& n = p.network;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileRows;
+  const std::int64_t end = min(first + kTileRows, n.num_tokens);
+  logit_gradients(p, first, end);
+  if (n.gate == RouterGate::kLogits) return;
+  __syncthreads();
+  if (n.has_hidden_layer()) {
+    product_rows<float>(
+        tiles, Matrix{p.grad_logits, DType::kFloat32, n.num_experts, true},
+        ExpertMatrix{n.experts, n.hidden_dim, false}, first, end, n.hidden_dim, n.num_experts,
+        [&](std::int64_t token, std::int64_t g, float value) { p.grad_z[token * n.hidden_dim + g] = value; });
+    __syncthreads();
+    activate_backward(p, first, end);
+    __syncthreads();
+    for (std::int64_t g = threadIdx.x; p.grad_hidden_bias != nullptr && g < n.hidden_dim; g += kThreads) {
+      float sum = 0.0f;
+      for (std::int64_t token = first; token < end; ++token) sum += p.grad_z[token * n.hidden_dim + g];
+      p.bias_sums[blockIdx.x * n.hidden_dim + g] = sum;
+    }
+  }
+  if (p.grad_x == nullptr) return;
+  const Matrix grad = {p.grad_inner(), DType::kFloat32, p.inner(), true};
+  const auto write = [&](std::int64_t token, std::int64_t d, float value) {
+    store(p.grad_x, n.x_dtype, token * n.dim + d, value);
+  };
+  if (n.has_hidden_layer()) {
+    product_rows<Op>(tiles, grad, Matrix{n.hidden_weight, n.hidden_weight_dtype, n.dim, false}, first, end, n.dim,
+                     p.inner(), write);
+  } else {
+    product_rows<Op>(tiles, grad, ExpertMatrix{n.experts, n.dim, false}, first, end, n.dim, p.inner(), write);
+  }
+}
+
+// How the second launch's blocks are shared out: first tiles of the gradient that meets x, then tiles of dW behind a
+// hidden layer, then 32 columns of the bias each.
+struct WeightBlocks {
+  std::int64_t input_columns, input;
+  std::int64_t expert_columns, experts;
+  std::int64_t bias;
+
+  std::int64_t total() const { return input + experts + bias; }
+};
+
+template <typename Op>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    route_topk_backward_weights(const __grid_constant__ Backward p, WeightBlocks blocks) {
+  __shared__ ProductTiles tiles;
+  const Network& n = p.network;
+  std::int64_t block = blockIdx.x;
+  const auto write_expert = [&](std::int64_t columns) {
+    return [&p, columns](std::int64_t expert, std::int64_t column, float value) {
+      if (void* grad = p.grad_experts.find(expert)) store(grad, p.grad_experts.dtype, expert * columns + column, value);
+    };
+  };
+  if (block < blocks.input) {
+    const std::int64_t row = block / blocks.input_columns * kTileRows;
+    const std::int64_t column = block % blocks.input_columns * kTileColumns;
+    const Matrix grad = {p.grad_inner(), DType::kFloat32, p.inner(), false}, x = {n.x, n.x_dtype, n.dim, false};
+    if (n.has_hidden_layer()) {
+      product_tile<Op>(tiles, grad, x, row, column, p.inner(), n.dim, n.num_tokens,
+                       [&](std::int64_t g, std::int64_t d, float value) {
+                         store(p.grad_hidden_weight, n.hidden_weight_dtype, g * n.dim + d, value);
+                       });
+    } else {
+      product_tile<Op>(tiles, grad, x, row, column, p.inner(), n.dim, n.num_tokens, write_expert(n.dim));
+    }
+    return;
+  }
+  block -= blocks.input;
+  if (block < blocks.experts) {
+    product_tile<float>(tiles, Matrix{p.grad_logits, DType::kFloat32, n.num_experts, false},
+                        Activated{n.gate, p.z, p.scales, n.hidden_dim, false},
+                        block / blocks.expert_columns * kTileRows, block % blocks.expert_columns * kTileColumns,
+                        n.num_experts, n.hidden_dim, n.num_tokens, write_expert(n.hidden_dim));
+    return;
+  }
+  block -= blocks.experts;
+  const std::int64_t column = block * 32 + lane_id();
+  const double sum = sum_tiles(p.bias_sums, p.num_tiles, n.hidden_dim, column);
+  if (threadIdx.x < device::kWarp && column < n.hidden_dim) p.grad_hidden_bias[column] = static_cast<float>(sum);
+}
+
+std::int64_t place(const RouteTopKBackwardParams& p, Backward& backward) {
+  const RouterGateParams& n = p.network;
+  Workspace workspace(p.workspace);
+  backward.grad_logits = workspace.take<float>(n.gate == RouterGate::kLogits ? 0 : n.num_tokens * n.num_experts);
+  backward.grad_z = workspace.take<float>(n.num_tokens * n.hidden_dim);
+  backward.scales = workspace.take<float>(n.gate == RouterGate::kGmm ? n.num_tokens : 0);
+  backward.bias_sums = workspace.take<float>(p.grad_hidden_bias != nullptr ? num_tiles(n) * n.hidden_dim : 0);
+  return workspace.bytes();
+}
+
+WeightBlocks weight_blocks(const Backward& p) {
+  const Network& n = p.network;
+  WeightBlocks blocks = {};
+  const auto row_tiles = [](std::int64_t rows) { return ceil_div(rows, kTileRows); };
+  blocks.input_columns = ceil_div(n.dim, kTileColumns);
+  blocks.expert_columns = ceil_div(n.hidden_dim, kTileColumns);
+  if (n.has_hidden_layer()) {
+    if (p.grad_hidden_weight != nullptr) blocks.input = row_tiles(n.hidden_dim) * blocks.input_columns;
+    if (p.wants_experts) blocks.experts = row_tiles(n.num_experts) * blocks.expert_columns;
+    if (p.grad_hidden_bias != nullptr) blocks.bias = ceil_div(n.hidden_dim, 32);
+  } else if (p.wants_experts) {
+    blocks.input = row_tiles(n.num_experts) * blocks.input_columns;
+  }
+  return blocks;
+}
+
+template <typename Op>
+void launch(const Backward& p, cudaStream_t stream) {
+  if (p.num_tiles > 0) {
+    route_topk_backward_tokens<Op><<<static_cast<unsigned>(p.num_tiles), kThreads, 0, stream>>>(p);
+  }
+  const WeightBlocks blocks = weight_blocks(p);
+  if (blocks.total() > 0) {
+    route_topk_backward_weights<Op><<<static_cast<unsigned>(blocks.total()), kThreads, 0, stream>>>(p, blocks);
+  }
+}
+
+}  // namespace mfx::router
+
+namespace mfx {
+
+std::int64_t mfx_route_topk_backward_cuda_workspace(const RouteTopKBackwardParams& p) {
+  router::Backward backward = {};
+  return router::place(p, backward);
+}
+
+Status mfx_route_topk_backward_cuda(const RouteTopKBackwardParams& p, Stream stream) {
+  const RouterGateParams& n = p.network;
+  if (const Status status = router::check(n); !status.ok()) return status;
+  if (n.gate == RouterGate::kLogits && p.grad_x == nullptr) return {};
+  router::Backward backward = {
+      .network = router::network_of(n),
+      .k = p.k,
+      .order = p.order,
+      .logits = static_cast<const float*>(p.logits),
+      .z = static_cast<const float*>(p.hidden),
+      .expert_ids = p.expert_ids,
+      .grad_gates = static_cast<const float*>(p.grad_gates),
+      .grad_prob_sum = static_cast<const float*>(p.grad_prob_sum),
+      .grad_plogp_sum = static_cast<const float*>(p.grad_plogp_sum),
+      .grad_logsumexp_sq_sum = static_cast<const float*>(p.grad_logsumexp_sq_sum),
+      .grad_logits_in = static_cast<const float*>(p.grad_logits),
+      .grad_x = p.grad_x,
+      .grad_hidden_weight = p.grad_hidden_weight,
+      .grad_hidden_bias = static_cast<float*>(p.grad_hidden_bias),
+      .grad_experts = router::segments_of(n, p.grad_segments),
+      .wants_experts = std::any_of(p.grad_segments, p.grad_segments + n.num_segments, [](void* g) { return g; }),
+      .num_tiles = router::num_tiles(n),
+  };
+  router::place(p, backward);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  // float16 has too little range for gradients to be rounded to it before they meet x and V.
+  if (router::operand_type(backward.network) == DType::kBFloat16) {
+    router::launch<BFloat16>(backward, cuda_stream);
+  } else {
+    router::launch<float>(backward, cuda_stream);
+  }
+  return cuda_status();
+}
+
+}  // namespace mfx

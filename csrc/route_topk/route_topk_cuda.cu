@@ -1,0 +1,206 @@
+// Two launches: blocks of 32 tokens go from x to the choices and leave their sums behind, then these are added in
+// order. Between its stages a block passes z and the logits through global memory, which is to say through L1 and L2,
+// so that nothing limits the number of experts or the size of the hidden layer.
+#include <cuda_runtime.h>
+
+#include "route_topk/route_topk_launch.cuh"
+#include "route_topk/route_topk_select.cuh"
+
+namespace mfx::router {
+
+struct Forward {
+  Network network;
+  std::int64_t k;
+  RouterOrder order;
+  std::int64_t num_sampled;
+  const float* noise;
+  float* gates;
+  std::int32_t* expert_ids;
+  float* logits;
+  float* z;       // [T, G]
+  float* scales;  // [T], kGmm alone
+  // Per tile: sums of p per expert, of p log p and of logsumexp^2; slots per expert.
+  float* tile_sums;           // [tiles, E + 2]
+  std::int32_t* tile_counts;  // [tiles, E]
+  // Results of the second launch.
+  std::int64_t num_tiles;
+  float* prob_sum;
+  float* plogp_sum;
+  float* logsumexp_sq_sum;
+  std::int32_t* counts;
+};
+
+template <typename Op>
+__device__ void compute_logits(const Forward& p, std::int64_t first, std::int64_t end) {
+  __shared__ ProductTiles tiles;
+  const Network& n = p.network;
+  const std::int64_t experts = n.num_experts;
+  const auto write_logit = [&](std::int64_t token, std::int64_t e, float value) {
+    p.logits[token * experts + e] = value;
+  };
+  const Matrix x = {n.x, n.x_dtype, n.dim, true};
+  switch (n.gate) {
+    case RouterGate::kLogits:
+      for (std::int64_t i = first * experts + threadIdx.x; i < end * experts; i += kThreads) {
+        p.logits[i] = load(n.x, n.x_dtype, i);
+      }
+      break;
+    case RouterGate::kLinear:
+      product_rows<Op>(tiles, x, ExpertMatrix{n.experts, n.dim, true}, first, end, experts, n.dim, write_logit);
+      break;
+    case RouterGate::kMlp:
+    case RouterGate::kGmm:
+      product_rows<Op>(tiles, x, Matrix{n.hidden_weight, n.hidden_weight_dtype, n.dim, true}, first, end, n.hidden_dim,
+                       n.dim, [&](std::int64_t token, std::int64_t g, float value) {
+                         const float bias = n.gate == RouterGate::kMlp ? n.hidden_bias[g] : 0.0f;
+                         p.z[token * n.hidden_dim + g] = value + bias;
+                       });
+      __syncthreads();
+      if (n.gate == RouterGate::kGmm) {
+        for (std::int64_t token = first + threadIdx.x / 32; token < end; token += kThreads / 32) {
+          const float scale = inverse_norm(p.z + token * n.hidden_dim, n.hidden_dim);
+          if (lane_id() == 0) p.scales[token] = scale;
+        }
+        __syncthreads();
+      }
+      product_rows<float>(tiles, Activated{n.gate, p.z, p.scales, n.hidden_dim, true},
+                          ExpertMatrix{n.experts, n.hidden_dim, true}, first, end, experts, n.hidden_dim, write_logit);
+      break;
+  }
+  __syncthreads();
+}
+
+struct TokenSums {
+  float largest, inverse, plogp, square;
+};
+
+// Choices and gates of one token by one warp.
+__device__ TokenSums route_token(const Forward& p, std::int64_t token) {
+  const std::int64_t experts = p.network.num_experts;
+  const float* logits = p.logits + token * experts;
+  std::int32_t* ids = p.expert_ids + token * p.k;
+  const Softmax all = softmax(experts, [&](std::int64_t e) { return logits[e]; });
+  choose(logits, experts, all, p.noise == nullptr ? nullptr : p.noise + token * experts, p.k, p.num_sampled, ids);
+
+  const auto chosen_logit = [&](std::int64_t j) { return logits[ids[j]]; };
+  const Softmax of_gates = p.order == RouterOrder::kSoftmaxTopK ? all : softmax(p.k, chosen_logit);
+  for (std::int64_t j = lane_id(); j < p.k; j += device::kWarp) {
+    p.gates[token * p.k + j] = of_gates.prob(chosen_logit(j));
+  }
+  float plogp = 0.0f;
+  for (std::int64_t e = lane_id(); e < experts; e += device::kWarp) {
+    const float prob = all.prob(logits[e]);
+    plogp += prob * all.log_prob(logits[e], prob);
+  }
+  return {all.largest, all.inverse, device::lanes_sum(plogp), all.logsumexp() * all.logsumexp()};
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) route_topk_forward(const __grid_constant__ Forward p) {
+  __shared__ TokenSums tokens[kTileRows];
+  const std::int64_t experts = p.network.num_experts;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileRows;
+  const std::int64_t end = min(first + kTileRows, p.network.num_tokens);
+  compute_logits<Op>(p, first, end);
+  for (std::int64_t token = first + threadIdx.x / 32; token < end; token += kThreads / 32) {
+    const TokenSums sums = route_token(p, token);
+    if (lane_id() == 0) tokens[token - first] = sums;
+  }
+  __syncthreads();
+
+  float* sums = p.tile_sums + blockIdx.x * (experts + 2);
+  for (std::int64_t e = threadIdx.x; e < experts; e += kThreads) {
+    float prob = 0.0f;
+    std::int32_t count = 0;
+    for (std::int64_t token = first; token < end; ++token) {
+      const TokenSums& t = tokens[token - first];
+      prob += Softmax{t.largest, t.inverse, 0.0f}.prob(p.logits[token * experts + e]);
+    }
+    for (std::int64_t slot = first * p.k; slot < end * p.k; ++slot) count += p.expert_ids[slot] == e;
+    sums[e] = prob;
+    p.tile_counts[blockIdx.x * experts + e] = count;
+  }
+  if (threadIdx.x == 0) {
+    float plogp = 0.0f, square = 0.0f;
+    for (std::int64_t i = 0; i < end - first; ++i) {
+      plogp += tokens[i].plogp;
+      square += tokens[i].square;
+    }
+    sums[experts] = plogp;
+    sums[experts + 1] = square;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) route_topk_sums(const __grid_constant__ Forward p) {
+  const std::int64_t experts = p.network.num_experts;
+  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * 32 + lane_id();
+  const auto sum = static_cast<float>(sum_tiles(p.tile_sums, p.num_tiles, experts + 2, column));
+  const auto count = static_cast<std::int32_t>(sum_tiles(p.tile_counts, p.num_tiles, experts, column));
+  if (threadIdx.x >= device::kWarp) return;
+  if (column < experts) {
+    p.prob_sum[column] = sum;
+    p.counts[column] = count;
+  } else if (column == experts) {
+    *p.plogp_sum = sum;
+  } else if (column == experts + 1) {
+    *p.logsumexp_sq_sum = sum;
+  }
+}
+
+// Sets the arrays that lie in the workspace; returns its bytes.
+std::int64_t place(const RouteTopKParams& p, Forward& forward) {
+  const RouterGateParams& n = p.network;
+  Workspace workspace(p.workspace);
+  forward.z = p.hidden != nullptr ? static_cast<float*>(p.hidden) : workspace.take<float>(n.num_tokens * n.hidden_dim);
+  forward.scales = workspace.take<float>(n.gate == RouterGate::kGmm ? n.num_tokens : 0);
+  forward.tile_sums = workspace.take<float>(num_tiles(n) * (n.num_experts + 2));
+  forward.tile_counts = workspace.take<std::int32_t>(num_tiles(n) * n.num_experts);
+  return workspace.bytes();
+}
+
+}  // namespace mfx::router
+
+namespace mfx {
+
+std::int64_t mfx_route_topk_cuda_workspace(const RouteTopKParams& p) {
+  router::Forward forward = {};
+  return router::place(p, forward);
+}
+
+Status mfx_route_topk_cuda(const RouteTopKParams& p, Stream stream) {
+  if (const Status status = router::check(p.network); !status.ok()) return status;
+  router::Forward forward = {
+      .network = router::network_of(p.network),
+      .k = p.k,
+      .order = p.order,
+      .num_sampled = p.num_sampled,
+      .noise = static_cast<const float*>(p.noise),
+      .gates = static_cast<float*>(p.gates),
+      .expert_ids = p.expert_ids,
+      .logits = static_cast<float*>(p.logits),
+      .num_tiles = router::num_tiles(p.network),
+      .prob_sum = static_cast<float*>(p.prob_sum),
+      .plogp_sum = static_cast<float*>(p.plogp_sum),
+      .logsumexp_sq_sum = static_cast<float*>(p.logsumexp_sq_sum),
+      .counts = p.counts,
+  };
+  router::place(p, forward);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const auto tiles = static_cast<unsigned>(forward.num_tiles);
+  if (tiles > 0) {
+    switch (router::operand_type(forward.network)) {
+      case DType::kBFloat16:
+        router::route_topk_forward<BFloat16><<<tiles, router::kThreads, 0, cuda_stream>>>(forward);
+        break;
+      case DType::kFloat16:
+        router::route_topk_forward<Float16><<<tiles, router::kThreads, 0, cuda_stream>>>(forward);
+        break;
+      default: router::route_topk_forward<float><<<tiles, router::kThreads, 0, cuda_stream>>>(forward);
+    }
+  }
+  const auto blocks = static_cast<unsigned>(router::ceil_div(p.network.num_experts + 2, 32));
+  router::route_topk_sums<<<blocks, router::kThreads, 0, cuda_stream>>>(forward);
+  return cuda_status();
+}
+
+}  // namespace mfx

@@ -1,0 +1,100 @@
+// What the launchers of forward and backward share.
+#pragma once
+
+#include <algorithm>
+
+#include "core/cuda_status.hpp"
+#include "device/warp.cuh"
+#include "route_topk/block_product.cuh"
+
+namespace mfx::router {
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline std::int64_t num_tiles(const RouterGateParams& n) {
+  return ceil_div(n.num_tokens, kTileRows);
+}
+
+// Hands out consecutive 16-byte aligned arrays; from null it only counts the bytes.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(std::int64_t count) {
+    char* array = memory_ == nullptr ? nullptr : memory_ + bytes_;
+    bytes_ += ceil_div(count * static_cast<std::int64_t>(sizeof(T)), 16) * 16;
+    return reinterpret_cast<T*>(array);
+  }
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  std::int64_t bytes_ = 0;
+};
+
+inline Segments segments_of(const RouterGateParams& n, void* const* data) {
+  Segments segments = {};
+  segments.count = static_cast<int>(n.num_segments);
+  segments.dtype = n.weight_dtype;
+  std::int64_t end = 0;
+  for (int s = 0; s < segments.count; ++s) {
+    segments.data[s] = data[s];
+    segments.end[s] = end += n.num_rows[s];
+  }
+  return segments;
+}
+
+inline Status check(const RouterGateParams& n) {
+  if (n.num_segments > kMaxSegments) return {"weight must have at most 32 segments for the CUDA kernels"};
+  return {};
+}
+
+inline Network network_of(const RouterGateParams& n) {
+  return {n.gate,
+          n.num_tokens,
+          n.dim,
+          n.hidden_dim,
+          n.num_experts,
+          n.x,
+          n.x_dtype,
+          n.hidden_weight,
+          n.hidden_weight_dtype,
+          static_cast<const float*>(n.hidden_bias),
+          segments_of(n, const_cast<void* const*>(n.segments))};
+}
+
+// The type of x and of the matrix that it meets where they agree, else float32.
+inline DType operand_type(const Network& n) {
+  const DType weight = n.has_hidden_layer() ? n.hidden_weight_dtype : n.experts.dtype;
+  return n.gate != RouterGate::kLogits && n.x_dtype == weight ? n.x_dtype : DType::kFloat32;
+}
+
+// Sums over the tiles, in order and in double, of 32 columns of partials [tiles][stride] by one block; valid in the
+// first warp, whose lane l has column column0 + l.
+template <typename T>
+__device__ double sum_tiles(const T* partials, std::int64_t tiles, std::int64_t stride, std::int64_t column) {
+  __shared__ double sums[kThreads];
+  double sum = 0;
+  if (column < stride) {
+    for (std::int64_t tile = threadIdx.x / 32; tile < tiles; tile += kThreads / 32) {
+      sum += static_cast<double>(partials[tile * stride + column]);
+    }
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  sum = (sums[lane] + sums[lane + 32]) + (sums[lane + 64] + sums[lane + 96]);
+  __syncthreads();
+  return sum;
+}
+
+// z -> 1 / max(|z|, floor) of the tokens of a tile, one warp per token.
+__device__ inline float inverse_norm(const float* z, std::int64_t n) {
+  float square = 0.0f;
+  for (std::int64_t i = threadIdx.x % 32; i < n; i += 32) square += z[i] * z[i];
+  return 1.0f / fmaxf(sqrtf(device::lanes_sum(square)), kNormFloor);
+}
+
+}  // namespace mfx::router

@@ -1,0 +1,134 @@
+// The gate network on the device, and its matrices as operands of block_product.cuh: of any storage type, in segments,
+// behind an activation. An operand gives the value at (row, k), k being the inner index of the product, and says along
+// which of the two its memory is contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "device/convert.cuh"
+#include "device/vector_memory.cuh"
+#include "moduleformer_ext/route_topk.hpp"
+
+namespace mfx::router {
+
+inline constexpr int kMaxSegments = 32;
+inline constexpr float kNormFloor = 1e-12f;  // as torch.nn.functional.normalize
+
+template <typename T>
+inline constexpr DType kDTypeOf = DType::kFloat32;
+template <>
+inline constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
+template <>
+inline constexpr DType kDTypeOf<Float16> = DType::kFloat16;
+
+__device__ inline float load(const void* data, DType dtype, std::int64_t i) {
+  if (dtype == DType::kBFloat16) return device::to_float(static_cast<const BFloat16*>(data)[i]);
+  if (dtype == DType::kFloat16) return device::to_float(static_cast<const Float16*>(data)[i]);
+  return static_cast<const float*>(data)[i];
+}
+
+__device__ inline void store(void* data, DType dtype, std::int64_t i, float value) {
+  if (dtype == DType::kBFloat16) {
+    static_cast<BFloat16*>(data)[i] = device::from_float<BFloat16>(value);
+  } else if (dtype == DType::kFloat16) {
+    static_cast<Float16*>(data)[i] = device::from_float<Float16>(value);
+  } else {
+    static_cast<float*>(data)[i] = value;
+  }
+}
+
+// Consecutive pieces of the rows of W, or of its gradient, by value in a kernel's parameters.
+struct Segments {
+  void* data[kMaxSegments];
+  std::int64_t end[kMaxSegments];  // one beyond the last row
+  int count;
+  DType dtype;
+
+  // The segment of a row, which then counts from the segment's start.
+  __device__ void* find(std::int64_t& row) const {
+    std::int64_t begin = 0;
+    int s = 0;
+    for (; s + 1 < count && row >= end[s]; ++s) begin = end[s];
+    row -= begin;
+    return data[s];
+  }
+};
+
+struct Network {
+  RouterGate gate;
+  std::int64_t num_tokens, dim, hidden_dim, num_experts;
+  const void* x;
+  DType x_dtype;
+  const void* hidden_weight;
+  DType hidden_weight_dtype;
+  const float* hidden_bias;
+  Segments experts;
+
+  __host__ __device__ bool has_hidden_layer() const { return gate == RouterGate::kMlp || gate == RouterGate::kGmm; }
+};
+
+// A matrix of which rows or columns (`along_k`: rows, the inner index) are contiguous, `stride` elements apart.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  std::int64_t stride;
+  bool along_k;
+
+  __device__ float operator()(std::int64_t row, std::int64_t k) const {
+    return load(data, dtype, along_k ? row * stride + k : k * stride + row);
+  }
+  // Where 16 aligned bytes of type Op can be read at once, else null.
+  template <typename Op>
+  __device__ const void* chunk(std::int64_t row, std::int64_t k) const {
+    if (!along_k || dtype != kDTypeOf<Op>) return nullptr;
+    const Op* address = static_cast<const Op*>(data) + row * stride + k;
+    return reinterpret_cast<std::uintptr_t>(address) % 16 == 0 ? address : nullptr;
+  }
+};
+
+// W [E, columns], or its transpose, in segments.
+struct ExpertMatrix {
+  const Segments& segments;
+  std::int64_t columns;
+  bool along_k;
+
+  __device__ float operator()(std::int64_t row, std::int64_t k) const {
+    std::int64_t expert = along_k ? row : k;
+    const std::int64_t column = along_k ? k : row;
+    const void* data = segments.find(expert);
+    return load(data, segments.dtype, expert * columns + column);
+  }
+  template <typename Op>
+  __device__ const void* chunk(std::int64_t row, std::int64_t k) const {
+    const void* data = segments.find(row);
+    return Matrix{data, segments.dtype, columns, along_k}.chunk<Op>(row, k);
+  }
+};
+
+__device__ inline float gelu(float z) {
+  return 0.5f * z * (1.0f + erff(z * 0.70710678f));
+}
+__device__ inline float gelu_slope(float z) {
+  return 0.5f * (1.0f + erff(z * 0.70710678f)) + z * 0.39894228f * expf(-0.5f * z * z);
+}
+
+// h = gelu(z) or z * scale of its token, of z [T, G], as rows (along_k) or as columns.
+struct Activated {
+  RouterGate gate;
+  const float* z;
+  const float* scales;  // [T], kGmm alone
+  std::int64_t hidden_dim;
+  bool along_k;
+
+  __device__ float operator()(std::int64_t row, std::int64_t k) const {
+    const std::int64_t token = along_k ? row : k, column = along_k ? k : row;
+    const float value = z[token * hidden_dim + column];
+    return gate == RouterGate::kGmm ? value * scales[token] : gelu(value);
+  }
+  template <typename Op>
+  __device__ const void* chunk(std::int64_t, std::int64_t) const {
+    return nullptr;
+  }
+};
+
+}  // namespace mfx::router
