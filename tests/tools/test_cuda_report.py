@@ -1,0 +1,77 @@
+"""The parts of tools/cuda_report.py that need no compiler."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parents[2] / "tools" / "cuda_report.py"
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("cuda_report", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cuda_report"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_usage_by_kernel(report):
+    text = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'clean' for 'sm_80'
+ptxas info    : Function properties for clean
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 12288 bytes smem, 1624 bytes cmem[0]
+ptxas info    : Compiling entry function 'spills' for 'sm_80'
+ptxas info    : Function properties for spills
+    24 bytes stack frame, 16 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 352 bytes cmem[0]
+"""
+    assert report.parse_ptxas(text) == {
+        "clean": report.Usage(registers=96, stack=0, spilled=0, shared_bytes=12288),
+        "spills": report.Usage(registers=255, stack=24, spilled=36, shared_bytes=0),
+    }
+
+
+def test_threads_of_launch_bounds(report):
+    ptx = """.visible .entry bounded(
+	.param .u64 bounded_param_0
+)
+.maxntid 128
+.minnctapersm 5
+{
+}
+.visible .entry unbounded(
+	.param .u64 unbounded_param_0
+)
+{
+}
+"""
+    assert report.parse_threads(ptx) == {"bounded": 128}
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared_bytes", "warps"),
+    [
+        (32, 1024, 0, 64),  # full
+        (96, 128, 0, 20),  # registers: 65536 / (96 * 128) = 5 blocks
+        (33, 1024, 0, 32),  # 33 registers take the room of 40
+        (32, 32, 0, 32),  # blocks
+        (32, 128, 40 << 10, 16),  # shared memory: 164 / 41 = 4 blocks
+    ],
+)
+def test_occupancy(report, registers, threads, shared_bytes, warps):
+    assert report.ARCHITECTURES[0].resident_warps(registers, threads, shared_bytes) == warps
+
+
+def test_sass_counts(report):
+    text = """	.section	.text.kernel,"ax",@progbits
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;
+        /*0010*/                   LDG.E.128.CONSTANT R8, [R2.64+0x10] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+        /*0030*/                   STG.E [R2.64], R0 ;
+"""
+    counts = report.parse_sass(text)["kernel"]
+    assert (counts["all"], counts["LDG.128"], counts["MMA"], counts["STG.128"]) == (4, 2, 1, 0)
