@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moduleformer_ext import ops, reference
-from moduleformer_ext.ops.losses import concentration_loss, mutual_information_loss, switch_loss
+from moduleformer_ext.ops.losses import concentration_loss, mutual_information_loss, new_expert_loss, switch_loss
 
 LOSSES = (mutual_information_loss, concentration_loss, switch_loss)
 
@@ -101,3 +101,18 @@ def test_extremes_of_mutual_information():
     assert mutual_information_loss(ops.route_topk(certain, 1)).item() == pytest.approx(-math.log(4), abs=1e-6)
     assert mutual_information_loss(ops.route_topk(certain * 0, 1)).item() == pytest.approx(0, abs=1e-6)
     assert mutual_information_loss(ops.route_topk(certain[:1].expand(4, 4), 1)).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_new", [0, 2, 6])
+def test_new_expert_loss(logits, num_new):
+    """Equation 10, as a share: the mean over tokens of the new experts' probability."""
+    expected = sum(sum(row[6 - num_new :]) for row in probabilities(logits)) / len(logits)
+    value = new_expert_loss(ops.route_topk(logits, 2), num_new)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    twin = reference.losses.new_expert_loss(reference.route_topk(logits, 2), num_new)
+    assert twin.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_new_expert_loss_refuses_more_experts_than_there_are(logits):
+    with pytest.raises(ValueError, match=r"new_expert_loss: num_new must be in \[0, 6\], got 7"):
+        new_expert_loss(ops.route_topk(logits, 2), 7)

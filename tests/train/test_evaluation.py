@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from moduleformer_ext.data import TokenStream
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.surgery.anatomy import KINDS
 from moduleformer_ext.train import evaluate, overall_bits_per_byte
 from moduleformer_ext.train.evaluation import _split_lanes
-from moduleformer_ext.train.usage import KINDS
 
 TOKENS = np.random.default_rng(0).integers(0, 40, 103).astype(np.uint16)
 

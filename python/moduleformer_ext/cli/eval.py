@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 
 from moduleformer_ext.cli.source import HELP, load_source
 from moduleformer_ext.data import Document, TokenStream, open_dataset, text_files, tokenize
-from moduleformer_ext.train import RunDirectory, Score, evaluate, is_run, overall_bits_per_byte, plot_expert_usage
+from moduleformer_ext.surgery import plot_expert_usage
+from moduleformer_ext.train import RunDirectory, Score, evaluate, is_run, overall_bits_per_byte
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

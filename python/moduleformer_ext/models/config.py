@@ -25,6 +25,15 @@ GATE_TYPES = ("mlp", "linear", "gmm")
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
 AUX_LOSS_TYPES = ("mi", "switch", "concentration", "none")
 
+_PER_LAYER_FIELDS = (
+    "n_att_experts",
+    "n_mlp_experts",
+    "att_normaliser_rows",
+    "mlp_normaliser_rows",
+    "n_new_att_experts",
+    "n_new_mlp_experts",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoLMConfig:
@@ -71,6 +80,17 @@ class MoLMConfig:
     """``"mi"`` (mutual information), ``"concentration"``, ``"switch"`` (with z-loss) or ``"none"``."""
     aux_loss_weight: float = 0.0
 
+    att_normaliser_rows: int | tuple[int, ...] = 0
+    """Router rows of pruned attention experts that stay in the softmax without being selectable, per layer."""
+    mlp_normaliser_rows: int | tuple[int, ...] = 0
+    n_new_att_experts: int | tuple[int, ...] = 0
+    """How many of a layer's attention experts, its last ones, are new: those that train while the others are frozen."""
+    n_new_mlp_experts: int | tuple[int, ...] = 0
+    att_expert_places: tuple[tuple[int, ...], ...] | None = None
+    """Per layer, where the attention expert that was made as number 0, 1, 2, … is now; -1 if it was pruned. None:
+    all experts are where they were made."""
+    mlp_expert_places: tuple[tuple[int, ...], ...] | None = None
+
     block_size: int = 512
     """New tokens per training segment."""
     history_length: int = 512
@@ -90,7 +110,7 @@ class MoLMConfig:
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_att_experts", "n_mlp_experts"):
+        for name in _PER_LAYER_FIELDS:
             value = getattr(self, name)
             if isinstance(value, Sequence):
                 object.__setattr__(self, name, tuple(value))
@@ -98,10 +118,11 @@ class MoLMConfig:
                     self._reject(name, f"one number or one per layer ({self.n_layer})", value)
         self._check_numbers()
         self._check_names()
+        self._check_experts()
         if self.att_hidden % self.n_head:
             self._reject("att_hidden", f"a multiple of n_head ({self.n_head})", self.att_hidden)
         for k_name, experts_name in (("k_att", "n_att_experts"), ("k_mlp", "n_mlp_experts")):
-            k, fewest = getattr(self, k_name), min(self._per_layer(experts_name))
+            k, fewest = getattr(self, k_name), min(self.per_layer(experts_name))
             if k > fewest:
                 self._reject(k_name, f"at most {experts_name} ({fewest})", k)
         if not 0 <= self.sample_topk <= min(self.k_att, self.k_mlp):
@@ -110,7 +131,8 @@ class MoLMConfig:
     def _reject(self, name: str, expected: str, value: object) -> None:
         raise ValueError(f"MoLMConfig: {name} must be {expected}, got {value!r}")
 
-    def _per_layer(self, name: str) -> tuple[int, ...]:
+    def per_layer(self, name: str) -> tuple[int, ...]:
+        """A field that is one number or one per layer, as one per layer."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * self.n_layer
 
@@ -120,8 +142,11 @@ class MoLMConfig:
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 self._reject(name, "a positive integer", getattr(self, name))
         for name in ("n_att_experts", "n_mlp_experts"):
-            if not all(_is_int(n) and n >= 1 for n in self._per_layer(name)):
+            if not all(_is_int(n) and n >= 1 for n in self.per_layer(name)):
                 self._reject(name, "positive integers", getattr(self, name))
+        for name in _PER_LAYER_FIELDS[2:]:
+            if not all(_is_int(n) and n >= 0 for n in self.per_layer(name)):
+                self._reject(name, "non-negative integers", getattr(self, name))
         for name in ("sample_topk", "history_length"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
                 self._reject(name, "a non-negative integer", getattr(self, name))
@@ -134,6 +159,29 @@ class MoLMConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 self._reject(name, "finite and non-negative", value)
+
+    def _check_experts(self) -> None:
+        for kind in ("att", "mlp"):
+            experts = self.per_layer(f"n_{kind}_experts")
+            if any(new > n for new, n in zip(self.per_layer(f"n_new_{kind}_experts"), experts, strict=True)):
+                self._reject(
+                    f"n_new_{kind}_experts", f"at most n_{kind}_experts", getattr(self, f"n_new_{kind}_experts")
+                )
+            if self.router_order != "softmax_topk" and any(self.per_layer(f"{kind}_normaliser_rows")):
+                name = f"{kind}_normaliser_rows"
+                self._reject(name, f"0 with router_order {self.router_order!r}", getattr(self, name))
+            self._check_places(f"{kind}_expert_places", experts)
+
+    def _check_places(self, name: str, experts: Sequence[int]) -> None:
+        places = getattr(self, name)
+        if places is None:
+            return
+        object.__setattr__(self, name, tuple(tuple(layer) for layer in places))
+        if len(places) != self.n_layer:
+            self._reject(name, f"None or one list per layer ({self.n_layer})", places)
+        for layer, n in zip(places, experts, strict=True):
+            if sorted(place for place in layer if place != -1) != list(range(n)):
+                self._reject(name, f"-1 or each of 0 to {n - 1} once", layer)
 
     def _check_names(self) -> None:
         for name, known in (
@@ -148,12 +196,12 @@ class MoLMConfig:
     @property
     def att_experts(self) -> tuple[int, ...]:
         """Attention experts of each layer."""
-        return self._per_layer("n_att_experts")
+        return self.per_layer("n_att_experts")
 
     @property
     def mlp_experts(self) -> tuple[int, ...]:
         """Feed-forward experts of each layer."""
-        return self._per_layer("n_mlp_experts")
+        return self.per_layer("n_mlp_experts")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MoLMConfig:

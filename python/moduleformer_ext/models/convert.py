@@ -69,7 +69,7 @@ def config_to_reference(config: MoLMConfig) -> dict[str, Any]:
     """The config.json of the published format.
 
     The losses ``"concentration"`` and ``"none"`` have no name there; they do not change what the model computes, so
-    that they are written as ``"mi"`` with weight 0.
+    that they are written as ``"mi"`` with weight 0. Which experts were inserted or pruned is not recorded there.
 
     Raises:
     ValueError: the model has something that the format cannot say; the message names the field.
@@ -78,6 +78,9 @@ def config_to_reference(config: MoLMConfig) -> dict[str, Any]:
     def reject(name: str, expected: str, value: object) -> None:
         raise ValueError(f"config_to_reference: {name} must be {expected} in the published format, got {value!r}")
 
+    for name in ("att_normaliser_rows", "mlp_normaliser_rows"):
+        if any(config.per_layer(name)):
+            reject(name, "0", getattr(config, name))
     fields = {name: getattr(config, name) for name in _SHARED_DEFAULTS}
     for name in ("n_att_experts", "n_mlp_experts"):
         value = fields[name]

@@ -329,7 +329,7 @@ class MoLMForCausalLM(nn.Module):
 
 
 def _make_block(config: MoLMConfig, layer: int) -> Block:
-    def router(num_experts: int, k: int) -> Router:
+    def router(num_experts: int, k: int, num_normaliser_rows: int) -> Router:
         return make_router(
             cast(GateType, config.gate_type),
             config.n_embd,
@@ -339,19 +339,20 @@ def _make_block(config: MoLMConfig, layer: int) -> Block:
             dropout=config.moe_pdrop,
             order=cast(RouterOrder, config.router_order),
             sample_topk=config.sample_topk,
+            num_normaliser_rows=num_normaliser_rows,
         )
 
     attention = MixtureOfAttention(
         config.n_embd,
         config.att_hidden,
         config.n_head,
-        router(config.att_experts[layer], config.k_att),
+        router(config.att_experts[layer], config.k_att, config.per_layer("att_normaliser_rows")[layer]),
         stick_epsilon=config.stick_epsilon,
     )
     ffn = MixtureOfFFN(
         config.n_embd,
         config.ffd_hidden,
-        router(config.mlp_experts[layer], config.k_mlp),
+        router(config.mlp_experts[layer], config.k_mlp, config.per_layer("mlp_normaliser_rows")[layer]),
         activation=ACTIVATIONS[config.activation_function],
     )
     return Block(

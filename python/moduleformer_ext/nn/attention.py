@@ -34,14 +34,14 @@ class RoutedProjection(nn.Module):
         """tokens [T, D] -> queries [T, K, A], one per chosen expert, not gated."""
         route = self.gate(tokens)
         layout = ops.expert_layout(route.expert_ids, self.gate.num_experts)
-        q = ops.grouped_gemm(tokens, self.experts.weight, layout, x_order="token", out_order="slot")
+        q = ops.grouped_gemm(tokens, self.experts.segments, layout, x_order="token", out_order="slot")
         return q, route, layout
 
     def reduce(self, heads: Tensor, route: RouteTopK, layout: ExpertLayout) -> Tensor:
         """heads [T, K, A] -> [T, D]: the gated sum over the experts that made the queries."""
         return ops.grouped_gemm(
             heads,
-            self.output_experts.weight,
+            self.output_experts.segments,
             layout,
             x_order="slot",
             out_order="token",

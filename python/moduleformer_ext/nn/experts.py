@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from moduleformer_ext import ops
 from moduleformer_ext.nn.router import Router
-from moduleformer_ext.types import RouteTopK
+from moduleformer_ext.nn.segments import segments_of
+from moduleformer_ext.types import RouteTopK, Segments
 
 GATED_ACTIVATIONS = frozenset({"geglu_tanh", "geglu", "swiglu", "reglu"})
 
@@ -20,12 +21,19 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, out_features))
         self.reset_parameters()
 
+    @property
+    def segments(self) -> Segments:
+        """The matrices as the ops take them: one tensor, or the segments it was split into."""
+        return segments_of(self, "weight")
+
     def reset_parameters(self) -> None:
-        bound = 1 / self.weight.shape[1]
-        nn.init.uniform_(self.weight, -bound, bound)
+        for weight in self.parameters():
+            bound = 1 / weight.shape[1]
+            nn.init.uniform_(weight, -bound, bound)
 
     def extra_repr(self) -> str:
-        num_experts, in_features, out_features = self.weight.shape
+        weights = list(self.parameters())
+        num_experts, (in_features, out_features) = sum(map(len, weights)), weights[0].shape[1:]
         return f"num_experts={num_experts}, in_features={in_features}, out_features={out_features}"
 
 
@@ -54,8 +62,8 @@ class MixtureOfFFN(nn.Module):
         layout = ops.expert_layout(route.expert_ids, self.gate.num_experts)
         y = ops.expert_ffn(
             tokens,
-            self.experts.weight,
-            self.output_experts.weight,
+            self.experts.segments,
+            self.output_experts.segments,
             layout,
             route.gates,
             activation=self.activation,

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moduleformer_ext import ops
-from moduleformer_ext.types import RouteTopK
+from moduleformer_ext.nn.segments import segments_of
+from moduleformer_ext.types import RouteTopK, Segments
 
 GateType = Literal["mlp", "linear", "gmm"]
 RouterOrder = Literal["softmax_topk", "topk_softmax"]
+
+_ROW_STD = 0.02
 
 
 class Router(nn.Module, ABC):
@@ -22,25 +25,63 @@ class Router(nn.Module, ABC):
     Args:
         num_experts: E.
         k: experts per token, at most E.
+        row_size: width of the vector (embedding, centroid) that stands for an expert.
         order: ``"softmax_topk"`` takes the gates from the softmax over all experts (ModuleFormer),
             ``"topk_softmax"`` from the softmax over the chosen ones (JetMoE).
         sample_topk: in training, how many of the k experts are sampled instead of taken from the top.
+        num_normaliser_rows: U, rows of pruned experts. They cannot be chosen, but stay in the softmax that the gates
+            are taken from, so that the gates of the others are what they were. Statistics are those of the softmax
+            over the E experts that can be chosen.
     """
 
-    def __init__(self, num_experts: int, k: int, *, order: RouterOrder = "softmax_topk", sample_topk: int = 0) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        k: int,
+        *,
+        row_size: int,
+        order: RouterOrder = "softmax_topk",
+        sample_topk: int = 0,
+        num_normaliser_rows: int = 0,
+    ) -> None:
         super().__init__()
         if not 1 <= k <= num_experts:
             raise ValueError(f"Router: k must be in [1, {num_experts}] (num_experts), got {k}")
         if not 0 <= sample_topk <= k:
             raise ValueError(f"Router: sample_topk must be in [0, {k}] (k), got {sample_topk}")
+        if num_normaliser_rows and order != "softmax_topk":
+            raise ValueError(f"Router: num_normaliser_rows must be 0 with order {order!r}, got {num_normaliser_rows}")
         self.num_experts = num_experts
         self.k = k
         self.order = order
         self.sample_topk = sample_topk
+        self.normaliser_rows: nn.Parameter | None = None
+        if num_normaliser_rows:
+            self.normaliser_rows = nn.Parameter(torch.empty(num_normaliser_rows, row_size))
+            nn.init.normal_(self.normaliser_rows, std=_ROW_STD)
+
+    @property
+    @abstractmethod
+    def rows_parameter(self) -> tuple[nn.Module, str]:
+        """Where the experts' rows are: the module and the name of its parameter [E, row_size]."""
 
     @abstractmethod
+    def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
+        """Route x [T, D] among all the rows."""
+
     def forward(self, x: Tensor) -> RouteTopK:
         """Route x [T, D]. Router arithmetic is float32 at least, whatever the type of x."""
+        rows = segments_of(*self.rows_parameter)
+        noise, num_sampled = self._noise(x), self._num_sampled
+        if self.normaliser_rows is None:
+            return self._route(x, rows, noise, num_sampled)
+        selectable = (rows,) if isinstance(rows, Tensor) else tuple(rows)
+        all_logits = self._route(x, (*selectable, self.normaliser_rows), None, 0).logits
+        logits, pruned = all_logits[:, : self.num_experts], all_logits[:, self.num_experts :]
+        route = ops.route_topk(logits, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
+        # The softmax over all rows is the one over the selectable rows times the probability that these have together.
+        remaining = torch.sigmoid(logits.logsumexp(1, keepdim=True) - pruned.logsumexp(1, keepdim=True))
+        return route._replace(gates=route.gates * remaining)
 
     def _precise(self, x: Tensor) -> torch.dtype:
         return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -69,19 +110,24 @@ class LinearRouter(Router):
         *,
         order: RouterOrder = "softmax_topk",
         sample_topk: int = 0,
+        num_normaliser_rows: int = 0,
     ) -> None:
-        super().__init__(num_experts, k, order=order, sample_topk=sample_topk)
+        super().__init__(
+            num_experts,
+            k,
+            row_size=n_embd,
+            order=order,
+            sample_topk=sample_topk,
+            num_normaliser_rows=num_normaliser_rows,
+        )
         self.w_gate = nn.Sequential(nn.Linear(n_embd, num_experts, bias=False))
 
-    def forward(self, x: Tensor) -> RouteTopK:
-        return ops.route_topk_linear(
-            x,
-            _linear(self.w_gate, 0).weight,
-            self.k,
-            order=self.order,
-            noise=self._noise(x),
-            num_sampled=self._num_sampled,
-        )
+    @property
+    def rows_parameter(self) -> tuple[nn.Module, str]:
+        return self.w_gate[0], "weight"
+
+    def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
+        return ops.route_topk_linear(x, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
 
 
 class MLPRouter(Router):
@@ -97,8 +143,16 @@ class MLPRouter(Router):
         dropout: float = 0.0,
         order: RouterOrder = "softmax_topk",
         sample_topk: int = 0,
+        num_normaliser_rows: int = 0,
     ) -> None:
-        super().__init__(num_experts, k, order=order, sample_topk=sample_topk)
+        super().__init__(
+            num_experts,
+            k,
+            row_size=gating_size,
+            order=order,
+            sample_topk=sample_topk,
+            num_normaliser_rows=num_normaliser_rows,
+        )
         self.w_gate = nn.Sequential(
             nn.Linear(n_embd, gating_size),
             nn.GELU(),
@@ -107,26 +161,22 @@ class MLPRouter(Router):
         )
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> RouteTopK:
-        hidden, output = _linear(self.w_gate, 0), _linear(self.w_gate, 3)
-        noise, num_sampled = self._noise(x), self._num_sampled
+    @property
+    def rows_parameter(self) -> tuple[nn.Module, str]:
+        return self.w_gate[3], "weight"
+
+    def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
+        hidden = cast(nn.Linear, self.w_gate[0])
         if self.training and self.dropout > 0:  # the fused gate network has no dropout
             dtype = self._precise(x)
             with torch.autocast(x.device.type, enabled=False):
                 z = F.linear(x.to(dtype), hidden.weight.to(dtype), hidden.bias.to(dtype))
                 activated = F.dropout(F.gelu(z), self.dropout)
             return ops.route_topk_linear(
-                activated, output.weight, self.k, order=self.order, noise=noise, num_sampled=num_sampled
+                activated, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled
             )
         return ops.route_topk_mlp(
-            x,
-            hidden.weight,
-            hidden.bias,
-            output.weight,
-            self.k,
-            order=self.order,
-            noise=noise,
-            num_sampled=num_sampled,
+            x, hidden.weight, hidden.bias, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled
         )
 
 
@@ -142,8 +192,16 @@ class GMMRouter(Router):
         gating_size: int,
         order: RouterOrder = "softmax_topk",
         sample_topk: int = 0,
+        num_normaliser_rows: int = 0,
     ) -> None:
-        super().__init__(num_experts, k, order=order, sample_topk=sample_topk)
+        super().__init__(
+            num_experts,
+            k,
+            row_size=gating_size,
+            order=order,
+            sample_topk=sample_topk,
+            num_normaliser_rows=num_normaliser_rows,
+        )
         self.w_gate = nn.Linear(n_embd, gating_size, bias=False)
         self.expert_centroids = nn.Parameter(torch.empty(num_experts, gating_size))
         self.temperature = nn.Parameter(torch.empty(1))
@@ -153,21 +211,21 @@ class GMMRouter(Router):
         nn.init.normal_(self.expert_centroids)
         nn.init.zeros_(self.temperature)
 
-    def forward(self, x: Tensor) -> RouteTopK:
+    @property
+    def rows_parameter(self) -> tuple[nn.Module, str]:
+        return self, "expert_centroids"
+
+    def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
         return ops.route_topk_gmm(
             x,
             self.w_gate.weight,
-            self.expert_centroids,
+            rows,
             self.temperature.squeeze(0),
             self.k,
             order=self.order,
-            noise=self._noise(x),
-            num_sampled=self._num_sampled,
+            noise=noise,
+            num_sampled=num_sampled,
         )
-
-
-def _linear(layers: nn.Sequential, index: int) -> nn.Linear:
-    return cast(nn.Linear, layers[index])
 
 
 def make_router(
@@ -180,22 +238,39 @@ def make_router(
     dropout: float = 0.0,
     order: RouterOrder = "softmax_topk",
     sample_topk: int = 0,
+    num_normaliser_rows: int = 0,
 ) -> Router:
     """The router that a configuration names. ``gating_size`` and ``dropout`` matter only where there is a hidden
     layer.
     """
-    if gate_type == "mlp":
-        return MLPRouter(
+    if gate_type not in ("mlp", "linear", "gmm"):
+        raise ValueError(f"make_router: gate_type must be 'mlp', 'linear' or 'gmm', got {gate_type!r}")
+    if gate_type == "linear":
+        return LinearRouter(
+            n_embd,
+            num_experts,
+            k,
+            order=order,
+            sample_topk=sample_topk,
+            num_normaliser_rows=num_normaliser_rows,
+        )
+    if gate_type == "gmm":
+        return GMMRouter(
             n_embd,
             num_experts,
             k,
             gating_size=gating_size,
-            dropout=dropout,
             order=order,
             sample_topk=sample_topk,
+            num_normaliser_rows=num_normaliser_rows,
         )
-    if gate_type == "linear":
-        return LinearRouter(n_embd, num_experts, k, order=order, sample_topk=sample_topk)
-    if gate_type == "gmm":
-        return GMMRouter(n_embd, num_experts, k, gating_size=gating_size, order=order, sample_topk=sample_topk)
-    raise ValueError(f"make_router: gate_type must be 'mlp', 'linear' or 'gmm', got {gate_type!r}")
+    return MLPRouter(
+        n_embd,
+        num_experts,
+        k,
+        gating_size=gating_size,
+        dropout=dropout,
+        order=order,
+        sample_topk=sample_topk,
+        num_normaliser_rows=num_normaliser_rows,
+    )

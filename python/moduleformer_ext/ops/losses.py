@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moduleformer_ext.types import RouteTopK
 
-__all__ = ["concentration_loss", "mutual_information_loss", "switch_loss"]
+__all__ = ["concentration_loss", "mutual_information_loss", "new_expert_loss", "switch_loss"]
 
 ENTROPY_EPSILON = 1e-8
 Z_LOSS_WEIGHT = 0.1
@@ -71,3 +71,25 @@ def switch_loss(route: RouteTopK) -> Tensor:
     # The probabilities of a token sum to one, so P = prob_sum / tokens.
     balance = torch.dot(route.prob_sum, share) * (route.prob_sum.shape[0] / tokens)
     return balance + Z_LOSS_WEIGHT * route.logsumexp_sq_sum / tokens
+
+
+def new_expert_loss(route: RouteTopK, num_new: int) -> Tensor:
+    """The probability that the last ``num_new`` experts have together, averaged over tokens (cf. ModuleFormer, eq. 10).
+
+    sum over e > E - num_new of p̄_e, in [0, 1]: small when experts that were added later leave the tokens to the
+    earlier ones.
+
+    Args:
+        route: of one layer, for all tokens of the batch.
+        num_new: 0 to E.
+
+    Returns:
+        A scalar in the dtype of ``route.gates``.
+
+    Raises:
+        ValueError: ``num_new`` is out of range.
+    """
+    num_experts = route.prob_sum.shape[0]
+    if not 0 <= num_new <= num_experts:
+        raise ValueError(f"new_expert_loss: num_new must be in [0, {num_experts}], got {num_new}")
+    return route.prob_sum[num_experts - num_new :].sum() / _tokens(route)

@@ -41,3 +41,10 @@ def switch_loss(route: RouteTopK) -> Tensor:
     slots = route.counts.float()  # the published loss takes this share in float32, for float64 models too
     balance = route.logits.shape[-1] * (mass / mass.sum() * (slots / slots.sum())).sum()
     return balance + Z_LOSS_WEIGHT * torch.logsumexp(route.logits, -1).square().mean()
+
+
+@without_autocast
+def new_expert_loss(route: RouteTopK, num_new: int) -> Tensor:
+    """Σ over the last num_new experts of their mean probability."""
+    probs = route.logits.softmax(-1)
+    return probs[:, probs.shape[-1] - num_new :].sum(-1).mean()

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from moduleformer_ext.data import TokenStream
 from moduleformer_ext.data.stream import TokenArray
 from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.surgery import ExpertUsage
 from moduleformer_ext.train.precision import autocast
-from moduleformer_ext.train.usage import ExpertUsage
 
 
 @dataclass

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from moduleformer_ext.data import Dataset, LaneReader, end_of_text_id, share_lanes
 from moduleformer_ext.data.files import write_file
 from moduleformer_ext.models import MoLMConfig
+from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train.baselines import (
     BitsPerByte,
     format_table,
@@ -25,7 +26,6 @@ from moduleformer_ext.train.plan import Plan, make_plan
 from moduleformer_ext.train.run_directory import RunDirectory
 from moduleformer_ext.train.samples import generate_samples
 from moduleformer_ext.train.trainer import StepResult, Trainer
-from moduleformer_ext.train.usage_plot import plot_expert_usage
 
 Say = Callable[[str], None]
 MODEL_NAME = "MoLM"

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from moduleformer_ext.data import LaneReader
 from moduleformer_ext.models import KVCache, MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.nn import LayerCache
+from moduleformer_ext.surgery import load_entropy
 from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.optimizer import build_optimizer, learning_rate
 from moduleformer_ext.train.precision import autocast
-from moduleformer_ext.train.usage import load_entropy
 
 _TENSORS = "trainer.safetensors"
 _SCALARS = "trainer.json"

@@ -1,3 +1,5 @@
+import csv
+import io
 import math
 from pathlib import Path
 
@@ -6,8 +8,17 @@ import pytest
 import torch
 
 from moduleformer_ext.nn import BlockRoutes
-from moduleformer_ext.train import ExpertUsage, kl_divergence, plot_expert_usage
-from moduleformer_ext.train.usage import KINDS, layer_divergences, load_entropy
+from moduleformer_ext.surgery import (
+    ExpertUsage,
+    count_usage,
+    divergences,
+    kl_divergence,
+    load_entropy,
+    plot_expert_usage,
+    usage_table,
+)
+from moduleformer_ext.surgery.anatomy import KINDS
+from moduleformer_ext.surgery.usage import layer_divergences
 from moduleformer_ext.types import RouteTopK
 
 
@@ -69,3 +80,36 @@ def test_plot_of_layers_with_unequal_numbers_of_experts(tmp_path: Path) -> None:
     usage = ExpertUsage({kind: [np.array([1, 2]), np.array([1, 2, 3])] for kind in KINDS})
     plot_expert_usage(tmp_path / "usage.png", {"a": usage, "b": usage})
     assert (tmp_path / "usage.png").stat().st_size > 10_000
+
+
+def test_usage_equals_brute_force(make_model, tokens) -> None:
+    model = make_model()
+    usage = count_usage(model, [tokens[:2], tokens[2:]])
+    for kind, module in (("attention", "attn.q_proj"), ("ffn", "mlpf")):
+        for layer in range(2):
+            seen: list[int] = []
+            gate = model.get_submodule(f"transformer.h.{layer}.{module}.gate")
+            hook = gate.register_forward_hook(lambda _m, _x, route, seen=seen: seen.extend(route.expert_ids.flatten()))
+            model(tokens)
+            hook.remove()
+            expected = [sum(int(chosen) == expert for chosen in seen) for expert in range(gate.num_experts)]
+            assert usage.counts[kind][layer].tolist() == expected
+
+
+def test_normalisation_and_tables(make_model, tokens) -> None:
+    model = make_model()
+    usage = count_usage(model, [tokens])
+    assert ExpertUsage.from_dict(usage.to_dict()).to_dict() == usage.to_dict()
+    for counts, by_max, by_sum in zip(
+        usage.counts["ffn"], usage.frequencies("ffn", "max"), usage.frequencies("ffn"), strict=True
+    ):
+        assert by_max.tolist() == [count / counts.max() for count in counts]
+        assert by_sum.tolist() == [count / counts.sum() for count in counts]
+    rows = list(csv.DictReader(io.StringIO(usage_table({"a": usage, "b": usage + usage}, model.config))))
+    assert len(rows) == 2 * (4 + 5 + 4 + 6)
+    assert [int(row["slots"]) for row in rows[:4]] == usage.counts["attention"][0].tolist()
+    assert [int(row["slots"]) for row in rows[19:23]] == (2 * usage.counts["attention"][0]).tolist()
+    found = divergences({"a": usage, "b": usage + usage})
+    assert found["ffn"]["a"]["b"] == layer_divergences(usage, usage + usage, "ffn").tolist()
+    with pytest.raises(ValueError, match="normalise must be one of max, sum, got 'mean'"):
+        usage.frequencies("ffn", "mean")

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moduleformer_ext.train.usage import KINDS, ExpertUsage, FloatArray, layer_divergences
+from moduleformer_ext.surgery.anatomy import KINDS
+from moduleformer_ext.surgery.usage import ExpertUsage, FloatArray, layer_divergences
 
 _TITLES = {"attention": "Attention experts", "ffn": "Feed-forward experts"}
 
