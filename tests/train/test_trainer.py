@@ -130,3 +130,28 @@ def test_gradient_that_is_not_finite_stops_the_run() -> None:
         trainer.model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"gradient of step 0 is not finite .* lower learning_rate than 0.002"):
         trainer.take_step()
+
+
+@pytest.mark.parametrize("saved_at", [0, 2])
+def test_resuming_with_frozen_experts_equals_going_on(tmp_path: Path, saved_at: int) -> None:
+    """Only new experts train: their parameters are split in memory, whole on disk."""
+
+    def make() -> Trainer:
+        config = TrainConfig(steps=8, batch_size=2, trainable="new", routing_penalty=0.1, routing_penalty_kind="share")
+        fields = {"n_embd": 16, "n_layer": 2, "att_hidden": 16, "ffd_hidden": 16, "gating_size": 8, "vocab_size": 50}
+        architecture = MoLMConfig.preset("molm-nano", **fields, n_new_att_experts=1, n_new_mlp_experts=2)
+        return Trainer(config, architecture, LaneReader(STREAM, {"d": 2}, 12), steps=8, dtype="fp32")
+
+    straight = make()
+    for step in range(4):
+        if step == saved_at:
+            straight.save(tmp_path)
+        straight.take_step()
+    resumed = make()
+    resumed.load(tmp_path)
+    while resumed.step < 4:
+        resumed.take_step()
+    _assert_same(resumed, _state(straight))
+    assert {name for name, p in straight.model.named_parameters() if p in straight.optimizer.state} == {
+        name for name, _ in straight.model.named_parameters() if name.endswith("_new")
+    }

@@ -11,6 +11,11 @@ VERBS = {
     "generate": "continue a prompt with a trained or published model",
     "eval": "measure bits per byte and perplexity",
     "convert": "change between this package's and the published checkpoint format",
+    "usage": "count which experts each domain of text uses",
+    "prune": "remove the experts that a text does not use",
+    "extend": "insert new experts",
+    "finetune": "train a model further: all of it, its experts, or new experts alone",
+    "compare": "follow every expert from one model to another",
     "info": "print versions, build flags and the kernels available",
     "demo": "train a small model on the standard library in five minutes",
 }

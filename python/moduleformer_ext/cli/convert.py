@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from moduleformer_ext.cli.source import HELP, locate
-from moduleformer_ext.data.files import new_directory
+from moduleformer_ext.cli.source import HELP, check_new, locate, new_model_directory
 from moduleformer_ext.models import MoLMForCausalLM
 
 FORMATS = ("native", "published")
@@ -23,18 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write a model, with its tokenizer if it has one, as a new directory in the wanted format."""
-    if options.output.exists():
-        raise FileExistsError(f"convert: '{options.output}' exists; name a folder to create")
+    check_new("convert", options.output)
     directory, tokenizer = locate(options.model)
     model = MoLMForCausalLM.from_pretrained(directory)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with new_directory(options.output) as scratch:
+    with new_model_directory(options.output, tokenizer) as scratch:
         if options.to == "native":
             model.save_pretrained(scratch)
         else:
             _save_published(model, scratch)
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, scratch / tokenizer.name)
     print(f"wrote {options.output} ({options.to} format)")
     return 0
 

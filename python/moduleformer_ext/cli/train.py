@@ -31,6 +31,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": option.metadata["help"]}
         if isinstance(default, tuple):
             kwargs |= {"nargs": "+", "metavar": "PATH"}
+        elif isinstance(default, bool):
+            kwargs["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, dict):
             kwargs |= {"nargs": "+", "metavar": "FIELD=VALUE"}
         else:
@@ -61,17 +63,22 @@ def _parse_field(item: str) -> tuple[str, Any]:
 def run(options: argparse.Namespace) -> int:
     """Start or continue a run."""
     started = time.monotonic()
-    given = read_options(options.config) if options.config else {}
-    flags = given_options(options)
-    if "model" in flags and isinstance(given.get("model"), dict):
-        flags["model"] = {**given["model"], **flags["model"]}
-    given |= flags
+    given = read_given(options)
     if options.resume:
         directory = RunDirectory.open(options.resume)
         _check_same(directory, given)
     else:
         directory = RunDirectory.create(options.run, TrainConfig.from_dict(given))
     return finish(directory, started)
+
+
+def read_given(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of the file, with those of the flags over them."""
+    given = read_options(options.config) if options.config else {}
+    flags = given_options(options)
+    if "model" in flags and isinstance(given.get("model"), dict):
+        flags["model"] = {**given["model"], **flags["model"]}
+    return given | flags
 
 
 def finish(directory: RunDirectory, started: float) -> int:

@@ -14,7 +14,7 @@ from moduleformer_ext.data.stream import TokenStream, map_tokens, save_tokens, t
 from moduleformer_ext.data.tokenizer import load_tokenizer, train_tokenizer
 
 _INDEX = "index.json"
-_TOKENIZER = "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,23 @@ class Dataset:
 
 
 def build_dataset(
-    directory: Path, documents: Sequence[Document], *, vocab_size: int, held_out_fraction: float
+    directory: Path,
+    documents: Sequence[Document],
+    *,
+    vocab_size: int,
+    held_out_fraction: float,
+    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
     """Split, train the tokenizer on the training split alone, tokenise, and write all of it to `directory`.
 
-    `directory` must not exist; it appears complete or not at all.
+    A `tokenizer` that is given is used instead. `directory` must not exist; it appears complete or not at all.
     """
     split = split_documents(documents, held_out_fraction)
-    tokenizer = train_tokenizer((document.text for document in split.train), vocab_size)
+    if tokenizer is None:
+        tokenizer = train_tokenizer((document.text for document in split.train), vocab_size)
     index: dict[str, dict[str, dict[str, int]]] = {}
     with new_directory(directory) as scratch:
-        tokenizer.save(str(scratch / _TOKENIZER))
+        tokenizer.save(str(scratch / TOKENIZER))
         for name, members in (("train", split.train), ("held_out", split.held_out)):
             index[name] = {}
             for domain in sorted({document.domain for document in members}):
@@ -65,4 +71,4 @@ def open_dataset(directory: Path) -> Dataset:
             for domain, sizes in index[split].items()
         }
 
-    return Dataset(load_tokenizer(directory / _TOKENIZER), streams("train"), streams("held_out"))
+    return Dataset(load_tokenizer(directory / TOKENIZER), streams("train"), streams("held_out"))

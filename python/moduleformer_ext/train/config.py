@@ -13,6 +13,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from moduleformer_ext.surgery import PARTS, PENALTIES
+
 DTYPES = ("auto", "fp32", "bf16")
 
 
@@ -38,6 +40,10 @@ class TrainConfig:
     segment_length: int = _option(512, "new tokens of each lane per step")
     history_length: int = _option(512, "past tokens that these attend to")
     aux_loss_weight: float = _option(0.01, "weight of the routing loss in the objective")
+    trainable: str = _option("all", "what trains: all, experts (with their router rows), or new (of new experts only)")
+    train_embedding: bool = _option(False, "train the token embedding too, where not everything trains")
+    routing_penalty: float = _option(0.0, "weight of the penalty on the routing of new experts")
+    routing_penalty_kind: str = _option("norm", "norm (of the new router rows) or share (of the probability)")
     steps: int = _option(0, "optimiser steps (0: as many as fit in --minutes)")
     minutes: float = _option(0.0, "wall-clock budget of the whole run, evaluation included (0: none)")
     learning_rate: float = _option(2e-3, "peak of the schedule")
@@ -60,6 +66,9 @@ class TrainConfig:
         self._require("log_every", self.log_every >= 1, "at least 1")
         for name in ("steps", "minutes", "weight_decay", "domain_exponent", "history_length", "aux_loss_weight"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("routing_penalty", self.routing_penalty >= 0, "at least 0")
+        self._require("trainable", self.trainable in PARTS, f"one of {', '.join(PARTS)}")
+        self._require("routing_penalty_kind", self.routing_penalty_kind in PENALTIES, f"one of {', '.join(PENALTIES)}")
         for name in ("learning_rate", "clip_norm"):
             self._require(name, getattr(self, name) > 0, "above 0")
         for name in ("warmup", "final_learning_rate"):

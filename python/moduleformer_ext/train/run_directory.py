@@ -1,10 +1,13 @@
 """The folder of one run, and what is where in it."""
 
 import json
+import shutil
 from pathlib import Path
 
-from moduleformer_ext.data import Dataset, build_dataset, open_dataset, standard_library, text_files
-from moduleformer_ext.data.files import remove_directory, remove_partial, write_file
+from moduleformer_ext.data import Dataset, build_dataset, load_tokenizer, open_dataset, standard_library, text_files
+from moduleformer_ext.data.dataset import TOKENIZER
+from moduleformer_ext.data.files import new_directory, remove_directory, remove_partial, write_file
+from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.train.checkpoints import CheckpointStore
 from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.metrics import MetricsLog
@@ -13,8 +16,8 @@ _CONFIG = "run.json"
 
 
 class RunDirectory:
-    """run.json, data/, baselines.json, plan.json, checkpoints/step-N/, metrics.jsonl, evaluation.json,
-    samples.txt and expert_usage.png.
+    """run.json, base/ (the model that a fine-tuning starts from), data/, baselines.json, plan.json,
+    checkpoints/step-N/, metrics.jsonl, evaluation.json, samples.txt and expert_usage.png.
 
     Each is written once, atomically, in this order; what exists already is reused, which is how a run that was
     stopped anywhere goes on.
@@ -25,6 +28,7 @@ class RunDirectory:
         self.config = config
         self.checkpoints = CheckpointStore(root / "checkpoints", config.keep_checkpoints)
         self.metrics = MetricsLog(root / "metrics.jsonl")
+        self.base = root / "base"
         self.data = root / "data"
         self.baselines = root / "baselines.json"
         self.plan = root / "plan.json"
@@ -33,20 +37,31 @@ class RunDirectory:
         self.expert_usage = root / "expert_usage.png"
 
     @classmethod
-    def create(cls, root: Path, config: TrainConfig) -> "RunDirectory":
-        """Start a run in a folder that is new, empty, or holds a run that never got to its first step."""
+    def create(
+        cls, root: Path, config: TrainConfig, base: tuple[MoLMForCausalLM, Path] | None = None
+    ) -> "RunDirectory":
+        """Start a run in a folder that is new, empty, or holds a run that never got to its first step.
+
+        `base` is a model to start from and the file of its tokenizer; the run keeps copies of both.
+        """
         run = cls(root, config)
         if is_run(root):
             if run.plan.exists():
                 raise FileExistsError(
                     f"run: '{root}' already holds a run; continue it with --resume, or choose another folder"
                 )
-            if run.data.exists():
-                remove_directory(run.data)
+            for made in (run.data, run.base):
+                if made.exists():
+                    remove_directory(made)
             run.baselines.unlink(missing_ok=True)
         elif root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise FileExistsError(f"run: '{root}' is not an empty folder; choose another")
         root.mkdir(parents=True, exist_ok=True)
+        if base is not None:
+            model, tokenizer = base
+            with new_directory(run.base) as scratch:
+                model.save_pretrained(scratch)
+                shutil.copyfile(tokenizer, scratch / TOKENIZER)
         write_file(root / _CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
         return run
 
@@ -64,7 +79,13 @@ class RunDirectory:
             return open_dataset(self.data)
         config = self.config
         documents = text_files(config.text, without=self.root) if config.text else standard_library()
-        return build_dataset(self.data, documents, vocab_size=config.vocab_size, held_out_fraction=config.held_out)
+        return build_dataset(
+            self.data,
+            documents,
+            vocab_size=config.vocab_size,
+            held_out_fraction=config.held_out,
+            tokenizer=load_tokenizer(self.base / TOKENIZER) if self.base.exists() else None,
+        )
 
 
 def is_run(root: Path) -> bool:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from moduleformer_ext.data import Dataset, LaneReader, end_of_text_id, share_lanes
 from moduleformer_ext.data.files import write_file
-from moduleformer_ext.models import MoLMConfig
+from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train.baselines import (
     BitsPerByte,
@@ -20,6 +20,7 @@ from moduleformer_ext.train.baselines import (
     save_baselines,
 )
 from moduleformer_ext.train.evaluation import evaluate
+from moduleformer_ext.train.finetune import finetuned_config
 from moduleformer_ext.train.heap import keep_freed_memory
 from moduleformer_ext.train.interrupt import InterruptGuard
 from moduleformer_ext.train.plan import Plan, make_plan
@@ -71,9 +72,11 @@ def _prepare_baselines(run: RunDirectory, dataset: Dataset, say: Say) -> BitsPer
     return baselines
 
 
-def model_config(run: RunDirectory, dataset: Dataset) -> MoLMConfig:
-    """The configured model with the tokenizer's vocabulary."""
+def model_config(run: RunDirectory, dataset: Dataset, base: MoLMForCausalLM | None = None) -> MoLMConfig:
+    """The configured model with the tokenizer's vocabulary, or the one to start from with the run's options."""
     config, tokenizer = run.config, dataset.tokenizer
+    if base is not None:
+        return finetuned_config(base.config, config)
     fields = {
         "block_size": config.segment_length,
         "history_length": config.history_length,
@@ -86,14 +89,16 @@ def model_config(run: RunDirectory, dataset: Dataset) -> MoLMConfig:
 
 
 def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: Say) -> Trainer:
-    config, architecture = run.config, model_config(run, dataset)
+    base = MoLMForCausalLM.from_pretrained(run.base) if run.base.exists() else None
+    config, architecture = run.config, model_config(run, dataset, base)
+    weights = None if base is None else base.state_dict()
 
     def make_trainer(dtype: str, steps: int = 1_000_000) -> Trainer:
         sizes = {domain: stream.num_scored for domain, stream in dataset.train.items()}
         lanes = share_lanes(sizes, config.batch_size, config.domain_exponent)
         streams = {domain: stream.tokens for domain, stream in dataset.train.items()}
         reader = LaneReader(streams, lanes, config.segment_length)
-        return Trainer(config, architecture, reader, steps=steps, dtype=dtype)
+        return Trainer(config, architecture, reader, steps=steps, dtype=dtype, base=weights)
 
     if not run.plan.exists():
         deadline = started + 60.0 * config.minutes if config.minutes else None
@@ -104,7 +109,9 @@ def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: S
         say(f"measured {seconds:.3f} s per step in {dtype}")
     trainer = make_trainer(plan.dtype, plan.steps)
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
-    say(f"training {size / 1e6:.1f} M parameters in {plan.dtype} for {plan.steps} steps")
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    some = "" if trained == size else f"{trained / 1e6:.2f} M of "
+    say(f"training {some}{size / 1e6:.1f} M parameters in {plan.dtype} for {plan.steps} steps")
     if (checkpoint := run.checkpoints.latest()) is not None:
         trainer.load(checkpoint)
         say(f"continuing from {checkpoint}")

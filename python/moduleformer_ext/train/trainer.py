@@ -1,6 +1,7 @@
 """The training loop's state and step: model, optimiser, history, random state and data position."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from moduleformer_ext.data import LaneReader
 from moduleformer_ext.models import KVCache, MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.nn import LayerCache
-from moduleformer_ext.surgery import load_entropy
+from moduleformer_ext.surgery import load_entropy, routing_penalty, set_trainable
 from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.optimizer import build_optimizer, learning_rate
 from moduleformer_ext.train.precision import autocast
@@ -40,11 +41,19 @@ class StepResult(NamedTuple):
 class Trainer:
     """One run in memory. `save` and `load` carry all of it: a continued run takes bitwise the same steps.
 
-    `steps` is the length of the learning-rate schedule, `dtype` "fp32" or "bf16".
+    `steps` is the length of the learning-rate schedule, `dtype` "fp32" or "bf16", `base` the weights to start from
+    (default: random ones).
     """
 
     def __init__(
-        self, config: TrainConfig, model_config: MoLMConfig, reader: LaneReader, *, steps: int, dtype: str
+        self,
+        config: TrainConfig,
+        model_config: MoLMConfig,
+        reader: LaneReader,
+        *,
+        steps: int,
+        dtype: str,
+        base: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config = config
         self.reader = reader
@@ -54,6 +63,9 @@ class Trainer:
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.model = MoLMForCausalLM(model_config).to(self.device).train()
+        if base is not None:
+            self.model.load_state_dict(base)
+        set_trainable(self.model, config.trainable, embedding=config.train_embedding)
         self.optimizer = build_optimizer(self.model, config)
         self.history: KVCache | None = None
 
@@ -66,7 +78,11 @@ class Trainer:
         with autocast(self.device, self.dtype):
             output = self.model(inputs, past_key_values=self.history, use_cache=True, output_routes=True)
         loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten())
-        (loss + self.model.config.aux_loss_weight * output.aux_loss).backward()
+        objective = loss + self.model.config.aux_loss_weight * output.aux_loss
+        if self.config.routing_penalty:
+            penalty = routing_penalty(self.model, output.routes, self.config.routing_penalty_kind)
+            objective = objective + self.config.routing_penalty * penalty
+        objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -101,8 +117,9 @@ class Trainer:
         for name, own in (("steps", self.steps), ("dtype", self.dtype)):
             if scalars[name] != own:
                 raise ValueError(f"checkpoint: '{directory}' has {name} {scalars[name]}, but the run has {own}")
-        loaded = MoLMForCausalLM.from_pretrained(directory)
-        _copy_matching(directory, dict(self.model.named_parameters()), dict(loaded.named_parameters()))
+        stored = MoLMForCausalLM.from_pretrained(directory).state_dict()
+        _check_matching(directory, self.model.state_dict(), stored)
+        self.model.load_state_dict(stored)
         self._load_moments(directory, tensors, scalars["step"])
         self._load_history(tensors)
         torch.set_rng_state(tensors["rng.cpu"])
@@ -127,7 +144,10 @@ class Trainer:
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **zeros}
         prefix = "optimizer."
         stored = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        _copy_matching(directory, self._moments(), stored)
+        own = self._moments()
+        _check_matching(directory, own, stored)
+        for name, moment in own.items():
+            moment.copy_(stored[name])
 
     def _history_tensors(self) -> dict[str, Tensor]:
         tensors = {}
@@ -147,9 +167,8 @@ class Trainer:
         self.history = KVCache(caches) if caches else None
 
 
-@torch.no_grad()
-def _copy_matching(directory: Path, own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-    """Copy tensors by name; different names or shapes are an error."""
+def _check_matching(directory: Path, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Different names or shapes are an error."""
     different = sorted(own.keys() ^ stored.keys())
     different += sorted(name for name in own.keys() & stored.keys() if own[name].shape != stored[name].shape)
     if different:
@@ -157,5 +176,3 @@ def _copy_matching(directory: Path, own: dict[str, Tensor], stored: dict[str, Te
             f"checkpoint: '{directory}' is of another model; these are missing or of another shape: "
             f"{', '.join(different[:5])}{', ...' if len(different) > 5 else ''}"
         )
-    for name, tensor in own.items():
-        tensor.copy_(stored[name])

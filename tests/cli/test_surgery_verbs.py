@@ -1,0 +1,148 @@
+"""usage, prune, extend, finetune and compare on a small run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moduleformer_ext.cli import main
+from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.surgery import Site, compare, count_parameters
+
+MODEL = ["n_embd=16", "n_layer=2", "att_hidden=16", "ffd_hidden=16", "gating_size=8"]
+SHAPE = ["--batch-size", "2", "--segment-length", "12"]
+STEPS = ["--steps", "3", "--dtype", "fp32", "--checkpoint-every", "2", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("texts")
+    for domain, factor in (("near", 3), ("far", 5)):
+        (root / domain).mkdir()
+        for number in range(8):
+            words = " ".join(f"{domain}{number * index % factor}" for index in range(60))
+            (root / domain / f"{number}.txt").write_text(f"{words}\n")
+    return [f"{domain}={root / domain}" for domain in ("near", "far")]
+
+
+@pytest.fixture(scope="module")
+def run(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("runs") / "run"
+    flags = ["--preset", "molm-nano", "--vocab-size", "270", "--held-out", "0.3", "--history-length", "20", *STEPS]
+    words = ["train", "--run", str(root), "--text", *texts, "--segment-length", "12", *flags, "--model", *MODEL]
+    assert main(words) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def extended(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("extended") / "model"
+    assert main(["extend", str(run), str(output), "--attention", "1", "--ffn", "2", "0", "--seed", "4"]) == 0
+    return output
+
+
+def _model(path: Path) -> MoLMForCausalLM:
+    return MoLMForCausalLM.from_pretrained(path)
+
+
+def _last(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*"))
+
+
+def test_usage_then_prune(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", str(run), str(tmp_path / "usage"), *SHAPE]) == 0
+    assert sorted(path.name for path in (tmp_path / "usage").iterdir()) == ["usage.csv", "usage.json", "usage.png"]
+    record = json.loads((tmp_path / "usage" / "usage.json").read_text())
+    assert set(record["domains"]) == {"near", "far"}
+    assert len(record["divergence"]["ffn"]["near"]["far"]) == 2
+    capsys.readouterr()
+
+    words = ["prune", str(run), str(tmp_path / "small"), "--remaining", "0.8", "--domain", "near"]
+    dry_runs = []
+    for source in (["--usage", str(tmp_path / "usage")], SHAPE):
+        assert main([*words, *source, "--dry-run"]) == 0
+        dry_runs.append(capsys.readouterr().out)
+    assert dry_runs[0] == dry_runs[1]
+    assert not (tmp_path / "small").exists()
+    assert main([*words, *SHAPE]) == 0
+    assert capsys.readouterr().out.startswith(dry_runs[0])
+    before, after = _model(_last(run)), _model(tmp_path / "small")
+    assert sum(p.numel() for p in after.parameters()) == count_parameters(after.config)
+    assert count_parameters(after.config) <= 0.8 * count_parameters(before.config)
+    assert main(["generate", str(tmp_path / "small"), "--prompt", "near", "--max-new-tokens", "5"]) == 0
+
+
+def test_extend_finetune_compare(run: Path, extended: Path, texts: list[str], tmp_path: Path, capsys) -> None:
+    tuned = tmp_path / "tuned"
+    words = ["finetune", str(extended), "--run", str(tuned), "--text", *texts, "--segment-length", "12", *STEPS]
+    words += ["--trainable", "new", "--train-embedding", "--routing-penalty", "0.1"]
+    assert main(words) == 0
+    assert (tuned / "base" / "tokenizer.json").read_bytes() == (run / "data" / "tokenizer.json").read_bytes()
+    found = compare(_model(extended), _model(_last(tuned)))
+    for site, comparison in found.experts.items():
+        num_old = 4 if site.kind == "attention" else 8
+        for changes in (comparison.matrices, comparison.rows):
+            assert not any(change for identity, change in changes.items() if identity < num_old)
+            assert all(change for identity, change in changes.items() if identity >= num_old)
+    assert [name for name, change in found.others.items() if change] == ["transformer.wte.weight"]
+
+    capsys.readouterr()
+    assert main(["compare", str(run), str(tuned), "--json"]) == 0
+    by_site = json.loads(capsys.readouterr().out)["experts"]
+    assert [row["only_second"] for row in by_site] == [[4], [8, 9], [4], []]
+    assert main(["compare", str(run), str(tuned)]) == 0
+    assert "layer 0 ffn          8 the same; only in the second: 8, 9" in capsys.readouterr().out
+
+    # what is resumed is what was fine-tuned, with frozen parts frozen
+    result = (tuned / "evaluation.json").read_text()
+    assert main(["train", "--resume", str(tuned)]) == 0
+    assert (tuned / "evaluation.json").read_text() == result
+
+
+def test_concentrate_then_prune(run: Path, tmp_path: Path) -> None:
+    tuned, small = tmp_path / "tuned", tmp_path / "small"
+    assert main(["finetune", str(run), "--run", str(tuned), "--concentrate", "0.5", *STEPS]) == 0
+    config = _model(_last(tuned)).config
+    assert (config.aux_loss_type, config.aux_loss_weight) == ("concentration", 0.5)
+    stored, base = (json.loads((root / "run.json").read_text()) for root in (tuned, run))
+    assert [stored[name] for name in ("text", "segment_length")] == [base[name] for name in ("text", "segment_length")]
+    assert main(["prune", str(tuned), str(small), "--threshold", "0.5", "--keep-normaliser", *SHAPE]) == 0
+    assert main(["extend", str(small), str(tmp_path / "again"), "--ffn", "1", "--init", "copy"]) == 0
+    identities = Site("ffn", 0).identities(_model(tmp_path / "again").config)
+    assert identities[-1] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prune", "{run}", "{tmp}/o", "--threshold", "2"], "threshold must be in [0, 1], got 2.0"),
+        (["prune", "{run}", "{tmp}/o", "--remaining", "0.01"], "as every layer keeps k experts, got 0.01"),
+        (["prune", "{run}", "{run}", "--remaining", "0.8"], "exists; name a folder to create"),
+        (["prune", "{run}", "{tmp}/o", "--remaining", "0.9", "--domain", "moon"], "there are far, near, got moon"),
+        (["prune", "{run}", "{tmp}/o", "--remaining", "0.9", "--usage", "{tmp}"], "usage.json' does not exist"),
+        (["prune", "{extended}", "{tmp}/o", "--remaining", "0.9"], "has no held-out text of its own"),
+        (["extend", "{run}", "{tmp}/o"], "attention or ffn must be above 0"),
+        (["extend", "{run}", "{tmp}/o", "--ffn", "1", "2", "3"], "one number or one per layer (2)"),
+        (["usage", "{run}", "{run}"], "exists; name a folder to create"),
+        (["compare", "{run}", "{tmp}"], "is neither a run nor a model directory"),
+        (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--trainable", "new"], "without new experts"),
+        (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--routing-penalty", "1"], "without new experts"),
+        (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--model", "n_embd=8"], "fixes n_embd"),
+        (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--trainable", "some"], "one of all, experts, new"),
+        (
+            ["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--concentrate", "1", "--aux-loss-weight", "1"],
+            "leave --aux-loss-weight out",
+        ),
+    ],
+)
+def test_complaints_come_before_anything_is_written(
+    run: Path, extended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    shape = SHAPE if words[0] in ("prune", "usage") else []
+    assert main([*(word.format(tmp=tmp_path, run=run, extended=extended) for word in words), *shape]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"moduleformer-ext {words[0]}: ")
+    assert not any(tmp_path.iterdir())
