@@ -4,9 +4,12 @@
 #include <algorithm>
 
 #include "stick_attention/stick_attention_forward_kernel.cuh"
+#include "stick_attention/stick_forward_wide_kernel.cuh"
 #include "stick_attention/stick_instances.hpp"
 #include "stick_attention/stick_key_grad_kernel.cuh"
+#include "stick_attention/stick_key_grad_wide_kernel.cuh"
 #include "stick_attention/stick_query_grad_kernel.cuh"
+#include "stick_attention/stick_query_grad_wide_kernel.cuh"
 
 namespace mfx {
 namespace {
@@ -47,19 +50,31 @@ extern "C" __global__ void stick_bwd_lengths_fp32(const __grid_constant__ StickB
   }
 MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_KERNELS)
 
+#define MFX_STICK_BACKWARD_WIDE_KERNELS(name, dtype, op, dim)                                      \
+  extern "C" __global__ void __launch_bounds__(StickWide<op>::kThreads)                            \
+      stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) { \
+    stick_query_grad_wide<op>(launch);                                                             \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(StickWide<op>::kThreads)                            \
+      stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) {   \
+    stick_key_grad_wide<op>(launch);                                                               \
+  }
+MFX_STICK_WIDE_INSTANCES(MFX_STICK_BACKWARD_WIDE_KERNELS)
+
 namespace {
 
 template <typename Op, int kDim>
 constexpr Instance instance(DType dtype, void (*query)(StickBackwardLaunch), void (*key)(StickBackwardLaunch)) {
-  using Query = StickQueryGradTiles<Op, kDim>;
-  using Key = StickKeyGradTiles<Op, kDim>;
+  constexpr bool kWide = kDim > 256;
+  using Query = std::conditional_t<kWide, StickWideQueryGrad<Op>, StickQueryGradTiles<Op, kWide ? 64 : kDim>>;
+  using Key = std::conditional_t<kWide, StickWideKeyGrad<Op>, StickKeyGradTiles<Op, kWide ? 64 : kDim>>;
   constexpr auto lengths = std::is_same_v<Op, BFloat16>  ? stick_bwd_lengths_bf16
                            : std::is_same_v<Op, Float16> ? stick_bwd_lengths_fp16
                                                          : stick_bwd_lengths_fp32;
   return {dtype,
           std::is_same_v<Op, device::Tf32>,
           kDim,
-          StickForwardTiles<Op, kDim>::kKeys,
+          kWide ? StickWide<Op>::kKeys : StickForwardTiles<Op, kDim>::kKeys,
           Query::kRows,
           Key::kKeys,
           Key::kSpan,
@@ -70,7 +85,8 @@ constexpr Instance instance(DType dtype, void (*query)(StickBackwardLaunch), voi
 
 #define MFX_STICK_BACKWARD_ROW(name, dtype, op, dim) \
   instance<op, dim>(DType::dtype, stick_bwd_query_##name##_d##dim##_sm80, stick_bwd_key_##name##_d##dim##_sm80),
-constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_ROW)};
+constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_ROW)
+                                       MFX_STICK_WIDE_INSTANCES(MFX_STICK_BACKWARD_ROW)};
 
 const Instance* find(const StickAttentionProblem& p) {
   for (const Instance& row : kInstances) {
@@ -121,6 +137,9 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
   const StickAttentionProblem& p = params.problem;
   const Instance* const instance = find(p);
   if (instance == nullptr) return {stick_no_instance(p)};
+  if (p.head_dim > 256 && p.dtype == DType::kFloat32 && params.grad_v != nullptr) {
+    return {"stick_attention: v must be k to have a float32 gradient for head dims above 256 on CUDA, got another"};
+  }
   const Workspace workspace(*instance, p);
   const std::int64_t query_blocks = stick_tile_slots(p, p.tokens_q * p.group, instance->query_rows) * p.heads;
   const std::int64_t key_blocks = p.sequences * p.heads * (kStickWindow / instance->keys);

@@ -34,7 +34,8 @@ struct Forward<Op, 1024> : StickWideForward<Op> {
       stick_fwd_##name##_d##dim##_sm80(const __grid_constant__ StickForwardLaunch launch) { \
     Forward<op, dim>::run(launch);                                                          \
   }
-MFX_STICK_FORWARD_INSTANCES(MFX_STICK_FORWARD_KERNEL)
+MFX_STICK_INSTANCES(MFX_STICK_FORWARD_KERNEL)
+MFX_STICK_WIDE_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 
 #define MFX_STICK_FORWARD_ROW(name, dtype, op, dim) \
   {DType::dtype,                                    \
@@ -44,7 +45,8 @@ MFX_STICK_FORWARD_INSTANCES(MFX_STICK_FORWARD_KERNEL)
    Forward<op, dim>::kThreads,                      \
    Forward<op, dim>::kSharedBytes,                  \
    stick_fwd_##name##_d##dim##_sm80},
-static constexpr Instance kInstances[] = {MFX_STICK_FORWARD_INSTANCES(MFX_STICK_FORWARD_ROW)};
+static constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)
+                                              MFX_STICK_WIDE_INSTANCES(MFX_STICK_FORWARD_ROW)};
 
 extern "C" __attribute__((visibility("default"))) Status
 mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream) {
@@ -74,8 +76,7 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
     }
     return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
   }
-  return {p.dtype == DType::kFloat64 ? "stick_attention: q must be float32, bfloat16 or float16 on CUDA, got float64"
-                                     : "stick_attention: q must have a head dim of at most 256 on CUDA, got more"};
+  return {stick_no_instance(p)};
 }
 
 }  // namespace mfx

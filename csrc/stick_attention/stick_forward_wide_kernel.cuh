@@ -122,9 +122,7 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      device::FragmentA a[device::steps_of_tiles<Op>(2)];
-      stick_wide_load<Op>(a, weights + m * Wide::kOperandBytes);
-      device::multiply_columns<Op, kRowBytes>(o[m], a, device::b_columns<Op, kRowBytes>(k_is_v ? now : other));
+      stick_wide_accumulate<Op>(o[m], weights + m * Wide::kOperandBytes, k_is_v ? now : other);
     }
     if (last) break;
     __syncwarp();

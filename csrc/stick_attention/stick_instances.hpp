@@ -22,12 +22,11 @@
   X(tf32, kFloat32, device::Tf32, 128) \
   X(tf32, kFloat32, device::Tf32, 256)
 
-// Head dims above 256 are split over the warps of a block: forward alone.
-#define MFX_STICK_FORWARD_INSTANCES(X) \
-  MFX_STICK_INSTANCES(X)               \
-  X(bf16, kBFloat16, BFloat16, 1024)   \
-  X(fp16, kFloat16, Float16, 1024)     \
-  X(fp32, kFloat32, float, 1024)       \
+// Head dims that are split over the warps of a block.
+#define MFX_STICK_WIDE_INSTANCES(X)  \
+  X(bf16, kBFloat16, BFloat16, 1024) \
+  X(fp16, kFloat16, Float16, 1024)   \
+  X(fp32, kFloat32, float, 1024)     \
   X(tf32, kFloat32, device::Tf32, 1024)
 
 namespace mfx {
@@ -37,7 +36,7 @@ inline constexpr const char* kStickTooLarge =
 
 inline const char* stick_no_instance(const StickAttentionProblem& p) {
   return p.dtype == DType::kFloat64 ? "stick_attention: q must be float32, bfloat16 or float16 on CUDA, got float64"
-                                    : "stick_attention: q must have a head dim of at most 256 on CUDA, got more";
+                                    : "stick_attention: q must have a head dim of at most 1024 on CUDA, got more";
 }
 
 // Whether a row of the table serves a problem, if it is large enough.

@@ -42,16 +42,26 @@ __device__ inline int stick_wide_operand(int row, int inner) {
   return row * 64 + ((at >> 2 ^ (row >> 1 & 3)) << 4) + (at & 3) * 4;
 }
 
-// Fragments of 16 rows of such an operand.
 template <typename Op>
-__device__ inline void stick_wide_load(device::FragmentA (&a)[device::steps_of_tiles<Op>(2)], const void* operand) {
-  const int lane = threadIdx.x & 31, row = lane & 15;
+__device__ inline void stick_wide_put(std::uint8_t* operand, int row, int inner, float x) {
+  using T = typename StickStorage<Op>::Type;
+  *reinterpret_cast<T*>(operand + stick_wide_operand<Op>(row, inner)) = device::from_float<T>(x);
+}
+
+// acc [16, 128] += such an operand times a warp's tile.
+template <typename Op>
+__device__ inline void stick_wide_accumulate(float (&acc)[StickWide<Op>::kColumnTiles][4], const void* operand,
+                                             device::SharedAddress tile) {
+  constexpr int kSteps = device::steps_of_tiles<Op>(2), kOperandRow = 16 * static_cast<int>(sizeof(Op));
+  const int lane = threadIdx.x & 31, row = lane & 15, swizzle = sizeof(Op) == 2 ? row >> 2 & 1 : row >> 1 & 3;
+  device::FragmentA a[kSteps];
 #pragma unroll
-  for (int step = 0; step < device::steps_of_tiles<Op>(2); ++step) {
-    const int swizzle = sizeof(Op) == 2 ? row >> 2 & 1 : row >> 1 & 3;
-    device::ldmatrix_x4(a[step], device::shared_address(operand) + row * (16 * static_cast<int>(sizeof(Op))) +
-                                     ((step * 2 + (lane >> 4) ^ swizzle) << 4));
+  for (int step = 0; step < kSteps; ++step) {
+    const int chunk = (2 * step + (lane >> 4)) ^ swizzle;
+    device::ldmatrix_x4(a[step], device::shared_address(operand) + row * kOperandRow + (chunk << 4));
   }
+  constexpr int kRowBytes = StickWide<Op>::kRowBytes;
+  device::multiply_columns<Op, kRowBytes>(acc, a, device::b_columns<Op, kRowBytes>(tile));
 }
 
 // One warp's 128 columns of 16 rows into its tile; rows that are null and columns beyond the head are zeros.
@@ -60,13 +70,17 @@ __device__ inline void stick_wide_copy(device::SharedAddress tile, int columns, 
                                        RowAt&& row_at) {
   constexpr int kChunks = kRowBytes / 16;
   const int lane = threadIdx.x & 31, chunk = lane % kChunks, column = chunk * (16 / static_cast<int>(sizeof(T)));
-#pragma unroll 2
+#pragma unroll(sizeof(T) == 2 ? 2 : 1)
   for (int i = 0; i < 16 * kChunks / 32; ++i) {
     const int row = i * (32 / kChunks) + lane / kChunks;
     const T* const source = row_at(row);
     const bool present = source != nullptr && column < columns;
-    stick_copy_chunk(tile + device::swizzled_offset<kRowBytes>(row, chunk), present ? source + column : any, present,
-                     aligned);
+    const device::SharedAddress to = tile + device::swizzled_offset<kRowBytes>(row, chunk);
+    if (aligned) {
+      device::cp_async<16>(to, present ? source + column : any, present ? 16 : 0);
+    } else {
+      device::store_shared_128(to, present ? stick_gather_chunk(source + column) : uint4{0, 0, 0, 0});
+    }
   }
   device::cp_async_commit();
 }
@@ -97,6 +111,21 @@ __device__ inline void stick_wide_multiply(float (&acc)[2][4], device::FragmentA
     }
     device::multiply_step<Op>(acc[0], a[step], b[0], b[1], acc[0]);
     device::multiply_step<Op>(acc[1], a[step], b[2], b[3], acc[1]);
+  });
+}
+
+// The same with A in a tile, too.
+template <typename Op>
+__device__ inline void stick_wide_multiply(float (&acc)[2][4], device::SharedAddress a_tile,
+                                           device::SharedAddress b_tile) {
+  constexpr int kRowBytes = StickWide<Op>::kRowBytes;
+  device::static_for<StickWide<Op>::kSteps>([&](auto step) {
+    device::FragmentA a;
+    std::uint32_t b[4];
+    device::load_a(a, device::a_rows<kRowBytes>(a_tile), step);
+    device::ldmatrix_x4(b, device::b_rows<kRowBytes>(b_tile) ^ (step * 32));
+    device::multiply_step<Op>(acc[0], a, b[0], b[1], acc[0]);
+    device::multiply_step<Op>(acc[1], a, b[2], b[3], acc[1]);
   });
 }
 
@@ -154,6 +183,27 @@ struct StickWideScan {
     return mass < 0.5f ? stick - stick * mass : stick * all;
   }
 };
+
+// Gradients of a lane's two scores, over the scale, from those of its weights; weights become those for `stick`,
+// rounded for the product, times their unit. `edge(mass)` gets the tile's sum of G and returns that over all older
+// keys. See stick_scan_backward().
+template <typename Op, typename Edge>
+__device__ inline float2 stick_wide_gradients(const StickWideScan& scan, float stick, const float2& grad_weights,
+                                              float2& weights, Edge&& edge) {
+  constexpr float kUnit = kStickWeightUnit<Op>;
+  weights = stick_rounded<Op>(scan.weight[0] * (stick * kUnit), scan.weight[1] * (stick * kUnit));
+  const float g0 = weights.x * (1.0f / kUnit) * grad_weights.x, g1 = weights.y * (1.0f / kUnit) * grad_weights.y;
+  const int lane = threadIdx.x & 7;
+  float sum = g0 + g1;  // of this lane's keys and, step by step, older ones
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) {
+    const float more = __shfl_up_sync(device::kAllLanes, sum, step, 8);
+    if (lane >= step) sum += more;
+  }
+  const float before = __shfl_up_sync(device::kAllLanes, sum, 1, 8);
+  const float older = edge(__shfl_sync(device::kAllLanes, sum, 7, 8)) + (lane == 0 ? 0.0f : before);
+  return {scan.u[0] * (g0 - scan.e[0] * older), scan.u[1] * (g1 - scan.e[1] * (older + g0))};
+}
 
 // Which of a lane's two keys a row sees.
 struct StickWideSight {

@@ -1,0 +1,146 @@
+// stick_attention backward for head dims above 256, the key kernel (stick_backward.cuh, stick_wide.cuh): a block owns
+// 16 keys of one K/V head and walks the query rows that visited them, 16 at a time. Each warp, with its columns of K
+// and V in registers,
+//
+//   S_w^T = K_w Q_w^T,  dP_w^T = V_w dO_w^T,  (weights, dS) = scan(sum_w),  dV_w += weights^T dO_w,  dK_w += dS^T Q_w
+//
+// In binary32 only one of K and V and one gradient fit into registers: there V must be K, and both gradients of it are
+// added up in one place.
+#pragma once
+
+#include "stick_attention/stick_backward.cuh"
+#include "stick_attention/stick_wide.cuh"
+
+namespace mfx {
+
+template <typename Op>
+struct StickWideKeyGrad : StickWide<Op> {
+  using Wide = StickWide<Op>;
+  static constexpr int kRows = 16;
+  static constexpr int kSpan = Wide::kKeys;
+  static constexpr bool kOne = sizeof(Op) == 4;  // K is V
+  static constexpr int kTilesBytes = Wide::kWarps * 2 * Wide::kTileBytes;
+  static constexpr int kPartsBytes = Wide::kWarps * 2 * Wide::kPart * 4;
+  static constexpr int kSharedBytes = kTilesBytes + kPartsBytes + 2 * Wide::kOperandBytes;
+};
+
+// A warp's part of S from fragments of its transpose [keys, rows].
+__device__ inline void stick_wide_store_transposed_part(float* part, const float (&acc)[2][4]) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int key = i / 2 % 2 * 8 + lane / 4, row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    part[stick_wide_score(row, key)] = acc[i / 4][i % 4];
+  }
+}
+
+template <typename Op>
+__device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
+  using T = typename StickStorage<Op>::Type;
+  using Wide = StickWideKeyGrad<Op>;
+  constexpr int kRowBytes = Wide::kRowBytes, kKeys = Wide::kKeys, kRows = Wide::kRows;
+  const StickAttentionBackwardParams& params = launch.params;
+  const StickAttentionProblem& p = params.problem;
+
+  // Keys of this block; old ones, which most rows see, start first.
+  const std::int64_t head = blockIdx.x % p.heads, rest = blockIdx.x / p.heads;
+  const std::int64_t sequence = rest % p.sequences;
+  const StickSequence s(p, sequence);
+  const int key_tile = static_cast<int>(rest / p.sequences), first_key = launch.window_begin + key_tile * kKeys;
+  if (first_key >= s.keys || first_key >= launch.window_end) return;
+
+  extern __shared__ __align__(1024) std::uint8_t shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const device::SharedAddress query_tile = device::shared_address(shared) + warp * (2 * Wide::kTileBytes);
+  const device::SharedAddress grad_tile = query_tile + Wide::kTileBytes;
+  auto* const parts = reinterpret_cast<float*>(shared + Wide::kTilesBytes);
+  std::uint8_t* const weights_operand = shared + Wide::kTilesBytes + Wide::kPartsBytes;
+  std::uint8_t* const grads_operand = weights_operand + Wide::kOperandBytes;
+  const int column = warp * Wide::kColumns, columns = static_cast<int>(p.head_dim) - column;
+
+  // K, and V where it may be another.
+  device::FragmentA keys[Wide::kOne ? 1 : 2][Wide::kSteps];
+  const auto load_keys = [&](device::FragmentA(&to)[Wide::kSteps], const void* tensor, const StickKeyStrides& strides,
+                             bool aligned) {
+    const T* const from = stick_keys(static_cast<const T*>(tensor), strides, s, head) + column;
+    stick_wide_fragments<T, kRowBytes>(to, query_tile, columns, aligned, static_cast<const T*>(tensor), [&](int i) {
+      return first_key + i < s.keys ? from + (first_key + i) * strides.token : nullptr;
+    });
+  };
+  load_keys(keys[0], p.k, p.k_strides, launch.k_aligned);
+  if constexpr (!Wide::kOne) load_keys(keys[1], p.v, p.v_strides, launch.v_aligned);
+
+  const StickOdds odds{launch.factor};
+  const std::int64_t place = key_tile * (p.heads * launch.rows);
+  const int row = (warp * 4 + lane / 8) % kRows;  // that this lane scans, in the first four warps
+  float grads[Wide::kOne ? 1 : 2][Wide::kColumnTiles][4] = {};
+
+  // From the first row tile that sees a key on, those that forward took to this tile.
+  const int first_position = first_key - s.history + (p.attend_current ? 0 : 1);
+  const int first_tile = static_cast<int>(max(std::int64_t{first_position}, std::int64_t{0}) * p.group / kRows);
+  for (int tile = first_tile; tile * kRows < s.rows; ++tile) {
+    const int first_row = tile * kRows;
+    if (stick_first_key(launch, s, head, first_row) > first_key) continue;
+    const StickRows<const T> q(static_cast<const T*>(p.q) + column, p.q_strides, p, s, head, first_row);
+    const StickRows<const T> grad_o(static_cast<const T*>(params.grad_o) + column, params.grad_o_strides, p, s, head,
+                                    first_row);
+    stick_wide_copy<T, kRowBytes>(query_tile, columns, launch.q_aligned, static_cast<const T*>(p.q),
+                                  [&](int i) { return q[i]; });
+    stick_wide_copy<T, kRowBytes>(grad_tile, columns, launch.grad_o_aligned, static_cast<const T*>(params.grad_o),
+                                  [&](int i) { return grad_o[i]; });
+    device::cp_async_wait_all();
+    __syncwarp();
+    {
+      float scores[2][4] = {}, grad_weights[2][4] = {};
+      stick_wide_multiply<Op>(scores, keys[0], query_tile);
+      stick_wide_multiply<Op>(grad_weights, keys[Wide::kOne ? 0 : 1], grad_tile);
+      stick_wide_store_transposed_part(parts + (2 * warp) * Wide::kPart, scores);
+      stick_wide_store_transposed_part(parts + (2 * warp + 1) * Wide::kPart, grad_weights);
+    }
+    __syncthreads();
+    if (warp * 4 < kRows) {
+      const float2 score = stick_wide_sum(parts, 2 * Wide::kPart, row);
+      const float2 grad_weight = stick_wide_sum(parts + Wide::kPart, 2 * Wide::kPart, row);
+      const bool there = first_row + row < s.rows;
+      const std::int64_t at = place + stick_workspace_row(launch, s, head, first_row + row);
+      const StickWideSight sees(p, s, first_key, there ? s.newest_key(p, first_row + row) : -1);
+      const bool visited = there && s.newest_key(p, min(first_row + kRows, s.rows) - 1) >= first_key;
+      const float stick = visited ? launch.sticks[at] : 0.0f, older = visited ? launch.olders[at] : 0.0f;
+      const StickWideScan scan(score, odds, sees.older, sees.newer);
+      float2 weights;
+      float2 grad = stick_wide_gradients<Op>(scan, stick, grad_weight, weights, [&](float) { return older; });
+      if constexpr (Wide::kOne) grad = {grad.x * launch.scale, grad.y * launch.scale};
+      const int key = 2 * (lane % 8);
+      stick_wide_put<Op>(weights_operand, key, row, weights.x);
+      stick_wide_put<Op>(weights_operand, key + 1, row, weights.y);
+      stick_wide_put<Op>(grads_operand, key, row, grad.x);
+      stick_wide_put<Op>(grads_operand, key + 1, row, grad.y);
+    }
+    __syncthreads();
+    stick_wide_accumulate<Op>(grads[Wide::kOne ? 0 : 1], weights_operand, grad_tile);
+    stick_wide_accumulate<Op>(grads[0], grads_operand, query_tile);
+    __syncwarp();
+  }
+
+  const auto store = [&](const float (&grad)[Wide::kColumnTiles][4], void* tensor, const StickKeyStrides& strides,
+                         bool aligned) {
+    T* const to = stick_keys(static_cast<T*>(tensor), strides, s, head) + column;
+    stick_store_rows<T>(
+        grad, query_tile,
+        [&](int i) -> T* { return first_key + i < s.keys ? to + (first_key + i) * strides.token : nullptr; }, columns,
+        aligned);
+  };
+  if constexpr (!Wide::kOne) {
+    const bool both = params.grad_v == nullptr;  // K is V
+#pragma unroll
+    for (int i = 0; i < 4 * Wide::kColumnTiles; ++i) {
+      float &grad_k = grads[0][i / 4][i % 4], &grad_v = grads[1][i / 4][i % 4];
+      grad_v *= 1.0f / kStickWeightUnit<Op>;
+      grad_k = grad_k * launch.scale + (both ? grad_v : 0.0f);
+    }
+    if (!both) store(grads[1], params.grad_v, params.grad_v_strides, launch.grad_v_aligned);
+  }
+  store(grads[0], params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
+}
+
+}  // namespace mfx
