@@ -65,19 +65,32 @@ class Multistage {
   // Without branches where there is nothing to leave out, so that loads and products of all steps can overlap.
   template <bool kWhole>
   __device__ void multiply(Accumulators<Shape>& sums, SharedAddress stage, int rows, int steps) const {
-#pragma unroll(Math::kStepsAtOnce)
-    for (int step = 0; step < kStepsPerWarp; ++step) {
-      if (!kWhole && Shape::warp_depth() * kStepsPerWarp + step >= steps) break;
-      typename Math::Operand b[kPairs];
+    if constexpr (Math::kStepsOverlap) {
 #pragma unroll
-      for (int j = 0; j < kPairs; ++j) b[j] = right_.read(stage + Shape::kLeftBytes, j, step);
-#pragma unroll
-      for (int i = 0; i < Shape::kRowBlocks; ++i) {
-        if (!kWhole && i * 16 >= rows) break;
-        const typename Math::Operand a = left_.read(stage, i, step);
-#pragma unroll
-        for (int j = 0; j < Shape::kColumnBlocks; ++j) Math::multiply(sums.c[i][j], a, b[j / 2], j % 2);
+      for (int step = 0; step < kStepsPerWarp; ++step) {
+        if (!kWhole && Shape::warp_depth() * kStepsPerWarp + step >= steps) break;
+        multiply_step<kWhole>(sums, stage, rows, step);
       }
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < kStepsPerWarp; ++step) {
+        if (!kWhole && Shape::warp_depth() * kStepsPerWarp + step >= steps) break;
+        multiply_step<kWhole>(sums, stage, rows, step);
+      }
+    }
+  }
+
+  template <bool kWhole>
+  __device__ void multiply_step(Accumulators<Shape>& sums, SharedAddress stage, int rows, int step) const {
+    typename Math::Operand b[kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) b[j] = right_.read(stage + Shape::kLeftBytes, j, step);
+#pragma unroll
+    for (int i = 0; i < Shape::kRowBlocks; ++i) {
+      if (!kWhole && i * 16 >= rows) break;
+      const typename Math::Operand a = left_.read(stage, i, step);
+#pragma unroll
+      for (int j = 0; j < Shape::kColumnBlocks; ++j) Math::multiply(sums.c[i][j], a, b[j / 2], j % 2);
     }
   }
 

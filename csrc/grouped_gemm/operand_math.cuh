@@ -1,7 +1,7 @@
 // The arithmetic of a product: storage type and the tensor-core instructions that multiply it.
 //
 // A left operand is 16 rows by 32 bytes of depth, a right one two groups of 8 columns by 32 bytes, 4 registers each.
-// kStepsAtOnce: steps of 32 bytes whose loads and products may overlap, as far as registers last.
+// kStepsOverlap: registers last for the loads of one step of 32 bytes beside the products of another.
 #pragma once
 
 #include "device/convert.cuh"
@@ -15,7 +15,7 @@ struct Registers {
 
 struct Bf16Math {
   using T = BFloat16;
-  static constexpr int kStepsAtOnce = 4;
+  static constexpr bool kStepsOverlap = true;
   using Operand = Registers;
   static __device__ Operand operand(const std::uint32_t (&r)[4]) { return {{r[0], r[1], r[2], r[3]}}; }
   static __device__ void multiply(float (&c)[4], const Operand& a, const Operand& b, int group) {
@@ -25,7 +25,7 @@ struct Bf16Math {
 
 struct F16Math {
   using T = Float16;
-  static constexpr int kStepsAtOnce = 4;
+  static constexpr bool kStepsOverlap = true;
   using Operand = Registers;
   static __device__ Operand operand(const std::uint32_t (&r)[4]) { return {{r[0], r[1], r[2], r[3]}}; }
   static __device__ void multiply(float (&c)[4], const Operand& a, const Operand& b, int group) {
@@ -36,7 +36,7 @@ struct F16Math {
 // float32 rounded to TF32's 11 significant bits.
 struct Tf32Math {
   using T = float;
-  static constexpr int kStepsAtOnce = 4;
+  static constexpr bool kStepsOverlap = true;
   using Operand = Registers;
   static __device__ Operand operand(const std::uint32_t (&r)[4]) {
     Operand x;
@@ -51,7 +51,7 @@ struct Tf32Math {
 // float32 as the sum of two TF32 numbers; the product of the two small parts, 2^-22 of the whole, is left out.
 struct F32Math {
   using T = float;
-  static constexpr int kStepsAtOnce = 1;
+  static constexpr bool kStepsOverlap = false;
   struct Operand {
     Registers big, small;
   };
