@@ -19,4 +19,4 @@ emulator=$(tools/cudasim/run)
 make -s -C tools/cudasim BUILD="$emulator" PYTHON="$python" torch
 export CUDASIM_RACE="${CUDASIM_RACE-2}" CUDASIM_RACE_WARP="${CUDASIM_RACE_WARP-1}" CUDASIM_UNINIT="${CUDASIM_UNINIT-1}"
 export PYTHONPATH="$root/build-emulated/python:$root/tools/cudasim"
-exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -m 'not slow' "${@:-tests/cuda}"
+exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -m 'not slow' -o testpaths=tests/cuda "$@"
