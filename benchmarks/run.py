@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import math
 import re
 import subprocess
 import sys
@@ -60,14 +61,19 @@ def _say(result: CellResult, seconds: float) -> None:
     print(f"  {result.case}, {result.threads} {threads}: {ratios}  [{seconds:.0f} s]", flush=True)
 
 
-def run_section(section: str, directory: Path, *, quick: bool, missing: bool, match: str) -> bool:
-    """Measure the cells of one section, saving after each. Whether all checks were passed."""
+def run_section(section: str, directory: Path, *, quick: bool, missing: bool, match: str, budget: float) -> bool:
+    """Measure the cells of one section, saving after each, and begin none after ``budget`` seconds. Whether all checks
+    were passed.
+    """
+    deadline = time.monotonic() + budget
     reuse_heap()
     passed = True
     for cell in section_cells(section, quick):
         results = Results.load(directory)
         if not re.search(match, cell.key) or (missing and cell.key in results.cells):
             continue
+        if time.monotonic() > deadline:
+            break
         start = time.perf_counter()
         result = measure(cell, QUICK if quick else Effort(), results.limits.get(cell.threads))
         _say(result, time.perf_counter() - start)
@@ -86,10 +92,10 @@ def _begin(directory: Path, quick: bool) -> None:
     results.save(directory)
 
 
-def _worker(section: str, directory: Path, arguments: argparse.Namespace) -> str | None:
+def _worker(section: str, directory: Path, arguments: argparse.Namespace, budget: float) -> str | None:
     """Measure a section in a process of its own: neither memory nor a crash reaches the next one."""
     command = [sys.executable, "-m", "benchmarks.run", "--worker", section, "--out", str(directory)]
-    command += ["--match", arguments.match]
+    command += ["--match", arguments.match, "--budget", str(budget)]
     command += [flag for flag, given in (("--quick", arguments.quick), ("--missing", arguments.missing)) if given]
     code = subprocess.run(command, cwd=Path(__file__).parent.parent).returncode
     return None if code == 0 else "a check failed" if code == CHECK_FAILED else f"ended with status {code}"
@@ -101,6 +107,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--match", default="", help="only cells whose key (see --list) matches this regular expression")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
     parser.add_argument("--missing", action="store_true", help="only cells without results in the folder")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin no cell later than this; a run with --missing goes on from there",
+    )
     parser.add_argument("--out", type=Path, help="results folder (default: benchmarks/results/<date>-<machine>)")
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
     parser.add_argument("--worker", choices=SECTIONS, help=argparse.SUPPRESS)
@@ -124,16 +137,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     directory = (options.out or RESULTS / name).resolve()
     if options.worker:
         passed = run_section(
-            options.worker, directory, quick=options.quick, missing=options.missing, match=options.match
+            options.worker,
+            directory,
+            quick=options.quick,
+            missing=options.missing,
+            match=options.match,
+            budget=options.budget,
         )
         return 0 if passed else CHECK_FAILED
 
     from .plots import draw
 
+    deadline = time.monotonic() + options.budget
     _begin(directory, options.quick)
     for section in options.sections:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
         print(TITLES[section], flush=True)
-        failure = _worker(section, directory, options)
+        failure = _worker(section, directory, options, left)
         results = Results.load(directory)
         results.broken.pop(section, None)
         if failure is not None:

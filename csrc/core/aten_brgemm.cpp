@@ -6,6 +6,7 @@
 #include <exception>
 #include <vector>
 
+#include "core/amx.hpp"
 #include "core/brgemm.hpp"
 
 namespace mfx {
@@ -15,9 +16,14 @@ const at::BFloat16* as_aten(const BFloat16* p) {
   return reinterpret_cast<const at::BFloat16*>(p);
 }
 
-bool switched_off() {
+bool wanted(const char* choice) {
   const char* value = std::getenv("MFX_BRGEMM");
-  return value != nullptr && std::strcmp(value, "0") == 0;
+  return value != nullptr && std::strcmp(value, choice) == 0;
+}
+
+bool use_amx() {
+  static const bool use = amx_available() && !wanted("0") && !wanted("aten");
+  return use;
 }
 
 // brgemm is an internal of ATen: a newer torch may change its mind about a dtype or a processor, so ask it for a
@@ -25,7 +31,7 @@ bool switched_off() {
 template <typename T, typename Make>
 bool probe(Make make, bool vnni) {
   constexpr std::int64_t m = 3, n = 16, k = 4;
-  if (switched_off()) return false;
+  if (wanted("0")) return false;
   std::vector<T> a(m * k), b(k * n);
   std::vector<float> c(m * n, std::nanf(""));
   for (std::int64_t i = 0; i < m * k; ++i) a[i] = make(static_cast<float>(i % 5 - 2));
@@ -58,22 +64,28 @@ bool brgemm_available_f32() {
 }
 
 bool brgemm_available_bf16() {
-  static const bool available = probe<at::BFloat16>([](float x) { return at::BFloat16(x); }, true);
+  static const bool available = use_amx() || probe<at::BFloat16>([](float x) { return at::BFloat16(x); }, true);
   return available;
 }
 
 void brgemm(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b,
             std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/false);
+  if (use_amx()) amx_forget();  // oneDNN gives all tiles back when it changes kernels
 }
 
 void brgemm(std::int64_t m, std::int64_t n, std::int64_t k, const BFloat16* a, std::int64_t lda, const BFloat16* b,
             std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate) {
+  if (use_amx()) return amx_gemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, as_aten(a), as_aten(b), c, /*is_vnni=*/true);
 }
 
 BrgemmScope::~BrgemmScope() {
-  if (brgemm_available_bf16()) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  if (use_amx()) {
+    amx_release();
+  } else if (brgemm_available_bf16()) {
+    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  }
 }
 
 }  // namespace mfx

@@ -1,8 +1,9 @@
-// Small matrix products on cache-resident tiles through ATen's batch-reduce GEMM (oneDNN micro-kernels).
+// Small matrix products on cache-resident tiles: for bf16 our own kernel where there is AMX (core/amx.hpp), for float
+// and elsewhere ATen's batch-reduce GEMM (oneDNN micro-kernels).
 //
 // C[m, n] (+)= A[m, k] B[k, n] with fp32 C. A is row-major. B is row-major for float; for bf16 it is in VNNI order,
 // pairs of consecutive k interleaved: B[(k / 2), n, 2], with an odd last row paired with zeros. For bf16, n must be
-// 16, 32, 48 or 64 and k even (the AMX kernels' limits, kept everywhere so that one path serves all machines).
+// 16, 32, 48 or 64 and k even (oneDNN's limits with AMX, kept everywhere so that one path serves all machines).
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,8 @@
 namespace mfx {
 
 // Whether this torch and this processor run it; probed once, by computing a small product and checking it.
-// MFX_BRGEMM=0 turns it off (for tests): callers then take their own kernels (core/tile_gemm.hpp).
+// For tests: MFX_BRGEMM=0 turns it off, and callers take their own kernels (core/tile_gemm.hpp); MFX_BRGEMM=aten leaves
+// bf16 to ATen too.
 bool brgemm_available_f32();
 bool brgemm_available_bf16();
 

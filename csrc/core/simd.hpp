@@ -309,6 +309,21 @@ inline auto reduce_max(V v) {
   return best;
 }
 
+// 1 / x to less than 1 ulp, exact for powers of 2, where x and 1 / x are normal numbers. The processor's estimate and
+// one step of third order: all on the multipliers, where a division blocks its unit for as long as a whole exponential.
+inline VecF reciprocal(VecF x) {
+#if defined(MFX_ISA_AVX512)
+  const VecF y = reinterpret_cast<VecF>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+  const VecF h = 1.0f - x * y;
+  return y + y * (h + h * h);
+#else
+  return 1.0f / x;
+#endif
+}
+inline VecD reciprocal(VecD x) {
+  return 1.0 / x;
+}
+
 // e^x to about 1 ulp for |x| <= 87 (float) or 708 (double), where no scaling can overflow; outside, undefined.
 // x = n ln 2 + r, with n by adding and subtracting 1.5 * 2^mantissa, then a polynomial in |r| <= ln 2 / 2.
 inline VecF exp_bounded(VecF x) {

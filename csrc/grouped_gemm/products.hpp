@@ -21,6 +21,8 @@ namespace mfx::MFX_ISA {
 
 inline constexpr std::int64_t kBlockRows = 256;       // positions of one expert that share a pass over its matrix
 inline constexpr std::int64_t kPanelBytes = 1 << 18;  // of one packed panel: a quarter of a second-level cache
+inline constexpr std::int64_t kSlabBytes = 1 << 19;   // of what multiply_experts packs at once
+inline constexpr std::int64_t kSumBytes = 1 << 20;    // of its sums: half of a second-level cache
 inline constexpr std::int64_t kMaxDepth = 256;        // of one product in accumulate_experts
 
 // Consecutive positions of one expert. `padded` is the first position when every block is padded to kPad.
@@ -43,12 +45,14 @@ inline std::vector<ExpertBlock> expert_blocks(const RoutedLayout& layout, std::i
   return blocks;
 }
 
-// f(first, count) over [0, n) in equal pieces of at most kPanel: equal, because small pieces multiply slowly.
-template <typename F>
+// f(first, count) over [0, n) in pieces of at most kPanel. Equal ones, because small pieces multiply slowly; those of
+// bf16 products in whole tiles of the matrix unit.
+template <typename Op, typename F>
 inline void for_row_pieces(std::int64_t n, F f) {
   std::int64_t pieces = (n + kPanel - 1) / kPanel;
   for (std::int64_t row = 0; row < n; --pieces) {
-    const std::int64_t rows = (n - row + pieces - 1) / pieces;
+    const std::int64_t equal = (n - row + pieces - 1) / pieces;
+    const std::int64_t rows = std::is_same_v<Op, BFloat16> ? std::min(round_up(equal, 32), n - row) : equal;
     f(row, rows);
     row += rows;
   }
@@ -89,60 +93,88 @@ Operand<Op> gather_operand(const RoutedLayout& layout, const RoutedRows& rows, s
   return {data, stride, std::move(storage)};
 }
 
+inline constexpr std::int64_t kPrefetchRows = 8;  // of a matrix, ahead of the two that are being packed
+
+template <typename T>
+inline void prefetch_panel(const T* row) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int i = 0; i < kPanel; i += kLine) __builtin_prefetch(row + i, 0, 2);
+}
+
 // For every block of rows and columns: epilogue(p, rows, n, columns, parts) with the block's first position p and first
 // column n, and parts[0] the sums, [rows, kPanel]. Where the activation is gated, parts[1] holds the columns half the
-// matrix further on. A task packs two panels at once either way: longer runs of each row come from memory.
+// matrix further on.
+//
+// A task takes a strip of the columns, as wide as its sums fit the second-level cache, and goes down the matrix slab by
+// slab: packs whole rows of the strip, in the order of memory, which is twice as fast as packing panel by panel, then
+// multiplies. The order of a sum depends on neither the strip's width nor the block's height.
 template <bool kGated, typename T, typename Op, typename Epilogue>
 void multiply_experts(const RoutedLayout& layout, const Operand<Op>& a, std::int64_t in_features,
                       const void* const* weight, std::int64_t out_features, Epilogue epilogue) {
   using Acc = Accumulate<T>;
-  constexpr std::int64_t kPackRows = 16;
+  constexpr std::int64_t kParts = kGated ? 2 : 1;
   const auto blocks = expert_blocks(layout, kBlockRows);
-  const std::int64_t limit = kGated ? out_features / 2 : out_features;
-  const std::int64_t distance = kGated ? limit : kPanel;  // from the first panel to the second
-  const std::int64_t task_columns = kGated ? kPanel : 2 * kPanel;
-  const std::int64_t tasks = (limit + task_columns - 1) / task_columns;
-  const std::int64_t depth = round_up(in_features, kInterleave<Op>);
-  const std::int64_t step = std::min<std::int64_t>(depth, kPanelBytes / (kPanel * sizeof(Op)));
-  const bool whole = step >= depth;
-  const std::int64_t c_rows = whole ? kPanel : kBlockRows;
+  if (blocks.empty()) return;
+  std::int64_t most_rows = 0;
+  for (const ExpertBlock& block : blocks) most_rows = std::max(most_rows, block.rows);
+  const std::int64_t limit = out_features / kParts, depth = round_up(in_features, kInterleave<Op>);
+  const std::int64_t slab =  // rows of the matrix; from sizes alone, since it cuts the sums
+      std::clamp<std::int64_t>(kSlabBytes / (round_up(out_features, kPanel) * sizeof(Op)) / 32 * 32, 64, kMaxDepth);
+  const std::int64_t all_panels = (limit + kPanel - 1) / kPanel;  // of a part
+  const std::int64_t most_panels =
+      std::max<std::int64_t>(1, kSumBytes / (kParts * most_rows * kPanel * static_cast<std::int64_t>(sizeof(Acc))));
+  const std::int64_t least_strips =
+      (4 * num_threads() + static_cast<std::int64_t>(blocks.size()) - 1) / static_cast<std::int64_t>(blocks.size());
+  const std::int64_t strips =
+      std::min(all_panels, std::max(least_strips, (all_panels + most_panels - 1) / most_panels));
+  const std::int64_t panels = (all_panels + strips - 1) / strips;
 
-  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * tasks, [&](std::int64_t task) {
-    const ExpertBlock& block = blocks[static_cast<std::size_t>(task / tasks)];
-    const std::int64_t first = task % tasks * task_columns;
-    Acc* const c = static_cast<Acc*>(thread_scratch(2 * (c_rows * kPanel * sizeof(Acc) + step * kPanel * sizeof(Op))));
-    Op* const packed = reinterpret_cast<Op*>(c + 2 * c_rows * kPanel);
-    const T* matrix = static_cast<const T*>(weight[block.expert]) + first;
-    const auto columns_of = [&](int part) {
-      const std::int64_t left = limit - first - (kGated ? 0 : part * kPanel);
-      return static_cast<int>(std::clamp<std::int64_t>(left, 0, kPanel));
+  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * strips, [&](std::int64_t task) {
+    const ExpertBlock& block = blocks[static_cast<std::size_t>(task / strips)];
+    const std::int64_t first = task % strips * panels * kPanel;
+    const std::int64_t used = std::min(panels, (limit - first + kPanel - 1) / kPanel);
+    if (used <= 0) return;
+    const std::int64_t c_size = block.rows * kPanel, packed_size = std::min(slab, depth) * kPanel;
+    Acc* const c = static_cast<Acc*>(
+        thread_scratch(static_cast<std::size_t>(kParts * used) * (c_size * sizeof(Acc) + packed_size * sizeof(Op))));
+    Op* const packed = reinterpret_cast<Op*>(c + kParts * used * c_size);
+    const T* const matrix = static_cast<const T*>(weight[block.expert]) + first;
+    const auto columns_of = [&](std::int64_t panel) {
+      return static_cast<int>(std::min<std::int64_t>(kPanel, limit - first - panel * kPanel));
     };
-    const int columns[2] = {columns_of(0), columns_of(1)};
     const BrgemmScope scope;
 
-    for (std::int64_t k0 = 0; k0 < depth; k0 += step) {
-      const std::int64_t k = std::min(step, depth - k0), k_read = std::min(step, in_features - k0);
-      for (std::int64_t l = 0; l < k; l += kPackRows) {
-        for (int part = 0; part < 2 && columns[part] > 0; ++part) {
-          const T* corner = matrix + (k0 + l) * out_features + part * distance;
-          pack_panel<T>([&](std::int64_t row) { return corner + row * out_features; }, std::min(kPackRows, k_read - l),
-                        std::min(kPackRows, k - l), columns[part], static_cast<int>(round_up(columns[part], kPad)),
-                        packed + (part * step + l) * kPanel);
+    for (std::int64_t k0 = 0; k0 < depth; k0 += slab) {
+      const std::int64_t k = std::min(slab, depth - k0);
+      for (std::int64_t l = 0; l < k; l += 2) {
+        const T* const rows = matrix + (k0 + l) * out_features;
+        const std::int64_t here = std::min<std::int64_t>(2, k - l);
+        const std::int64_t read = std::min<std::int64_t>(2, in_features - k0 - l);
+        for (std::int64_t part = 0; part < kParts; ++part) {
+          for (std::int64_t panel = 0; panel < used; ++panel) {
+            const T* const corner = rows + part * limit + panel * kPanel;
+            const int columns = columns_of(panel);
+            if (k0 + l + kPrefetchRows + 2 <= in_features) {
+              prefetch_panel(corner + kPrefetchRows * out_features);
+              prefetch_panel(corner + (kPrefetchRows + 1) * out_features);
+            }
+            pack_panel<T>([&](std::int64_t row) { return corner + row * out_features; }, read, here, columns,
+                          static_cast<int>(round_up(columns, kPad)),
+                          packed + (part * used + panel) * packed_size + l * kPanel);
+          }
         }
       }
-      for_row_pieces(block.rows, [&](std::int64_t row, std::int64_t rows) {
-        Acc* parts[2] = {};
-        for (int part = 0; part < 2; ++part) {
-          parts[part] = c + (part * c_rows + (whole ? 0 : row)) * kPanel;
-          if (columns[part] == 0) continue;
-          tile_gemm(rows, round_up(columns[part], kPad), k, a.data + (block.begin + row) * a.stride + k0, a.stride,
-                    packed + part * step * kPanel, kPanel, parts[part], kPanel, k0 > 0);
-        }
-        if (k0 + k < depth) return;
-        epilogue(block.begin + row, rows, first, columns[0], parts);
-        if (!kGated && columns[1] > 0) {
-          Acc* const second[2] = {parts[1], nullptr};
-          epilogue(block.begin + row, rows, first + kPanel, columns[1], second);
+      for_row_pieces<Op>(block.rows, [&](std::int64_t row, std::int64_t rows) {
+        const Op* const a_block = a.data + (block.begin + row) * a.stride + k0;
+        for (std::int64_t panel = 0; panel < used; ++panel) {
+          const int columns = columns_of(panel);
+          Acc* parts[2] = {};
+          for (std::int64_t part = 0; part < kParts; ++part) {
+            parts[part] = c + (part * used + panel) * c_size + row * kPanel;
+            tile_gemm(rows, round_up(columns, kPad), k, a_block, a.stride, packed + (part * used + panel) * packed_size,
+                      kPanel, parts[part], kPanel, k0 > 0);
+          }
+          if (k0 + k == depth) epilogue(block.begin + row, rows, first + panel * kPanel, columns, parts);
         }
       });
     }
@@ -209,7 +241,7 @@ void multiply_experts_transposed(const RoutedLayout& layout, const RoutedRows& g
       for (std::int64_t first = 0; first < block.rows; first += kPanel) {
         const std::int64_t width = round_up(std::min<std::int64_t>(kPanel, block.rows - first), kPad);
         const Op* b = packed.data() + (block.padded + first) * depth + k0 * width;
-        for_row_pieces(columns, [&](std::int64_t r, std::int64_t rows) {
+        for_row_pieces<Op>(columns, [&](std::int64_t r, std::int64_t rows) {
           tile_gemm(rows, width, k, a + r * stride, stride, b, width, c + (first + r) * kPanel, kPanel, k0 > 0);
         });
       }
@@ -285,7 +317,7 @@ void accumulate_experts(const RoutedLayout& layout, const RoutedRows& a, Scale s
       const Op* b_panel = packed_b.data() + expert.b_offset + n * expert.depth;
       for (std::int64_t k0 = 0; k0 < expert.depth; k0 += kMaxDepth) {
         const std::int64_t k = std::min(kMaxDepth, expert.depth - k0);
-        for_row_pieces(height, [&](std::int64_t row, std::int64_t rows) {
+        for_row_pieces<Op>(height, [&](std::int64_t row, std::int64_t rows) {
           tile_gemm(rows, width, k, a_block + row * expert.stride + k0, expert.stride, b_panel + k0 * kPanel, kPanel,
                     c + row * kPanel, kPanel, k0 > 0);
         });

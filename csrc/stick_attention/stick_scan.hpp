@@ -141,7 +141,7 @@ inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t l
       for (int n = 0; n < kN; ++n) {
         V e = odds(load(tile.scores + key * tile.rows + lane + n * w));
         if constexpr (kDiagonal) e = broadcast(static_cast<Real>(key)) <= newest[n] ? e : V{};
-        const V u = 1 / (1 + e);
+        const V u = reciprocal(1 + e);
         weight[half][n] = e * u * product[n];
         taken[n] += weight[half][n];
         product[n] *= u;
@@ -211,7 +211,7 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
       }
       V e = odds(load(tile.scores + at));
       if constexpr (kDiagonal) e = broadcast(static_cast<Real>(key)) <= newest[n] ? e : V{};
-      const V u = 1 / (1 + e);
+      const V u = reciprocal(1 + e);
       const V beta = e * u;
       const V weight = beta * product[n];
       taken[n] += weight;

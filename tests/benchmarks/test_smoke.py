@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from benchmarks import run
 from benchmarks.harness import measure
+from benchmarks.results import Results
 from benchmarks.run import QUICK, SECTIONS, main, section_cells
 
 
@@ -23,6 +25,15 @@ def test_full_cells_have_unique_keys_and_goals() -> None:
         cells = list(section_cells(section, quick=False))
         assert len({cell.key for cell in cells}) == len(cells)
         assert all(cell.goals for cell in cells)
+
+
+def test_no_cell_begins_after_the_budget(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "reuse_heap", lambda: None)  # would last beyond this test
+    settings = {"quick": True, "missing": False, "match": "linear gate, fp32 forward,"}
+    assert run.run_section("router", tmp_path, **settings, budget=-1)
+    assert not Results.load(tmp_path).cells
+    assert run.run_section("router", tmp_path, **settings, budget=600)
+    assert Results.load(tmp_path).cells
 
 
 @pytest.mark.slow

@@ -61,6 +61,10 @@ MFX_EXPORT(gelu_slope_f64)(const double* in, double* out, int64_t n) {
   map(in, out, n, gelu_slope<double>);
 }
 
+MFX_EXPORT(reciprocal_f32)(const float* in, float* out, int64_t n) {
+  map(in, out, n, [](auto x) { return reciprocal(x); });
+}
+
 MFX_EXPORT(widen_bf16)(const BFloat16* in, float* out, int64_t n) {
   map(in, out, n, same<float>);
 }

@@ -185,6 +185,14 @@ def test_interleaving_rows_of_bf16(call) -> None:
     np.testing.assert_array_equal(_widened(pairs[:, 1], "bf16"), _narrowed(odd, "bf16"))
 
 
+def test_reciprocal(call) -> None:
+    """Over the range of 1 + exp(logit) in a stick scan, and exact where a stick is to stay whole."""
+    x = np.concatenate([np.linspace(1, 2, 100_003), np.logspace(0, 34.9, 100_003)]).astype(np.float32)
+    assert ulps(apply(call, "reciprocal_f32", x), 1 / x.astype(np.float64)) < 1
+    powers = 2.0 ** np.arange(0, 112, dtype=np.float32)
+    np.testing.assert_array_equal(apply(call, "reciprocal_f32", powers), 1 / powers)
+
+
 # tile_gemm
 
 SIZES = [(1, 1, 1), (7, 5, 3), (6, 64, 33), (13, 67, 17), (65, 130, 9), (5, 33, 0)]
@@ -229,7 +237,9 @@ def test_tile_gemm(call, m, n, k, accumulate) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 2), (7, 48, 6), (33, 64, 30), (65, 32, 130)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 16, 2), (7, 48, 6), (33, 64, 30), (65, 32, 130), (48, 64, 96), (64, 48, 16)]
+)
 def test_bf16_tile_gemm(call, library, m, n, k, accumulate) -> None:
     if not library.brgemm_usable_bf16():
         pytest.skip("this torch or processor multiplies no bf16 tiles")

@@ -389,7 +389,9 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.f
 
 
 @pytest.mark.parametrize(
-    "environment", [{"MFX_CPU_ISA": isa} for isa in ("baseline", "avx2", "avx512")] + [{"MFX_BRGEMM": "0"}], ids=str
+    "environment",
+    [{"MFX_CPU_ISA": isa} for isa in ("baseline", "avx2", "avx512")] + [{"MFX_BRGEMM": way} for way in ("0", "aten")],
+    ids=str,
 )
 def test_other_instruction_sets(environment):
     names = ["baseline", "avx2", "avx512", "avx512_bf16"]

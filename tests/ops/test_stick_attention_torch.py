@@ -254,6 +254,7 @@ for dtype, bound in [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloa
         {"MFX_CPU_ISA": "avx512"},
         {"MFX_CPU_ISA": "avx512", "MFX_BRGEMM": "0"},
         {"MFX_BRGEMM": "0"},
+        {"MFX_BRGEMM": "aten"},
     ],
     ids=lambda settings: "-".join(settings.values()),
 )
