@@ -1,5 +1,6 @@
 #include "moduleformer_ext/stick_attention.hpp"
 
+#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -151,7 +152,6 @@ struct Problem {
       : q(with_contiguous_heads(q_in)),
         k(with_contiguous_heads(k_in)),
         v(present(v_in) ? with_contiguous_heads(*v_in) : k) {
-    check_cpu(kOp, "q", q);
     const bool packed = present(cu_seqlens_q);
     if (present(key_padding_mask)) mask = key_padding_mask->contiguous();
     if (packed) cu_q = cu_seqlens_q->contiguous();
@@ -177,6 +177,7 @@ struct Problem {
         .cu_seqlens_k = packed ? cu_k.const_data_ptr<int32_t>() : nullptr,
         .scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(-1)))),
         .attend_current = attend_current,
+        .allow_tf32 = at::globalContext().allowTF32CuBLAS(),  // torch.backends.cuda.matmul.allow_tf32
     };
   }
 };
@@ -198,7 +199,7 @@ Outputs forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::
   const bool packed = present(cu_seqlens_q);
   Outputs outputs = allocate(problem.q, for_backward);
   auto& [o, remainder, residual, first_tiles] = outputs;
-  check_status(stick_attention_forward_cpu({
+  const StickAttentionForwardParams params = {
       .problem = problem.params,
       .stick_epsilon = stick_epsilon.value_or(q.scalar_type() == at::kDouble ? 0.0 : 0x1p-24),
       .o = o.mutable_data_ptr(),
@@ -206,7 +207,13 @@ Outputs forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::
       .residual = residual.numel() == 0 ? nullptr : residual.mutable_data_ptr(),
       .remainder = remainder.mutable_data_ptr(),
       .first_tiles = first_tiles.mutable_data_ptr<int32_t>(),
-  }));
+  };
+  switch (backend_of(kOp, "q", q)) {
+    case Backend::kCpu: check_status(stick_attention_forward_cpu(params)); break;
+    case Backend::kCuda:
+      launch_cuda(kOp, {problem.q, problem.k, problem.v}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_forward_cuda));
+      break;
+  }
   return outputs;
 }
 
@@ -279,7 +286,7 @@ Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const
   const Tensor grad_sticks = present(grad_remainder) ? grad_remainder->contiguous() : Tensor();
   Grads grads = allocate_grads(problem.q, problem.k, v);
   auto& [grad_q, grad_k, grad_v] = grads;
-  check_status(stick_attention_backward_cpu({
+  const StickAttentionBackwardParams params = {
       .problem = problem.params,
       .grad_o = grad_output.const_data_ptr(),
       .grad_o_strides = query_strides(grad_output, packed, group),
@@ -295,7 +302,14 @@ Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const
       .grad_k_strides = key_strides(grad_k, packed),
       .grad_v = present(v) ? grad_v.mutable_data_ptr() : nullptr,
       .grad_v_strides = present(v) ? key_strides(grad_v, packed) : StickKeyStrides{},
-  }));
+  };
+  switch (backend_of(kOp, "q", q)) {
+    case Backend::kCpu: check_status(stick_attention_backward_cpu(params)); break;
+    case Backend::kCuda:
+      launch_cuda(kOp, {problem.q, problem.k, problem.v}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda),
+                  MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda_workspace));
+      break;
+  }
   return grads;
 }
 

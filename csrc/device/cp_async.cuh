@@ -7,13 +7,16 @@
 
 namespace mfx::device {
 
-template <int kBytes>
+template <int kBytes, int kOffset = 0>
 __device__ inline void cp_async(SharedAddress to, const void* from, std::uint32_t source_bytes = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "the sizes cp.async has");
   if constexpr (kBytes == 16) {  // around L1: tiles are read once per block
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(source_bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(source_bytes),
+                 "n"(kOffset)
+                 : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(source_bytes)
+    asm volatile("cp.async.ca.shared.global [%0 + %4], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+                 "r"(source_bytes), "n"(kOffset)
                  : "memory");
   }
 }

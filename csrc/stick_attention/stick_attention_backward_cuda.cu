@@ -127,9 +127,9 @@ cudaError_t launch_kernel(const Kernel& kernel, std::int64_t blocks, const Stick
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) std::int64_t mfx_stick_attention_backward_cuda_workspace(
-    const StickAttentionProblem& p) {
-  const Instance* const instance = find(p);
-  return instance == nullptr ? 0 : Workspace(*instance, p).bytes;
+    const StickAttentionBackwardParams& params) {
+  const Instance* const instance = find(params.problem);
+  return instance == nullptr ? 0 : Workspace(*instance, params.problem).bytes;
 }
 
 extern "C" __attribute__((visibility("default"))) Status

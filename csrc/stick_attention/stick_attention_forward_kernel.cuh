@@ -51,26 +51,9 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const device::SharedAddress queries = device::shared_address(shared), ring = queries + Tiles::kQueryBytes;
   const StickTileCopy<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
+  using Rows = typename decltype(copy)::Rows;
   copy.template rows<kStickTileRows>(
-      queries, StickRows<const T>(static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row), launch.q_aligned);
-
-  const T* const k = static_cast<const T*>(p.k) + s.batch * p.k_strides.batch + s.k_begin * p.k_strides.token +
-                     head * p.k_strides.head;
-  const T* const v = static_cast<const T*>(p.v) + s.batch * p.v_strides.batch + s.k_begin * p.v_strides.token +
-                     head * p.v_strides.head;
-  const bool k_is_v = k == v && p.k_strides.token == p.v_strides.token;
-  const auto copy_keys = [&](int key_tile, device::SharedAddress to) {
-    if (key_tile >= 0) {
-      const std::int64_t first = std::int64_t{key_tile} * kKeys;
-      const int keys = s.keys - key_tile * kKeys;
-      copy.template keys<kKeys>(to, k + first * p.k_strides.token, p.k_strides.token, keys, launch.k_aligned);
-      if (!k_is_v) {
-        copy.template keys<kKeys>(to + Tiles::kTileBytes, v + first * p.v_strides.token, p.v_strides.token, keys,
-                                  launch.v_aligned);
-      }
-    }
-    device::cp_async_commit();
-  };
+      Rows{queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row}, launch.q_aligned});
 
   // This lane's two rows, and its warp's first and last.
   const int lane = threadIdx.x & 31, warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;
@@ -94,19 +77,25 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
 
   int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
   const int newest_tile = key_tile;
-  device::SharedAddress stage = ring, next = ring + (kStages - 1) * (2 * Tiles::kTileBytes);
-  if constexpr (kStages > 1) copy_keys(key_tile, stage);
+  StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
+                                                          launch.v_aligned);
+  device::SharedAddress key_rows = device::b_rows<kRowBytes>(ring);
+  device::SharedAddress value_columns = device::b_columns<Op, kRowBytes>(walk.k_is_v ? ring : ring + Tiles::kTileBytes);
+  device::SharedAddress target = ring;
+  int to_other = (kStages - 1) * 2 * Tiles::kTileBytes;  // from a tile's place in the ring to the next one's
+  if constexpr (kStages > 1) walk.next(target, key_tile >= 0);
   keep.load(key_tile * kKeys);
   for (; key_tile >= 0; --key_tile) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     // The tile is there for all, all are done with the one before, and its place is free. Are all sticks used up?
     if (__syncthreads_and(stick[0] <= launch.epsilon && stick[1] <= launch.epsilon)) break;
     if constexpr (kStages == 1) {
-      copy_keys(key_tile, stage);
+      walk.next(target, true);
       device::cp_async_wait<0>();
       __syncthreads();
     } else {
-      copy_keys(key_tile - 1, next);
+      target += to_other;
+      walk.next(target, key_tile > 0);
     }
     if (kKeepQueries && key_tile == newest_tile) {
 #pragma unroll
@@ -127,7 +116,7 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
               device::load_a(a, query_rows, step);
             }
           },
-          device::b_rows<kRowBytes>(stage));
+          key_rows);
       if (keep.all() && warp_oldest >= first_key + kKeys - 1) {
         stick_scan_forward<false>(scores, odds, {}, kStickWeightUnit<Op>, stick);
       } else {
@@ -137,14 +126,11 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
       }
       device::FragmentA weights[device::steps_of_tiles<Op>(kKeyTiles)];
       device::pack_a<Op>(weights, scores);
-      device::multiply_columns<Op, kRowBytes>(
-          o, weights, device::b_columns<Op, kRowBytes>(k_is_v ? stage : stage + Tiles::kTileBytes));
+      device::multiply_columns<Op, kRowBytes>(o, weights, value_columns);
     }
-    if constexpr (kStages > 1) {
-      const device::SharedAddress used = stage;
-      stage = next;
-      next = used;
-    }
+    key_rows += to_other;
+    value_columns += to_other;
+    to_other = -to_other;
   }
   device::cp_async_wait_all();
 

@@ -83,11 +83,6 @@ __device__ inline int stick_first_key(const StickBackwardLaunch& launch, const S
   return launch.params.first_tiles[stick_flat_row(launch.params.problem, s, head, first_row)] * launch.forward_keys;
 }
 
-template <typename T>
-__device__ inline T* stick_keys(T* tensor, const StickKeyStrides& strides, const StickSequence& s, std::int64_t head) {
-  return tensor + s.batch * strides.batch + s.k_begin * strides.token + head * strides.head;
-}
-
 // lengths[slot] = greatest |v|^2 of 64 keys: a warp each, eight lanes per key.
 template <typename T>
 __device__ inline void stick_value_lengths(const StickBackwardLaunch& launch) {

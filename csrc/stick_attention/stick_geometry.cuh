@@ -79,12 +79,13 @@ struct StickRows {
         count(s.rows - first_row),
         group(static_cast<int>(p.group)) {}
 
-  // Null beyond the sequence's end.
-  __device__ T* operator[](int row) const {
-    if (row >= count) return nullptr;
+  __device__ T* at(int row) const {
     const int token = (first + row) / group;
     return base + token * token_stride + (first + row - token * group) * group_stride;
   }
+
+  // Null beyond the sequence's end.
+  __device__ T* operator[](int row) const { return row < count ? at(row) : nullptr; }
 };
 
 // Index of a row in [B, Tq, H, G].
@@ -121,16 +122,6 @@ __device__ inline void stick_scatter_chunk(T* to, const uint4& x) {
   }
 }
 
-// One chunk of a tile: asynchronously where addresses are aligned, zeros where there is no source.
-template <typename T>
-__device__ inline void stick_copy_chunk(device::SharedAddress to, const T* from, bool present, bool aligned) {
-  if (aligned) {
-    device::cp_async<16>(to, from, present ? 16 : 0);
-  } else {
-    device::store_shared_128(to, present ? stick_gather_chunk(from) : uint4{0, 0, 0, 0});
-  }
-}
-
 // Copies rows of a problem's tensors into swizzled tiles with all kThreads threads of the block, each thread one column
 // of chunks. Columns from head_dim on are filled with zeros, and so are rows that are not there.
 template <typename T, int kRowBytes, int kThreads>
@@ -139,50 +130,128 @@ struct StickTileCopy {
   static constexpr int kRowsAtOnce = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0, "a thread keeps its column");
 
-  int row, column;  // of this thread
-  bool inside;      // whether the column belongs to the head dimension
+  int row, column;       // of this thread
+  std::uint32_t bytes;   // of a chunk in its column: 16 or, beyond the head dimension, 0
+  std::uint32_t offset;  // of its first chunk in a tile
 
   __device__ explicit StickTileCopy(std::int64_t head_dim)
       : row(static_cast<int>(threadIdx.x) / kChunks),
         column(static_cast<int>(threadIdx.x) % kChunks * (16 / static_cast<int>(sizeof(T)))),
-        inside(column < head_dim) {}
+        bytes(column < head_dim ? 16 : 0),
+        offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)) {}
 
-  // Where this thread's chunk of row i * kRowsAtOnce + row lies in a tile.
-  __device__ device::SharedAddress place(device::SharedAddress tile, int i) const {
-    return tile + device::swizzled_offset<kRowBytes>(i * kRowsAtOnce + row, threadIdx.x % kChunks);
-  }
-
-  template <int kRows>
-  __device__ void rows(device::SharedAddress tile, const StickRows<const T>& from, bool aligned) const {
-#pragma unroll
-    for (int i = 0; i < (kRows + kRowsAtOnce - 1) / kRowsAtOnce; ++i) {
-      if (kRows < kRowsAtOnce && row >= kRows) break;
-      const T* source = from[i * kRowsAtOnce + row];
-      const bool present = source != nullptr && inside;
-      stick_copy_chunk(place(tile, i), present ? source + column : from.base, present, aligned);
+  // One chunk, kRound rounds behind the first: asynchronously where addresses are aligned, zeros where `size` is 0.
+  template <int kRound>
+  __device__ void chunk(device::SharedAddress tile, const T* from, std::uint32_t size, bool aligned) const {
+    constexpr int kRow = kRound * kRowsAtOnce;
+    // Eight rows further on the swizzle is the same.
+    const device::SharedAddress to =
+        kRow % 8 == 0 ? tile + offset
+                      : tile + device::swizzled_offset<kRowBytes>(kRow % 8 + row, threadIdx.x % kChunks);
+    constexpr int kBehind = kRow / 8 * 8 * kRowBytes;
+    if (aligned) {
+      device::cp_async<16, kBehind>(to, from, size);
+    } else {
+      device::store_shared_128(to + kBehind, size != 0 ? stick_gather_chunk(from) : uint4{0, 0, 0, 0});
     }
   }
 
-  // `keys` keys from `from` on (more are not there), in the order of stick_key_of_slot.
+  // Rows of a tensor of q's shape.
+  struct Rows {
+    device::SharedAddress tile;
+    StickRows<const T> from;
+    bool aligned;
+  };
+
+  // Copies tiles of tensors whose rows begin at the same row.
+  template <int kRows, typename... Tensors>
+  __device__ void rows(const Tensors&... tensors) const {
+    device::static_for<(kRows + kRowsAtOnce - 1) / kRowsAtOnce>([&](auto round) {
+      const int at = round * kRowsAtOnce + row;
+      if (kRows >= kRowsAtOnce || at < kRows) (row_chunk<round>(tensors, at), ...);
+    });
+  }
+
+  // This thread's first chunk of a tensor's keys in a tile of kKeys.
   template <int kKeys>
-  __device__ void keys(device::SharedAddress tile, const T* from, std::int64_t stride, int keys, bool aligned) const {
+  __device__ const T* key_source(const T* keys, std::int64_t stride) const {
+    return keys + stick_key_of_slot<kKeys>(row) * stride + column;
+  }
+
+  // The tile of keys that begins where key_source() pointed to, in the order of stick_key_of_slot; `keys` are there.
+  template <int kKeys>
+  __device__ void keys(device::SharedAddress tile, const T* source, std::int64_t stride, int keys, bool aligned) const {
     static_assert(kKeys % kRowsAtOnce == 0, "whole rounds");
-    const int first = stick_key_of_slot<kKeys>(row);
-    const T* const source = from + first * stride + (inside ? column : 0);
     if (keys >= kKeys && aligned) {
-      const std::uint32_t bytes = inside ? 16 : 0;
-      device::static_for<kKeys / kRowsAtOnce>([&](auto i) {
-        constexpr std::int64_t key = stick_key_of_slot<kKeys>(i * kRowsAtOnce);
-        device::cp_async<16>(place(tile, i), source + key * stride, bytes);
+      device::static_for<kKeys / kRowsAtOnce>([&](auto round) {
+        constexpr std::int64_t key = stick_key_of_slot<kKeys>(round * kRowsAtOnce);
+        chunk<round>(tile, source + key * stride, bytes, true);
       });
     } else {
-      device::static_for<kKeys / kRowsAtOnce>([&](auto i) {
-        constexpr int key = stick_key_of_slot<kKeys>(i * kRowsAtOnce);
-        const bool present = inside && first + key < keys;
-        stick_copy_chunk(place(tile, i), present ? source + key * stride : from, present, aligned);
+      const int first = stick_key_of_slot<kKeys>(row);
+      device::static_for<kKeys / kRowsAtOnce>([&](auto round) {
+        constexpr int key = stick_key_of_slot<kKeys>(round * kRowsAtOnce);
+        chunk<round>(tile, source + key * stride, first + key < keys ? bytes : 0, aligned);
       });
     }
   }
+
+ private:
+  template <int kRound>
+  __device__ void row_chunk(const Rows& rows, int at) const {
+    const bool there = at < rows.from.count;
+    chunk<kRound>(rows.tile, rows.from.at(there ? at : 0) + column, there ? bytes : 0, rows.aligned);
+  }
+};
+
+template <typename T>
+__device__ inline T* stick_keys(T* tensor, const StickKeyStrides& strides, const StickSequence& s, std::int64_t head) {
+  return tensor + s.batch * strides.batch + s.k_begin * strides.token + head * strides.head;
+}
+
+// The walk of a block over tiles of K and V (V behind K; once, where K is V), from the newest to the oldest.
+template <typename T, int kRowBytes, int kKeys, int kThreads>
+class StickKeyWalk {
+ public:
+  static constexpr int kTileBytes = kKeys * kRowBytes;
+  const bool k_is_v;
+
+  __device__ StickKeyWalk(const StickTileCopy<T, kRowBytes, kThreads>& copy, const StickAttentionProblem& p,
+                          const StickSequence& s, std::int64_t head, int tile, bool k_aligned, bool v_aligned)
+      : k_is_v(p.k == p.v && p.k_strides.token == p.v_strides.token && p.k_strides.head == p.v_strides.head),
+        copy_(copy),
+        k_stride_(p.k_strides.token),
+        v_stride_(p.v_strides.token),
+        keys_(s.keys - tile * kKeys),
+        k_aligned_(k_aligned),
+        v_aligned_(v_aligned) {
+    const std::int64_t first = std::int64_t{tile} * kKeys;
+    k_ = copy.template key_source<kKeys>(stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head), k_stride_) +
+         first * k_stride_;
+    v_ = copy.template key_source<kKeys>(stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head), v_stride_) +
+         first * v_stride_;
+  }
+
+  // Copies the next tile, if it is wanted; a group of copies in any case.
+  __device__ void next(device::SharedAddress to, bool wanted) {
+    if (wanted) {
+      copy_.template keys<kKeys>(to, k_, k_stride_, keys_, k_aligned_);
+      k_ -= kKeys * k_stride_;
+      if (!k_is_v) {
+        copy_.template keys<kKeys>(to + kTileBytes, v_, v_stride_, keys_, v_aligned_);
+        v_ -= kKeys * v_stride_;
+      }
+      keys_ += kKeys;
+    }
+    device::cp_async_commit();
+  }
+
+ private:
+  const StickTileCopy<T, kRowBytes, kThreads>& copy_;
+  const T *k_, *v_;
+  const std::int64_t k_stride_, v_stride_;
+  int keys_;  // from the next tile on
+  const bool k_aligned_, v_aligned_;
 };
 
 // The keys of a tile that padding leaves, one bit per key, the same in all warps. Loading is apart from using, so that

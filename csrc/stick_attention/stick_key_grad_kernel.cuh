@@ -105,27 +105,31 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
 #pragma unroll
   for (int i = 0; i < kKeys / kSpan; ++i) {
     const int first = first_key + i * kSpan;
-    const int there = max(s.keys - first, 0), safe = min(first, s.keys - 1);
-    copy.template keys<kSpan>(key_tile + i * kSpan * kRowBytes, k + safe * p.k_strides.token, p.k_strides.token, there,
-                              launch.k_aligned);
-    copy.template keys<kSpan>(value_tile + i * kSpan * kRowBytes, v + safe * p.v_strides.token, p.v_strides.token,
-                              there, launch.v_aligned);
+    const int there = s.keys - first;
+    copy.template keys<kSpan>(key_tile + i * kSpan * kRowBytes,
+                              copy.template key_source<kSpan>(k + first * p.k_strides.token, p.k_strides.token),
+                              p.k_strides.token, there, launch.k_aligned);
+    copy.template keys<kSpan>(value_tile + i * kSpan * kRowBytes,
+                              copy.template key_source<kSpan>(v + first * p.v_strides.token, p.v_strides.token),
+                              p.v_strides.token, there, launch.v_aligned);
   }
   device::cp_async_commit();
 
   const auto copy_queries = [&](int tile, device::SharedAddress to) {
-    copy.template rows<kRows>(to, StickRows<const T>(static_cast<const T*>(p.q), p.q_strides, p, s, head, tile * kRows),
-                              launch.q_aligned);
+    using Rows = typename decltype(copy)::Rows;
     copy.template rows<kRows>(
-        to + Tiles::kQueryBytes,
-        StickRows<const T>(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, tile * kRows),
-        launch.grad_o_aligned);
+        Rows{to, {static_cast<const T*>(p.q), p.q_strides, p, s, head, tile * kRows}, launch.q_aligned},
+        Rows{to + Tiles::kQueryBytes,
+             {static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, tile * kRows},
+             launch.grad_o_aligned});
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int row_in_tile = warp % (kRows / 16) * 16, span_in_tile = warp / (kRows / 16) * kSpan;
   const int span_key = first_key + span_in_tile;
-  const std::int64_t span_place = std::int64_t{(span_key - launch.window_begin) / kSpan} * (p.heads * launch.rows);
+  // Of row g of the head's first 16 rows, at this span.
+  const std::int64_t place = std::int64_t{(span_key - launch.window_begin) / kSpan} * (p.heads * launch.rows) +
+                             stick_workspace_row(launch, s, head, row_in_tile + lane / 4);
   const StickOdds odds{launch.factor};
   StickKeep<kSpan> keep(p, s);
   keep.load(span_key);
@@ -133,31 +137,35 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const int key_in_tile = warp % (kKeys / 16) * 16, part = warp / (kKeys / 16);
   float grad_k[kPartTiles][4] = {}, grad_v[kPartTiles][4] = {};
 
+  // This lane's places in the tiles.
+  const device::SharedAddress query_lane = device::a_rows<kRowBytes>(ring + row_in_tile * kRowBytes);
+  const device::SharedAddress key_lane = device::b_rows<kRowBytes>(key_tile + span_in_tile * kRowBytes);
+  const device::SharedAddress column_lane =
+      device::b_columns<Op, kRowBytes>(ring) ^ (part * (kRowBytes / Tiles::kParts));
+
   const auto step = [&](int tile, device::SharedAddress stage) {
     const int warp_row = tile * kRows + row_in_tile;
-    float scores[kSpan / 8][4] = {}, grads[kSpan / 8][4] = {};
     const int warp_newest = warp_row < s.rows ? s.newest_key(p, min(warp_row + 16, s.rows) - 1) : -1;
-    if (warp_newest >= span_key) {
-      int newest[2];
+    if (warp_newest < span_key) {
+      const float nothing[kSpan / 8][4] = {};
+      Exchange::store(weights_tile, row_in_tile, span_in_tile, nothing);
+      Exchange::store(grads_tile, row_in_tile, span_in_tile, nothing);
+    } else {
       float stick[2], older[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + lane / 4 + 8 * half;
-        const bool there = row < s.rows;
-        const std::int64_t place = span_place + stick_workspace_row(launch, s, head, row);
-        newest[half] = there ? s.newest_key(p, row) : -1;
-        stick[half] = there ? launch.sticks[place] : 0.0f;
-        older[half] = there ? launch.olders[place] : 0.0f;
+        const bool there = warp_row + lane / 4 + 8 * half < s.rows;
+        const std::int64_t at = place + tile * kRows + 8 * half;
+        stick[half] = there ? launch.sticks[at] : 0.0f;
+        older[half] = there ? launch.olders[at] : 0.0f;
       }
-      const device::SharedAddress rows = stage + row_in_tile * kRowBytes;
-      const device::SharedAddress query_rows = device::a_rows<kRowBytes>(rows);
-      const device::SharedAddress grad_rows = device::a_rows<kRowBytes>(rows + Tiles::kQueryBytes);
+      const device::SharedAddress query_rows = query_lane + (stage - ring);
+      float scores[kSpan / 8][4] = {}, grads[kSpan / 8][4] = {};
       device::multiply_rows<Op, kRowBytes>(
-          scores, [&](auto i, device::FragmentA& a) { device::load_a(a, query_rows, i); },
-          device::b_rows<kRowBytes>(key_tile + span_in_tile * kRowBytes));
+          scores, [&](auto i, device::FragmentA& a) { device::load_a(a, query_rows, i); }, key_lane);
       device::multiply_rows<Op, kRowBytes>(
-          grads, [&](auto i, device::FragmentA& a) { device::load_a(a, grad_rows, i); },
-          device::b_rows<kRowBytes>(value_tile + span_in_tile * kRowBytes));
+          grads, [&](auto i, device::FragmentA& a) { device::load_a(a, query_rows + Tiles::kQueryBytes, i); },
+          key_lane + Tiles::kKeyBytes);
       const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
         stick_scan_backward<Op, masked>(
             scores, grads, odds, visible, stick, [](int, const device::QuadScan&) {},
@@ -166,17 +174,18 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
       if (keep.all() && s.newest_key(p, warp_row) >= span_key + kSpan - 1) {
         scan(std::false_type{}, {});
       } else {
-        scan(std::true_type{},
-             {stick_visible<kSpan>(newest[0] - span_key, kept), stick_visible<kSpan>(newest[1] - span_key, kept)});
+        const auto visible = [&](int row) {
+          return row < s.rows ? stick_visible<kSpan>(s.newest_key(p, row) - span_key, kept) : 0;
+        };
+        scan(std::true_type{}, {visible(warp_row + lane / 4), visible(warp_row + lane / 4 + 8)});
       }
+      Exchange::store(weights_tile, row_in_tile, span_in_tile, scores);
+      Exchange::store(grads_tile, row_in_tile, span_in_tile, grads);
     }
-    Exchange::store(weights_tile, row_in_tile, span_in_tile, scores);
-    Exchange::store(grads_tile, row_in_tile, span_in_tile, grads);
     __syncthreads();
 
     device::FragmentA a[kSteps];
-    const device::SharedAddress columns =
-        device::b_columns<Op, kRowBytes>(stage) ^ (part * (kRowBytes / Tiles::kParts));
+    const device::SharedAddress columns = column_lane + (stage - ring);
     Exchange::load(a, weights_tile, key_in_tile);
     device::multiply_columns<Op, kRowBytes>(grad_v, a, columns + Tiles::kQueryBytes);
     Exchange::load(a, grads_tile, key_in_tile);

@@ -119,31 +119,20 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   const device::SharedAddress queries = device::shared_address(shared), grads = queries + Tiles::kQueryBytes,
                               ring = grads + Tiles::kQueryBytes;
   const StickTileCopy<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
-  copy.template rows<kRows>(queries, StickRows<const T>(static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row),
-                            launch.q_aligned);
+  using Rows = typename decltype(copy)::Rows;
   copy.template rows<kRows>(
-      grads, StickRows<const T>(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, first_row),
-      launch.grad_o_aligned);
+      Rows{queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row}, launch.q_aligned},
+      Rows{grads,
+           {static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, first_row},
+           launch.grad_o_aligned});
   device::cp_async_commit();
 
-  const T* const k = stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head);
-  const T* const v = stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head);
-  const bool k_is_v = k == v && p.k_strides.token == p.v_strides.token;
-  const auto copy_keys = [&](int key_tile, device::SharedAddress to) {
-    if (key_tile * kKeys >= begin) {
-      const std::int64_t first = std::int64_t{key_tile} * kKeys;
-      const int keys = s.keys - key_tile * kKeys;
-      copy.template keys<kKeys>(to, k + first * p.k_strides.token, p.k_strides.token, keys, launch.k_aligned);
-      if (!k_is_v) {
-        copy.template keys<kKeys>(to + Tiles::kTileBytes, v + first * p.v_strides.token, p.v_strides.token, keys,
-                                  launch.v_aligned);
-      }
-    }
-    device::cp_async_commit();
-  };
   int key_tile = nothing ? begin / kKeys - 1 : (end - 1) / kKeys;
-  device::SharedAddress stage = ring, next = ring + (kStages - 1) * (2 * Tiles::kTileBytes);
-  if constexpr (kStages > 1) copy_keys(key_tile, stage);
+  StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
+                                                          launch.v_aligned);
+  device::SharedAddress target = ring;
+  int to_other = (kStages - 1) * 2 * Tiles::kTileBytes;  // from a tile's place in the ring to the next one's
+  if constexpr (kStages > 1) walk.next(target, !nothing);
   StickKeep<kKeys> keep(p, s);
   keep.load(key_tile * kKeys);
 
@@ -201,29 +190,33 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
     });
   }
 
+  device::SharedAddress key_rows = device::b_rows<kRowBytes>(ring);
+  device::SharedAddress value_rows = walk.k_is_v ? key_rows : key_rows + Tiles::kTileBytes;
+  device::SharedAddress key_columns = device::b_columns<Op, kRowBytes>(ring);
+  // Where this lane leaves the state of row g at a span's edge; of row g + 8 eight further.
+  const std::int64_t spans = std::int64_t{(key_tile * kKeys - launch.window_begin) / kSpan + lane % 4 / kSpanLanes};
+  std::int64_t place = spans * (p.heads * launch.rows) + at[0];
   for (; key_tile * kKeys >= begin; --key_tile) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     __syncthreads();  // the tile is there for all, all are done with the one before, and its place is free
     if constexpr (kStages == 1) {
-      copy_keys(key_tile, stage);
+      walk.next(target, true);
       device::cp_async_wait<0>();
       __syncthreads();
     } else {
-      copy_keys(key_tile - 1, next);
+      target += to_other;
+      walk.next(target, (key_tile - 1) * kKeys >= begin);
     }
     const int first_key = key_tile * kKeys;
     const std::uint32_t kept = keep.run();
     keep.load(first_key - kKeys);
     float scores[kKeyTiles][4] = {}, grad_weights[kKeyTiles][4] = {};
     device::multiply_rows<Op, kRowBytes>(
-        scores, [&](auto step, device::FragmentA& a) { device::load_a(a, query_rows, step); },
-        device::b_rows<kRowBytes>(stage));
+        scores, [&](auto step, device::FragmentA& a) { device::load_a(a, query_rows, step); }, key_rows);
     device::multiply_rows<Op, kRowBytes>(
-        grad_weights, [&](auto step, device::FragmentA& a) { device::load_a(a, grad_rows, step); },
-        device::b_rows<kRowBytes>(k_is_v ? stage : stage + Tiles::kTileBytes));
+        grad_weights, [&](auto step, device::FragmentA& a) { device::load_a(a, grad_rows, step); }, value_rows);
     float left[2];
     const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
-      const std::int64_t span = (first_key - launch.window_begin) / kSpan + lane % 4 / kSpanLanes;
       stick_scan_backward<Op, masked>(
           scores, grad_weights, odds, visible, stick,
           [&](int half, const device::QuadScan& newer) { left[half] = stick_left(scores, half, newer, stick[half]); },
@@ -234,9 +227,8 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
           },
           [&](int half, const device::QuadScan& newer, float older) {
             if (warp_row + lane / 4 + 8 * half >= s.rows) return;
-            const std::int64_t place = span * (p.heads * launch.rows) + at[half];
-            if (lane % kSpanLanes == kSpanLanes - 1) launch.sticks[place] = stick[half] * newer.later;
-            if (lane % kSpanLanes == 0) launch.olders[place] = older;
+            if (lane % kSpanLanes == kSpanLanes - 1) launch.sticks[place + 8 * half] = stick[half] * newer.later;
+            if (lane % kSpanLanes == 0) launch.olders[place + 8 * half] = older;
             stick[half] = left[half];
           });
     };
@@ -248,12 +240,12 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
     }
     device::FragmentA grad_scores[device::steps_of_tiles<Op>(kKeyTiles)];
     device::pack_a<Op>(grad_scores, grad_weights);
-    device::multiply_columns<Op, kRowBytes>(grad_q, grad_scores, device::b_columns<Op, kRowBytes>(stage));
-    if constexpr (kStages > 1) {
-      const device::SharedAddress used = stage;
-      stage = next;
-      next = used;
-    }
+    device::multiply_columns<Op, kRowBytes>(grad_q, grad_scores, key_columns);
+    place -= kKeys / kSpan * (p.heads * launch.rows);
+    key_rows += to_other;
+    value_rows += to_other;
+    key_columns += to_other;
+    to_other = -to_other;
   }
   device::cp_async_wait_all();
 

@@ -78,6 +78,6 @@ Status stick_attention_backward_cpu(const StickAttentionBackwardParams& params);
 // other tiles than on the CPU.
 extern "C" Status mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream);
 extern "C" Status mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, Stream stream);
-extern "C" std::int64_t mfx_stick_attention_backward_cuda_workspace(const StickAttentionProblem& problem);
+extern "C" std::int64_t mfx_stick_attention_backward_cuda_workspace(const StickAttentionBackwardParams& params);
 
 }  // namespace mfx
