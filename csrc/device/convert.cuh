@@ -41,13 +41,22 @@ template <typename T>
 __device__ inline float low_of_pair(std::uint32_t pair) {
   return to_float(T{static_cast<std::uint16_t>(pair)});
 }
+template <>
+__device__ inline float low_of_pair<BFloat16>(std::uint32_t pair) {  // "Logic and shift instructions: shl"
+  float y;
+  asm("shl.b32 %0, %1, 16;" : "=f"(y) : "r"(pair));
+  return y;
+}
+
 template <typename T>
 __device__ inline float high_of_pair(std::uint32_t pair) {
   return to_float(T{static_cast<std::uint16_t>(pair >> 16)});
 }
 template <>
-__device__ inline float high_of_pair<BFloat16>(std::uint32_t pair) {
-  return __uint_as_float(pair & 0xffff0000u);
+__device__ inline float high_of_pair<BFloat16>(std::uint32_t pair) {  // "Logic and shift instructions: and"
+  float y;
+  asm("and.b32 %0, %1, 0xffff0000;" : "=f"(y) : "r"(pair));
+  return y;
 }
 
 template <typename T>

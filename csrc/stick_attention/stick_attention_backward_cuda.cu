@@ -40,11 +40,11 @@ extern "C" __global__ void stick_bwd_lengths_fp32(const __grid_constant__ StickB
 }
 
 #define MFX_STICK_BACKWARD_KERNELS(name, dtype, op, dim)                                           \
-  extern "C" __global__ void __launch_bounds__(StickQueryGradTiles<op, dim>::kThreads)             \
+  extern "C" __global__ void __launch_bounds__(StickQueryGradTiles<op, dim>::kThreads, 1)          \
       stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) { \
     stick_query_grad<op, dim, StickKeyGradTiles<op, dim>::kSpan>(launch);                          \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(StickKeyGradTiles<op, dim>::kThreads)               \
+  extern "C" __global__ void __launch_bounds__(StickKeyGradTiles<op, dim>::kThreads, 1)            \
       stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) {   \
     stick_key_grad<op, dim>(launch);                                                               \
   }

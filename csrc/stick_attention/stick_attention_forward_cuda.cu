@@ -30,7 +30,7 @@ struct Forward<Op, 1024> : StickWideForward<Op> {
 }  // namespace
 
 #define MFX_STICK_FORWARD_KERNEL(name, dtype, op, dim)                                      \
-  extern "C" __global__ void __launch_bounds__(Forward<op, dim>::kThreads)                  \
+  extern "C" __global__ void __launch_bounds__(Forward<op, dim>::kThreads, 1)               \
       stick_fwd_##name##_d##dim##_sm80(const __grid_constant__ StickForwardLaunch launch) { \
     Forward<op, dim>::run(launch);                                                          \
   }

@@ -38,7 +38,7 @@ template <typename Op, int kDim>
 struct StickQueryGradTiles {
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Op));
   static constexpr int kRows = kRowBytes <= 512 ? 64 : 32;
-  static constexpr int kKeys = kRowBytes <= 128 ? 64 : kRowBytes <= 512 ? 32 : 16;
+  static constexpr int kKeys = kRowBytes <= 128 ? 64 : kDim <= 128 ? 32 : 16;
   static constexpr int kStages = kRowBytes <= 256 ? 2 : 1;
   static constexpr int kThreads = 2 * kRows;
   static constexpr int kQueryBytes = kRows * kRowBytes;

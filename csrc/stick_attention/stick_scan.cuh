@@ -114,9 +114,9 @@ __device__ inline float2 stick_rounded(float x, float y) {
 //   ds / scale = u G - beta * (sum of older G) = u * (G - e * (sum of older G)).
 //
 // Weights enter G as they were rounded for the product that made o. In: scores and dp. Out: rounded weights times their
-// unit, and ds / scale. `edge(half, newer, mass)` is called with the weights of the row before newer lanes' shares, the
-// products of u and the tile's sum of G; it returns the sum of G over the keys older than the tile. `edges(half, newer,
-// older)` gets that sum at the older edge of the lane's run.
+// unit, and ds / scale. On the way, for row g + 8 half: `left(half, newer)` may look at the weights without the shares
+// of newer lanes and tiles; `edge(half, mass)` gets the tile's sum of G and returns that of all keys older than the
+// tile; `note(half, newer, older)` gets the sum of G over the keys older than this lane's run.
 template <typename Op, bool kMasked, int kTiles, typename Left, typename Edge, typename Note>
 __device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&grads)[kTiles][4], const StickOdds& odds,
                                            const std::uint32_t (&visible)[2], const float (&stick)[2], Left&& left,
@@ -141,14 +141,15 @@ __device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&g
       sum += grads[tile][2 * half + 1];
     }
     const device::QuadPrefix older_lanes = device::quad_prefix_sum(sum);
-    float older = edge(half, older_lanes.all) + older_lanes.earlier;
+    const float older = edge(half, older_lanes.all) + older_lanes.earlier;
     note(half, newer, older);
+    float minus_older = -older;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
       float& grad = grads[i / 2][2 * half + i % 2];
       const float g = grad;
-      grad = u[i] * (g - e[i] * older);
-      older += g;
+      grad = u[i] * __fmaf_rn(e[i], minus_older, g);
+      minus_older -= g;
     }
   }
 }

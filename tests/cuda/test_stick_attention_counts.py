@@ -1,0 +1,57 @@
+"""What the kernels of stick_attention execute, counted on the emulated device: upper bounds, so that a regression fails.
+
+Counts are of PTX and per causal score (bf16, one head, stick_epsilon 0). They are what the kernels reach now; the goals
+are 18.2 and 23.6 lane instructions forward, 59 and 88 backward (head dim 64 and 128).
+"""
+
+import pytest
+import torch
+
+from moduleformer_ext._extension import build_info
+from moduleformer_ext.ops import stick_attention
+
+pytestmark = pytest.mark.skipif(build_info()["cuda_dispatch"] != "CPU", reason="counts need the emulated device")
+
+
+def launches(t, dim):
+    """Statistics per kernel of one forward and backward pass, and the number of scores."""
+    import cudasim
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, t, 1, dim, generator=generator).to(torch.bfloat16).requires_grad_() for _ in range(3)
+    )
+    cudasim.reset_stats()
+    with torch.no_grad():
+        stick_attention(q, k, v, stick_epsilon=0.0)
+    forward = cudasim.stats()
+    stick_attention(q, k, v, stick_epsilon=0.0).sum().backward()
+    (plain,) = forward
+    backward = [s for s in cudasim.stats() if s["kernel"].startswith("stick_bwd")]
+    assert len(backward) == 3  # bounds of |v|, query kernel, key kernel: one window
+    return plain, backward, t * (t + 1) / 2
+
+
+@pytest.mark.parametrize(("dim", "most_forward", "most_backward"), [(64, 24.0, 90.0), (128, 31.0, 142.0)])
+def test_instructions_per_score(dim, most_forward, most_backward):
+    forward, backward, scores = launches(512, dim)
+    assert forward["thread_instructions"] / scores <= most_forward
+    assert sum(s["thread_instructions"] for s in backward) / scores <= most_backward
+    for stats in (forward, *backward):
+        assert 32 * stats["issued"]["sfu"] / scores <= 2.4, stats["kernel"]
+        assert stats["shared_excess_wavefronts"] == 0, stats["kernel"]  # bank conflicts
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_traffic_and_flops(dim):
+    t = 1024
+    forward, backward, scores = launches(t, dim)
+    useful = 2 * dim * scores  # of one product
+    assert forward["mma_flops"] <= 1.25 * 2 * useful
+    assert sum(s["mma_flops"] for s in backward) <= 1.25 * 7 * useful  # S and dP in both kernels, dQ, dK, dV
+    sectors = dim * 2 // 32
+    tiles = t // 64 * (t // 64 + 1) // 2
+    least_read = (t + tiles * 2 * 64) * sectors  # Q once, K and V once per pair of tiles
+    least_written = t * sectors + 2 * t * 4 // 32  # o, remainder, first_tiles
+    assert forward["global_load_sectors"] <= 1.1 * least_read
+    assert forward["global_store_sectors"] <= 1.1 * least_written
