@@ -122,6 +122,17 @@ __device__ inline void stick_scatter_chunk(T* to, const uint4& x) {
   }
 }
 
+// One chunk of a tile, kOffset bytes behind `to`: asynchronously where addresses are aligned, zeros where it is not
+// there.
+template <int kOffset = 0, typename T>
+__device__ inline void stick_copy_chunk(device::SharedAddress to, const T* from, bool present, bool aligned) {
+  if (aligned) {
+    device::cp_async<16, kOffset>(to, from, present ? 16 : 0);
+  } else {
+    device::store_shared_128(to + kOffset, present ? stick_gather_chunk(from) : uint4{0, 0, 0, 0});
+  }
+}
+
 // Copies rows of a problem's tensors into swizzled tiles with all kThreads threads of the block, each thread one column
 // of chunks. Columns from head_dim on are filled with zeros, and so are rows that are not there.
 template <typename T, int kRowBytes, int kThreads>
@@ -149,11 +160,7 @@ struct StickTileCopy {
         kRow % 8 == 0 ? tile + offset
                       : tile + device::swizzled_offset<kRowBytes>(kRow % 8 + row, threadIdx.x % kChunks);
     constexpr int kBehind = kRow / 8 * 8 * kRowBytes;
-    if (aligned) {
-      device::cp_async<16, kBehind>(to, from, size);
-    } else {
-      device::store_shared_128(to + kBehind, size != 0 ? stick_gather_chunk(from) : uint4{0, 0, 0, 0});
-    }
+    stick_copy_chunk<kBehind>(to, from, size != 0, aligned);
   }
 
   // Rows of a tensor of q's shape.

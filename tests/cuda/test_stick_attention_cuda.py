@@ -92,7 +92,7 @@ def test_any_order_of_warps(dtype, dim, device, schedule):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mean", [-9.0, 0.0, 6.0])
 def test_long_rows(dtype, mean, device):
-    # At -9 the sum of a row's thousand small weights must not be lost; at 0 what rounding leaves of delta must not reach
+    # At -9 the sum of a thousand small weights must not be lost; at 0 what rounding leaves of delta must not reach
     # the thousand keys behind the end of the stick. At 6 every gradient has a factor of 1/400, but rounding is relative
     # to the sums it is the difference of.
     q, k, v = inputs(1, 70, 1100, 1, 1, 64, dtype, mean=mean, gain=0.5)
@@ -119,7 +119,9 @@ def test_saturation(dtype, size, device):
     v = torch.randn(1, t, 1, dim, generator=generator).to(dtype)
     for scale in (1.0, -1.0):
         exact = run(reference.stick_attention, q, k, v, dtype=torch.float64, scale=scale)
-        for name, ours, truth in zip(NAMES, run(stick_attention, q, k, v, device=device, scale=scale), exact, strict=True):
+        for name, ours, truth in zip(
+            NAMES, run(stick_attention, q, k, v, device=device, scale=scale), exact, strict=True
+        ):
             assert torch.isfinite(ours).all(), name
             assert (ours.double() - truth).abs().max() <= FLOOR[dtype] * max(1.0, truth.abs().max().item()), name
 

@@ -1,4 +1,4 @@
-"""What the kernels of stick_attention execute, counted on the emulated device: upper bounds, so that a regression fails.
+"""What the kernels of stick_attention execute, counted on the emulated device: upper bounds, a regression fails.
 
 Counts are of PTX and per causal score (bf16, one head, stick_epsilon 0). They are what the kernels reach now; the goals
 are 18.2 and 23.6 lane instructions forward, 59 and 88 backward (head dim 64 and 128).
@@ -18,9 +18,7 @@ def launches(t, dim):
     import cudasim
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, t, 1, dim, generator=generator).to(torch.bfloat16).requires_grad_() for _ in range(3)
-    )
+    q, k, v = (torch.randn(1, t, 1, dim, generator=generator).to(torch.bfloat16).requires_grad_() for _ in range(3))
     cudasim.reset_stats()
     with torch.no_grad():
         stick_attention(q, k, v, stick_epsilon=0.0)
