@@ -1,7 +1,8 @@
-"""Routing regularisation (ModuleFormer, eq. 10): new experts shall take new text, not the tokens of the old ones.
+"""Routing regularisation: new experts shall take new text, not the tokens of the old ones.
 
 While new experts train on new text alone, nothing stops their router rows A' from growing until every token goes to
-them. Two ways to limit what the rows can draw, summed over all routers that have new experts:
+them. Two ways to limit what the rows can draw, as ModuleFormer's eq. 10 means to (two readings of its purpose, not a
+transcription of it), summed over all routers that have new experts:
 
 * ``"norm"``: ||A'||², the squared size of the new rows, whatever the text;
 * ``"share"``: the mean over tokens of the probability that the new experts have together, measured on the text.
