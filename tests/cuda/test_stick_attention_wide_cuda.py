@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_stick_attention_cuda import DTYPES, check, inputs
+from stick_cases import inputs
+from test_stick_attention_cuda import DTYPES, check
 
 from moduleformer_ext._extension import build_info
 from moduleformer_ext.ops import stick_attention
