@@ -38,7 +38,7 @@ PAPER_PAIRS = {
     "molm-8b-k2": DenseConfig(vocab_size=50304, n_embd=2560, n_layer=32, n_head=32, ffd_hidden=10240),
 }
 """A preset -> the shape of the dense model that the paper found as good: Pythia-1.4B and Pythia-2.8B."""
-_PROMPT, _NEW_TOKENS, _ROUNDS = 512, 32, 5
+_ROUNDS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report_trained(setting, options)
 
 
+def _lengths(options: argparse.Namespace) -> tuple[int, int]:
+    """Tokens of the prompt, and tokens generated after it."""
+    return (64, 4) if options.quick else (512, 32)
+
+
 def load(options: argparse.Namespace, contestant: str) -> Model:
     """A trained model, or one of the paper's size: ``molm`` or ``dense``."""
     if not options.paper:
@@ -87,7 +92,7 @@ def load(options: argparse.Namespace, contestant: str) -> Model:
 def measure(model: Model, options: argparse.Namespace) -> Result:
     """Seconds for reading a prompt and for each token generated after it, and the size of the weights."""
     keep_freed_memory()
-    prompt_length, new_tokens = (64, 4) if options.quick else (_PROMPT, _NEW_TOKENS)
+    prompt_length, new_tokens = _lengths(options)
     prompt = torch.randint(model.config.vocab_size, (1, prompt_length), device=options.device)
     read = _median_seconds(lambda: model(prompt), options.device)
     both = _median_seconds(lambda: generate(model, prompt, new_tokens), options.device)
@@ -152,6 +157,16 @@ def _row(title: str, found: Result, *more: str) -> list[str]:
     ]
 
 
+def _conditions(options: argparse.Namespace) -> str:
+    on_gpu = torch.device(options.device).type == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else f"{options.threads} CPU threads"
+    prompt_length, new_tokens = _lengths(options)
+    return (
+        f"{where}: a prompt of {prompt_length} tokens is read, then {new_tokens} tokens are generated; medians of "
+        f"{_ROUNDS}. Each runs in a process of its own; its peak of memory is counted from before the model is there."
+    )
+
+
 def report_trained(setting: Setting, options: argparse.Namespace) -> None:
     """The trained models: which dense one is as good, and what either costs."""
     seed = setting.seeds[0]
@@ -166,12 +181,7 @@ def report_trained(setting: Setting, options: argparse.Namespace) -> None:
     equal = min(as_good or dense, key=lambda name: abs(bits[name] - bits["molm-mi"]))
     rows = [_row(name, measured[name], f"{bits[name]:.3f}") for name in names]
     head = ["model", "parameters [M]", "bits per byte", *_COLUMNS]
-    about = (
-        f"Models of experiment 1 (seed {seed}) and dense models of other widths, float32, {options.threads} threads, "
-        f"device {options.device}: a prompt of {_PROMPT} tokens is read, then {_NEW_TOKENS} tokens are generated; "
-        f"medians of {_ROUNDS}. Each runs in a process of its own; its peak of memory is counted from before the model "
-        "is loaded."
-    )
+    about = f"Models of experiment 1 (seed {seed}) and dense models of other widths, float32, {_conditions(options)}"
     molm, other = measured["molm-mi"], measured[equal]
     quality = "as good" if as_good else "nearest, though not as good"
     faster = other["read_seconds"] / molm["read_seconds"]
@@ -212,11 +222,9 @@ def report_paper(setting: Setting, options: argparse.Namespace) -> None:
     active = {"molm": active_parameters(config), "dense": dense_config.num_parameters}
     rows = [_row(titles[name], measured[name], f"{active[name] / 1e6:.0f}") for name in measured]
     molm, dense = measured["molm"], measured["dense"]
-    where = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{options.threads} CPU threads"
     about = (
-        f"{options.preset} and the dense model that the paper found as good, random weights, bfloat16, {where}: a "
-        f"prompt of {_PROMPT} tokens is read, then {_NEW_TOKENS} tokens are generated; medians of {_ROUNDS}. Each runs "
-        "in a process of its own; its peak of memory is counted from before the model is made. The dense model runs on PyTorch's own operators."
+        f"{options.preset} and the dense model that the paper found as good, random weights, bfloat16, "
+        f"{_conditions(options)} The dense model runs on PyTorch's own operators."
     )
     read = dense["read_seconds"] / molm["read_seconds"]
     generation = dense["token_seconds"] / molm["token_seconds"]
