@@ -3,7 +3,7 @@
 //
 // The time is that of reading the matrices once, so they are read as they lie in memory, never packed: a task takes
 // consecutive whole rows of one matrix and adds x[r, i] W[i, :] to its own sums, eight matrix rows at a time, which
-// keeps eight streams of reads in flight and touches the sums, in the first-level cache, once per eight. The last task
+// touches the sums, in the first-level cache, once per eight; the next eight are prefetched in step. The last task
 // of an expert adds the sums up, in order, and hands them to the epilogue.
 #pragma once
 
@@ -29,6 +29,11 @@ inline bool has_few_rows(const RoutedLayout& layout) {
     if (layout.offsets[expert + 1] - layout.offsets[expert] > kFewRows) return false;
   }
   return true;
+}
+
+// The next rows to be read, to the second-level cache: a row is about a page, where hardware prefetchers start anew.
+inline void prefetch_far(const void* p) {
+  __builtin_prefetch(p, 0, 1);
 }
 
 template <typename T>
@@ -59,6 +64,7 @@ inline void add_rows(const Accumulate<T>* x, std::int64_t x_stride, const T* mat
       second[r] = load(y + r * y_stride + c + w);
     }
     for (int k = 0; k < kDepth; ++k) {
+      prefetch_far(matrix + (k + kDepth) * stride + c);
       const auto pair = load_pair(matrix + k * stride + c);
       for (int r = 0; r < kRows; ++r) {
         const auto f = [&] {

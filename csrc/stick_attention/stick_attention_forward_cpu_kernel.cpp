@@ -3,7 +3,9 @@
 //
 //   S^T [keys, rows] = K_tile Q^T        K in place, Q^T packed once per task
 //   weights          = scan(S^T)         stick_scan.hpp
-//   O^T             += V_tile^T weights  V^T packed once for all tasks, unless there are too few to share it
+//   O^T             += V_tile^T weights  V^T packed once for all tasks of a head, unless there are too few to share it
+//
+// Heads are worked on in rounds, as few at a time as keep all threads busy: packed V need not be there for all of them.
 #include <algorithm>
 
 #include "core/aligned_buffer.hpp"
@@ -15,7 +17,8 @@
 namespace mfx::MFX_ISA {
 namespace {
 
-constexpr std::int64_t kPackShared = 3;  // query tiles per head from which on packing all of V at once pays
+constexpr std::int64_t kPackShared = 3;       // query tiles per head from which on packing all of V at once pays
+constexpr std::int64_t kTilesPerThread = 16;  // in a round: the last of them, which threads wait for, are short
 
 template <typename T, typename Op>
 class StickForward {
@@ -26,10 +29,14 @@ class StickForward {
       : params_(params), p_(params.problem), g_(p_), values_(plan()) {}
 
   void run() {
-    parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) { pack(packs_[i]); });
-    parallel_tasks_with<Worker>(
-        static_cast<std::int64_t>(tiles_.size()), [&] { return Worker(g_.tile_rows, p_.head_dim); },
-        [&](std::int64_t i, Worker& worker) { walk(tiles_[i], worker); });
+    Round done = {};
+    for (const Round& round : rounds_) {
+      parallel_tasks(round.packs - done.packs, [&](std::int64_t i) { pack(packs_[done.packs + i]); });
+      parallel_tasks_with<Worker>(
+          round.tiles - done.tiles, [&] { return Worker(g_.tile_rows, p_.head_dim); },
+          [&](std::int64_t i, Worker& worker) { walk(tiles_[done.tiles + i], worker); });
+      done = round;
+    }
   }
 
  private:
@@ -59,23 +66,36 @@ class StickForward {
   struct PackedAt {
     std::int64_t offset;  // of a head's packed V, or -1
   };
+  struct Round {
+    std::int64_t packs, tiles;  // where it ends in the lists
+  };
 
   // Lists the tasks, the large ones (late queries, long walks) of each head first; returns the size of packed V.
   std::int64_t plan() {
-    std::int64_t size = 0;
+    const std::int64_t enough = kTilesPerThread * num_threads();
+    std::int64_t size = 0, largest = 0;
+    Round begin = {};
     for (std::int64_t i = 0; i < p_.sequences; ++i) {
       const StickSequence& s = g_.sequences[i];
       const std::int64_t query_tiles = (s.rows + g_.tile_rows - 1) / g_.tile_rows;
       for (std::int64_t h = 0; h < p_.heads; ++h) {
+        if (std::ssize(tiles_) - begin.tiles >= enough) {
+          begin = listed();
+          rounds_.push_back(begin);
+          size = 0;
+        }
         for (std::int64_t t = query_tiles; t-- > 0;) tiles_.push_back({i, h, t * g_.tile_rows});
         packed_at_.push_back({query_tiles >= kPackShared ? size : -1});
         if (query_tiles < kPackShared) continue;
         for (std::int64_t t = 0; t < g_.key_tiles(s); ++t) packs_.push_back({i, h, t});
         size += g_.key_tiles(s) * kTileKeys * p_.head_dim;
+        largest = std::max(largest, size);
       }
     }
-    return size;
+    rounds_.push_back(listed());
+    return largest;
   }
+  Round listed() const { return {std::ssize(packs_), std::ssize(tiles_)}; }
 
   Op* packed(std::int64_t sequence, std::int64_t head, std::int64_t tile) {
     const std::int64_t at = packed_at_[sequence * p_.heads + head].offset;
@@ -162,6 +182,7 @@ class StickForward {
   const StickGeometry g_;
   std::vector<StickQueryTile> tiles_;
   std::vector<Pack> packs_;
+  std::vector<Round> rounds_;
   std::vector<PackedAt> packed_at_;  // [sequence, head]
   AlignedBuffer<Op> values_;
 };
