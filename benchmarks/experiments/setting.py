@@ -127,7 +127,9 @@ class Setting:
             model = make_model(kind, config)
             reader = make_reader(self.old.train, self.size.batch_size, self.size.length, seed)
             weight = config.aux_loss_weight if isinstance(config, MoLMConfig) else 0.0
-            result = train(model, reader, self.options(aux_loss_weight=weight, seed=seed))
+            # Wider models want smaller steps: at MoLM's own rate the widest dense one is worse than the narrowest.
+            rate = self.size.learning_rate * self.size.n_embd / config.n_embd
+            result = train(model, reader, self.options(aux_loss_weight=weight, learning_rate=rate, seed=seed))
             scores = score(model, self.old.held_out, self.size.length)
             return model, {
                 **result,
