@@ -1,7 +1,8 @@
 """Writes docs/cuda_report.md: what ptxas makes of every CUDA kernel on each architecture, no GPU needed.
 
     python tools/cuda_report.py            the report
-    python tools/cuda_report.py --check    only fail if a kernel spills registers
+    python tools/cuda_report.py --check    only fail if a kernel spills registers, uses local memory, lacks the
+                                           instructions that it is meant to have, or if ptxas serialises wgmma
 
 PTX is compiled once per source (compute_80), then assembled for each architecture, so that the figures are those of the
 code that runs there just in time or from a build for it. SASS is read with nvdisasm (PyPI: nvidia-cuda-nvdisasm).
@@ -84,14 +85,65 @@ def parse_threads(ptx: str) -> dict[str, int]:
     return {name: int(threads) for name, threads in re.findall(r"\.entry (\w+)\((?:[^{]*?)\.maxntid (\d+)", ptx)}
 
 
+# Machine instructions that kernels are meant to have, by pattern of their names: tensor-core products, matrix loads of
+# shared memory, asynchronous copies, and 16-byte accesses to global memory.
+EXPECTED = (
+    (r"stick_(fwd|bwd_query|bwd_key)_", ("MMA", "LDSM", "LDGSTS", "STG.128")),
+    (r"stick_bwd_lengths_", ("LDG.128",)),
+    (r"stick_decode", ("LDG.128",)),
+    (r"grouped_\w+_grad_\w+|grouped_forward_\w+", ("MMA",)),
+    (r"grouped_(forward|input_grad|hidden_grad)_", ("LDSM",)),
+    (r"grouped_\w+_\d+x\d+_sm80", ("LDGSTS",)),
+    (r"grouped_(forward|input_grad)_\w+?_\d+x\d+_sm80", ("STG.128",)),
+    (r"route_topk_(forward|backward)", ("MMA", "LDSM")),
+)
+
+
+def missing_instructions(kernel: str, counts: dict[str, int]) -> list[str]:
+    """What a kernel ought to have and has not, by its readable name; local memory is what none ought to have."""
+    wanted = {what for pattern, instructions in EXPECTED if re.match(pattern, kernel) for what in instructions}
+    found = [f"no {what}" for what in sorted(wanted) if not counts[what]]
+    return found + [f"{counts[what]} {what}" for what in ("LDL", "STL") if counts[what]]
+
+
+def main_loop(section: str) -> tuple[int, int]:
+    """Instructions, and tensor-core products among them, of the innermost loop with the most products; 0, 0 if none."""
+    labels: dict[str, int] = {}
+    products = [0]  # before each instruction
+    loops = []
+    for line in section.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(products) - 1
+        elif re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line):
+            products.append(products[-1] + bool(re.search(SASS_PATTERNS["MMA"], line)))
+            branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            if branch and branch[1] in labels:
+                begin, end = labels[branch[1]], len(products) - 1
+                loops.append((products[end] - products[begin], begin - end))
+    most, size = max(loops, default=(0, 0))
+    return (-size, most) if most else (0, 0)
+
+
+SASS_PATTERNS = {
+    "all": r"/\*[0-9a-f]{4,}\*/",
+    "MMA": r"\b[HIQ]MMA\.",
+    "LDSM": r"\bLDSM\b",
+    "LDGSTS": r"\bLDGSTS\b",
+    "LDG.128": r"\bLDG\.E[.\w]*\.128",
+    "STG.128": r"\bSTG\.E[.\w]*\.128",
+    "MUFU": r"\bMUFU\b",
+    "LDL": r"\bLDL\b",
+    "STL": r"\bSTL\b",
+}
+
+
 def parse_sass(text: str) -> dict[str, dict[str, int]]:
     """Instructions of interest by kernel, from nvdisasm's listing."""
-    patterns = {"all": r"/\*[0-9a-f]{4,}\*/", "MMA": r"\b[HIQ]MMA\.", "LDSM": r"\bLDSM\b", "LDGSTS": r"\bLDGSTS\b"}
-    patterns |= {"LDG.128": r"\bLDG\.E[.\w]*\.128", "STG.128": r"\bSTG\.E[.\w]*\.128", "MUFU": r"\bMUFU\b"}
     kernels = {}
     for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]:
         name = re.split(r'[,\s"]', section, maxsplit=1)[0]
-        kernels[name] = {what: len(re.findall(pattern, section)) for what, pattern in patterns.items()}
+        kernels[name] = {what: len(re.findall(pattern, section)) for what, pattern in SASS_PATTERNS.items()}
+        kernels[name]["loop"], kernels[name]["loop MMA"] = main_loop(section)
     return kernels
 
 
@@ -99,6 +151,8 @@ def run(*command: str | Path) -> str:
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(f"cuda_report: `{' '.join(map(str, command))}` failed:\n{result.stderr}")
+    if "C7510" in result.stderr:  # assert() calls do this where NDEBUG is not defined
+        sys.exit(f"cuda_report: `{' '.join(map(str, command))}` serialises wgmma:\n{result.stderr}")
     return result.stdout + result.stderr
 
 
@@ -120,13 +174,13 @@ class Kernels:
     sass: dict[str, dict[str, int]]
 
 
-def inspect(source: Path, nvdisasm: str | None) -> Kernels:
+def inspect(source: Path, nvdisasm: str) -> Kernels:
     ptx, cubin = WORK / f"{source.stem}.ptx", WORK / f"{source.stem}.cubin"
     run("nvcc", *FLAGS, "-arch=compute_80", "-ptx", source, "-o", ptx)
     usage = {}
     for architecture in reversed(ARCHITECTURES):  # sm_80, whose machine code is read, comes last
         usage[architecture.name] = parse_ptxas(run("ptxas", "-v", f"-arch={architecture.name}", ptx, "-o", cubin))
-    sass = parse_sass(run(nvdisasm, cubin)) if nvdisasm else {}
+    sass = parse_sass(run(nvdisasm, cubin))
     return Kernels(source, parse_threads(ptx.read_text()), usage, sass)
 
 
@@ -162,9 +216,10 @@ def write_report(files: list[Kernels]) -> str:
                 cells.append(cell)
             shared = f"{file.usage['sm_80'][kernel].shared_bytes}{' + d' if dynamic else ''}"
             lines.append(f"| `{readable(kernel)}` | {threads or ''} | {shared} | " + " | ".join(cells) + " |")
-    if any(file.sass for file in files):
-        columns = ("all", "MMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "MUFU")
-        lines += ["", "SASS for sm_80, instructions in the listing:", "", "| kernel | " + " | ".join(columns) + " |"]
+    if files:
+        columns = ("all", "MMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "MUFU", "loop", "loop MMA")
+        lines += ["", "SASS for sm_80: instructions in the listing, then those of the loop with the most tensor-core"]
+        lines += ["products (all paths through it) and these products.", "", "| kernel | " + " | ".join(columns) + " |"]
         lines.append("| --- |" + " --- |" * len(columns))
         for file in files:
             for kernel, counts in file.sass.items():
@@ -174,12 +229,12 @@ def write_report(files: list[Kernels]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if a kernel spills registers")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a kernel is not as it should be")
     check = parser.parse_args().check
     WORK.mkdir(exist_ok=True)
     sources = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
-    nvdisasm = None if check else find_nvdisasm()
-    if nvdisasm is None and not check:
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
         sys.exit("cuda_report: nvdisasm was not found; pip install nvidia-cuda-nvdisasm")
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         files = list(pool.map(lambda source: inspect(source, nvdisasm), sources))
@@ -192,8 +247,14 @@ def main() -> int:
         for kernel, usage in kernels.items()
         if usage.spilled
     ]
-    print("\n".join(spills) or "cuda_report: no kernel spills registers")
-    return 1 if spills else 0
+    unlike = [
+        f"sm_80: {readable(kernel)} has {', '.join(missing)}"
+        for file in files
+        for kernel, counts in file.sass.items()
+        if (missing := missing_instructions(readable(kernel), counts))
+    ]
+    print("\n".join(spills + unlike) or "cuda_report: no kernel spills registers, and each has its instructions")
+    return 1 if spills or unlike else 0
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ fi
 
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 $pip install -q ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$root/requirements-dev.txt"
-# CUTLASS headers for the CUDA kernels; the dependencies of its Python side are not wanted.
+# CUTLASS headers for the CUDA kernels (the dependencies of its Python side are not wanted), and a reader of SASS.
 if command -v nvcc >/dev/null 2>&1; then
-  $pip install -q --no-deps nvidia-cutlass==4.2.0.0
+  $pip install -q --no-deps nvidia-cutlass==4.2.0.0 nvidia-cuda-nvdisasm
 fi

@@ -75,3 +75,32 @@ def test_sass_counts(report):
 """
     counts = report.parse_sass(text)["kernel"]
     assert (counts["all"], counts["LDG.128"], counts["MMA"], counts["STG.128"]) == (4, 2, 1, 0)
+
+
+LOOP = """	.section	.text.kernel,"ax",@progbits
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;
+.L_x_0:
+        /*0020*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+        /*0030*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+        /*0040*/              @P0  BRA `(.L_x_0) ;
+        /*0050*/              @P1  BRA `(.L_x_1) ;
+        /*0060*/                   STG.E [R2.64], R0 ;
+"""
+
+
+def test_main_loop_is_the_innermost_with_the_most_products(report):
+    counts = report.parse_sass(LOOP)["kernel"]
+    assert (counts["loop"], counts["loop MMA"]) == (3, 2)
+    assert report.main_loop("no loop") == (0, 0)
+
+
+def test_kernels_must_have_their_instructions(report):
+    counts = {**dict.fromkeys(report.SASS_PATTERNS, 1), "LDL": 0, "STL": 0}
+    name = "stick_fwd_bf16_d64_sm80"
+    assert report.missing_instructions(name, counts) == []
+    assert report.missing_instructions(name, {**counts, "MMA": 0, "STL": 2}) == ["no MMA", "2 STL"]
+    unaligned = "grouped_forward_bf16_64x128_unaligned_sm80"
+    assert report.missing_instructions(unaligned, {**counts, "LDGSTS": 0, "STG.128": 0}) == []
+    assert report.missing_instructions("grouped_forward_bf16_64x128_sm80", {**counts, "LDGSTS": 0}) == ["no LDGSTS"]
