@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/parallel.hpp"
+#include "core/prefetch.hpp"
 #include "core/scratch.hpp"
 #include "grouped_gemm/products.hpp"
 
@@ -29,11 +30,6 @@ inline bool has_few_rows(const RoutedLayout& layout) {
     if (layout.offsets[expert + 1] - layout.offsets[expert] > kFewRows) return false;
   }
   return true;
-}
-
-// The next rows to be read, to the second-level cache: a row is about a page, where hardware prefetchers start anew.
-inline void prefetch_far(const void* p) {
-  __builtin_prefetch(p, 0, 1);
 }
 
 template <typename T>

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/parallel.hpp"
+#include "core/prefetch.hpp"
 #include "core/scratch.hpp"
 #include "core/tile_gemm.hpp"
 #include "moduleformer_ext/route_topk.hpp"
@@ -208,6 +209,7 @@ inline void dot_block(std::int64_t length, const S* const* rows, int valid, cons
     Vec<A> token[kTokens];
     for (int t = 0; t < kTokens; ++t) token[t] = load_lanes_of(a + t * length + l, lanes);
     for (int r = 0; r < kDotRows; ++r) {
+      prefetch_far(rows[r] + kDotRows * length + l);  // of the next block
       const Vec<A> weight = load_lanes_of(rows[r] + l, lanes);
       for (int t = 0; t < kTokens; ++t) sums[r][t] += weight * token[t];
     }
