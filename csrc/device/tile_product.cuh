@@ -6,7 +6,8 @@
 //
 // A step of the inner dimension is 32 bytes of a row: 16 elements of 16 bits or 8 of 32. ldmatrix moves 16-byte rows
 // and does not mind the element size, so that untransposed operands look the same in all types. A tile's rows are
-// kRowBytes, a power of two >= 128, apart; tiles are aligned to kRowBytes, so that XOR selects a chunk.
+// kRowBytes, a power of two >= 128, apart; tiles are aligned to kRowBytes, so that XOR selects a chunk of 128 bytes and
+// the rest of the way is an immediate offset.
 #pragma once
 
 #include "device/convert.cuh"
@@ -66,9 +67,18 @@ __device__ inline SharedAddress a_rows(SharedAddress tile) {
   return tile + swizzled_offset<kRowBytes>(lane & 15, lane >> 4);
 }
 
-// The A fragment of step `step` of the 16 rows that `rows` stands for.
-__device__ inline void load_a(FragmentA& a, SharedAddress rows, int step) {
-  ldmatrix_x4(a, rows ^ (step * 32));
+// Where a step's 32 bytes are in a row: bits of the address that the swizzle knows, and bytes behind it.
+constexpr int step_bits(int step) {
+  return step * 32 % 128;
+}
+constexpr int step_offset(int step) {
+  return step * 32 - step_bits(step);
+}
+
+// The A fragment of step kStep of the 16 rows that `rows` stands for.
+template <int kStep>
+__device__ inline void load_a(FragmentA& a, SharedAddress rows) {
+  ldmatrix_x4<step_offset(kStep)>(a, rows ^ step_bits(kStep));
 }
 
 // Lane's address in a tile for multiply_rows().
@@ -86,10 +96,10 @@ __device__ inline void multiply_rows(float (&acc)[kTiles][4], LoadA&& a_at, Shar
   static_for<kRowBytes / 32>([&](auto step) {
     FragmentA a;
     a_at(step, a);
-    const SharedAddress at = rows ^ (step * 32);
+    const SharedAddress at = rows ^ step_bits(step);
     static_for<kTiles / 2>([&](auto pair) {
       std::uint32_t b[4];
-      ldmatrix_x4<pair * 16 * kRowBytes>(b, at);
+      ldmatrix_x4<step_offset(step) + pair * 16 * kRowBytes>(b, at);
       multiply_step<Op>(acc[2 * pair], a, b[0], b[1], acc[2 * pair]);
       multiply_step<Op>(acc[2 * pair + 1], a, b[2], b[3], acc[2 * pair + 1]);
     });
@@ -136,20 +146,20 @@ template <typename Op, int kRowBytes, int kTiles, int kSteps>
 __device__ inline void multiply_columns(float (&acc)[kTiles][4], const FragmentA (&a)[kSteps], SharedAddress columns) {
   if constexpr (kIs16Bit<Op>) {
     static_for<kTiles / 2>([&](auto pair) {
-      const SharedAddress at = columns ^ (pair * 32);
+      const SharedAddress at = columns ^ step_bits(pair);
       static_for<kSteps>([&](auto step) {
         std::uint32_t b[4];
-        ldmatrix_x4_trans<step * 16 * kRowBytes>(b, at);
+        ldmatrix_x4_trans<step_offset(pair) + step * 16 * kRowBytes>(b, at);
         multiply_step<Op>(acc[2 * pair], a[step], b[0], b[1], acc[2 * pair]);
         multiply_step<Op>(acc[2 * pair + 1], a[step], b[2], b[3], acc[2 * pair + 1]);
       });
     });
   } else {
     static_for<kTiles>([&](auto tile) {
-      const SharedAddress even = columns ^ (tile * 32), odd = even ^ 16;  // odd rows have their chunks exchanged
+      const SharedAddress even = columns ^ step_bits(tile), odd = even ^ 16;  // odd rows have their chunks exchanged
       static_for<kSteps>([&](auto step) {
-        const std::uint32_t b0 = load_shared_32<step * 8 * kRowBytes>(even);
-        const std::uint32_t b1 = load_shared_32<(step * 8 + 1) * kRowBytes>(odd);
+        const std::uint32_t b0 = load_shared_32<step_offset(tile) + step * 8 * kRowBytes>(even);
+        const std::uint32_t b1 = load_shared_32<step_offset(tile) + (step * 8 + 1) * kRowBytes>(odd);
         multiply_step<Op>(acc[tile], a[step], b0, b1, acc[tile]);
       });
     });

@@ -78,7 +78,7 @@ __device__ void product_tile(ProductTiles& tiles, const A& a, const B& b, std::i
     gather_tile<Op, kTileColumns>(b_tile, b, column0, k, columns, inner);
     __syncthreads();
     device::multiply_rows<Op, kRowBytes>(
-        sums, [&](int step, device::FragmentA& fragment) { device::load_a(fragment, a_lane, step); }, b_lane);
+        sums, [&](auto step, device::FragmentA& fragment) { device::load_a<step>(fragment, a_lane); }, b_lane);
   }
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {

@@ -41,11 +41,10 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   const StickAttentionForwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  // Late tiles, which walk furthest, start first; heads side by side.
-  const std::int64_t slot = (gridDim.x - 1 - blockIdx.x) / p.heads, head = blockIdx.x % p.heads;
-  const auto [sequence, tile] = stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, kStickTileRows, slot);
-  const StickSequence s(p, sequence);
-  const int first_row = static_cast<int>(tile) * kStickTileRows;
+  const StickRowTile tile(p, kStickTileRows, blockIdx.x);
+  const StickSequence& s = tile.s;
+  const std::int64_t head = tile.head;
+  const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
@@ -98,8 +97,7 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
       walk.next(target, key_tile > 0);
     }
     if (kKeepQueries && key_tile == newest_tile) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) device::load_a(q[kKeepQueries ? step : 0], query_rows, step);
+      device::static_for<kSteps>([&](auto step) { device::load_a<step>(q[kKeepQueries ? step : 0], query_rows); });
     }
     const int first_key = key_tile * kKeys;
     const std::uint32_t kept = keep.run();
@@ -113,7 +111,7 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
 #pragma unroll
               for (int i = 0; i < 4; ++i) a[i] = q[step][i];
             } else {
-              device::load_a(a, query_rows, step);
+              device::load_a<step>(a, query_rows);
             }
           },
           key_rows);
@@ -139,10 +137,11 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) o[t][i] *= 1.0f / kStickWeightUnit<Op>;
   }
+  const StickRowTile done = StickRowTile::again(p, kStickTileRows);
   const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
   const device::SharedAddress scratch = queries + row_in_tile * kRowBytes;  // read by this warp only
   const auto store = [&](void* tensor, bool aligned) {
-    const StickRows<T> rows(static_cast<T*>(tensor), params.o_strides, p, s, head, first_row);
+    const StickRows<T> rows(static_cast<T*>(tensor), params.o_strides, p, done.s, done.head, done.first_row);
     stick_store_rows<T>(
         o, scratch, [&](int row) { return rows[row_in_tile + row]; }, static_cast<int>(p.head_dim), aligned);
   };
@@ -158,9 +157,9 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
     }
   }
   if (lane % 4 < 2) {  // lane 0 of a quad reports row g, lane 1 row g + 8
-    const int row = warp_row + lane / 4 + 8 * (lane % 4);
-    if (row < s.rows) {
-      const std::int64_t flat = stick_flat_row(p, s, head, row);
+    const int row = done.first_row + row_in_tile + lane / 4 + 8 * (lane % 4);
+    if (row < done.s.rows) {
+      const std::int64_t flat = stick_flat_row(p, done.s, done.head, row);
       static_cast<float*>(params.remainder)[flat] = lane % 4 == 0 ? stick[0] : stick[1];
       params.first_tiles[flat] = key_tile + 1;
     }

@@ -83,6 +83,58 @@ __device__ inline int stick_first_key(const StickBackwardLaunch& launch, const S
   return launch.params.first_tiles[stick_flat_row(launch.params.problem, s, head, first_row)] * launch.forward_keys;
 }
 
+// The keys that a row tile walks in the window of a launch: [begin, end).
+struct StickWindowWalk {
+  int newest_key;  // of the whole walk
+  int begin, end;
+  bool any;               // whether the tile has anything to do, if only to leave zeros
+  bool starts, finishes;  // the walk, in this window
+
+  __device__ StickWindowWalk(const StickBackwardLaunch& launch, const StickRowTile& tile, int rows) {
+    const StickSequence& s = tile.s;
+    newest_key = s.newest_key(launch.params.problem, min(tile.first_row + rows, s.rows) - 1);
+    const int oldest_key = stick_first_key(launch, s, tile.head, tile.first_row);
+    const bool nothing = oldest_key > newest_key;
+    begin = max(oldest_key, launch.window_begin);
+    end = nothing ? begin : min(newest_key + 1, launch.window_end);
+    any = nothing ? launch.newest_window : begin < end;
+    starts = nothing || newest_key < launch.window_end;
+    finishes = nothing || oldest_key >= launch.window_begin;
+  }
+
+  // The newest tile of the walk; the one before `begin` where there is none.
+  __device__ int newest_tile(int tile_keys) const {
+    return begin < end ? (end - 1) / tile_keys : begin / tile_keys - 1;
+  }
+};
+
+// The tile of keys that a block owns; old ones, which most rows see, start first.
+struct StickKeyTile {
+  std::int64_t head;
+  StickSequence s;
+  int first_key;
+  bool any;  // whether there are such keys in the window
+
+  __device__ StickKeyTile(const StickBackwardLaunch& launch, int keys, std::uint32_t block)
+      : StickKeyTile(launch, keys, block % static_cast<std::uint32_t>(launch.params.problem.heads),
+                     block / static_cast<std::uint32_t>(launch.params.problem.heads)) {}
+
+  // As StickRowTile::again().
+  __device__ static StickKeyTile again(const StickBackwardLaunch& launch, int keys) {
+    std::uint32_t block = blockIdx.x;
+    device::make_opaque(block);
+    return {launch, keys, block};
+  }
+
+ private:
+  __device__ StickKeyTile(const StickBackwardLaunch& launch, int keys, std::uint32_t head, std::uint32_t rest)
+      : head(head),
+        s(launch.params.problem, rest % static_cast<std::uint32_t>(launch.params.problem.sequences)),
+        first_key(launch.window_begin +
+                  static_cast<int>(rest / static_cast<std::uint32_t>(launch.params.problem.sequences)) * keys),
+        any(first_key < s.keys && first_key < launch.window_end) {}
+};
+
 // lengths[slot] = greatest |v|^2 of 64 keys: a warp each, eight lanes per key.
 template <typename T>
 __device__ inline void stick_value_lengths(const StickBackwardLaunch& launch) {

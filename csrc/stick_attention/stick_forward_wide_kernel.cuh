@@ -31,10 +31,10 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
   const StickAttentionForwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  const std::int64_t slot = (gridDim.x - 1 - blockIdx.x) / p.heads, head = blockIdx.x % p.heads;
-  const auto [sequence, tile] = stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, kRows, slot);
-  const StickSequence s(p, sequence);
-  const int first_row = static_cast<int>(tile) * kRows;
+  const StickRowTile tile(p, kRows, blockIdx.x);
+  const StickSequence& s = tile.s;
+  const std::int64_t head = tile.head;
+  const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
@@ -136,12 +136,13 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
   }
   device::cp_async_wait_all();
 
+  const StickRowTile done = StickRowTile::again(p, kRows);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int i = 0; i < Wide::kColumnTiles * 4; ++i) o[m][i / 4][i % 4] *= 1.0f / kUnit;
     const auto store = [&](void* to, bool aligned) {
-      const StickRows<T> rows(static_cast<T*>(to) + column, params.o_strides, p, s, head, first_row);
+      const StickRows<T> rows(static_cast<T*>(to) + column, params.o_strides, p, done.s, done.head, done.first_row);
       stick_store_rows<T>(o[m], tiles, [&](int row) { return rows[16 * m + row]; }, columns, aligned);
     };
     store(params.o, launch.o_aligned);
@@ -154,9 +155,9 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
       store(params.residual, launch.residual_aligned);
     }
   }
-  const int row = first_row + static_cast<int>(threadIdx.x);
-  if (threadIdx.x < kRows && row < s.rows) {
-    const std::int64_t flat = stick_flat_row(p, s, head, row);
+  const int row = done.first_row + static_cast<int>(threadIdx.x);
+  if (threadIdx.x < kRows && row < done.s.rows) {
+    const std::int64_t flat = stick_flat_row(p, done.s, done.head, row);
     static_cast<float*>(params.remainder)[flat] = sticks[threadIdx.x];
     params.first_tiles[flat] = max(key_tile, 0);
   }

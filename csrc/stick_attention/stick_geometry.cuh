@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/cp_async.cuh"
+#include "device/opaque.cuh"
 #include "device/static_for.cuh"
 #include "device/tile_product.cuh"
 #include "device/vector_memory.cuh"
@@ -62,6 +63,28 @@ __device__ inline StickSlot stick_find_slot(const std::int32_t* cu_seqlens, std:
   }
   return {first, slot - stick_first_slot(cu_seqlens, group, tokens, tile_rows, first)};
 }
+
+// The tile of query rows that a block owns. Late tiles, which walk furthest, start first; heads side by side.
+struct StickRowTile {
+  std::int64_t head;
+  StickSlot slot;
+  StickSequence s;
+  int first_row;
+
+  __device__ StickRowTile(const StickAttentionProblem& p, int rows, std::uint32_t block)
+      : head(block % static_cast<std::uint32_t>(p.heads)),
+        slot(stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, rows,
+                             (gridDim.x - 1 - block) / static_cast<std::uint32_t>(p.heads))),
+        s(p, slot.sequence),
+        first_row(static_cast<int>(slot.tile) * rows) {}
+
+  // The same, computed anew after the walk: what is kept from before it takes registers all along.
+  __device__ static StickRowTile again(const StickAttentionProblem& p, int rows) {
+    std::uint32_t block = blockIdx.x;
+    device::make_opaque(block);
+    return {p, rows, block};
+  }
+};
 
 // The rows from `first` on of one sequence and K/V head, in a tensor of q's shape [B, Tq, H, G, D].
 template <typename T>

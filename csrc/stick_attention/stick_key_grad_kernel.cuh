@@ -86,13 +86,11 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  // Keys of this block; old ones, which most rows see, start first.
-  const int tiles_of_window = (launch.window_end - launch.window_begin) / kKeys;
-  const std::int64_t head = blockIdx.x % p.heads, rest = blockIdx.x / p.heads;
-  const std::int64_t sequence = rest % p.sequences;
-  const StickSequence s(p, sequence);
-  const int first_key = launch.window_begin + static_cast<int>(rest / p.sequences) * kKeys;
-  if (first_key >= s.keys || rest / p.sequences >= tiles_of_window) return;
+  const StickKeyTile tile_of_keys(launch, kKeys, blockIdx.x);
+  if (!tile_of_keys.any) return;
+  const StickSequence& s = tile_of_keys.s;
+  const std::int64_t head = tile_of_keys.head;
+  const int first_key = tile_of_keys.first_key;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const device::SharedAddress key_tile = device::shared_address(shared), value_tile = key_tile + Tiles::kKeyBytes,
@@ -162,9 +160,9 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
       const device::SharedAddress query_rows = query_lane + (stage - ring);
       float scores[kSpan / 8][4] = {}, grads[kSpan / 8][4] = {};
       device::multiply_rows<Op, kRowBytes>(
-          scores, [&](auto i, device::FragmentA& a) { device::load_a(a, query_rows, i); }, key_lane);
+          scores, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows); }, key_lane);
       device::multiply_rows<Op, kRowBytes>(
-          grads, [&](auto i, device::FragmentA& a) { device::load_a(a, query_rows + Tiles::kQueryBytes, i); },
+          grads, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows + Tiles::kQueryBytes); },
           key_lane + Tiles::kKeyBytes);
       const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
         stick_scan_backward<Op, masked>(
@@ -251,14 +249,15 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   }
   const device::SharedAddress scratch = ring + warp * (16 * stick_store_bytes<T>(kPartTiles));
   const int first_column = part * (kDim / Tiles::kParts);
+  const StickKeyTile done = StickKeyTile::again(launch, kKeys);
   const auto store = [&](const float (&grad)[kPartTiles][4], void* tensor, const StickKeyStrides& strides,
                          bool aligned) {
-    T* const keys = stick_keys(static_cast<T*>(tensor), strides, s, head);
+    T* const keys = stick_keys(static_cast<T*>(tensor), strides, done.s, done.head);
     stick_store_rows<T>(
         grad, scratch,
         [&](int row) -> T* {
-          const int key = first_key + key_in_tile + row;
-          return key < s.keys ? keys + key * strides.token + first_column : nullptr;
+          const int key = done.first_key + key_in_tile + row;
+          return key < done.s.keys ? keys + key * strides.token + first_column : nullptr;
         },
         static_cast<int>(p.head_dim) - first_column, aligned);
   };

@@ -42,12 +42,11 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  // Keys of this block; old ones, which most rows see, start first.
-  const std::int64_t head = blockIdx.x % p.heads, rest = blockIdx.x / p.heads;
-  const std::int64_t sequence = rest % p.sequences;
-  const StickSequence s(p, sequence);
-  const int key_tile = static_cast<int>(rest / p.sequences), first_key = launch.window_begin + key_tile * kKeys;
-  if (first_key >= s.keys || first_key >= launch.window_end) return;
+  const StickKeyTile tile_of_keys(launch, kKeys, blockIdx.x);
+  if (!tile_of_keys.any) return;
+  const StickSequence& s = tile_of_keys.s;
+  const std::int64_t head = tile_of_keys.head;
+  const int first_key = tile_of_keys.first_key;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -71,7 +70,7 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
   if constexpr (!Wide::kOne) load_keys(keys[1], p.v, p.v_strides, launch.v_aligned);
 
   const StickOdds odds{launch.factor};
-  const std::int64_t place = key_tile * (p.heads * launch.rows);
+  const std::int64_t place = (first_key - launch.window_begin) / kKeys * (p.heads * launch.rows);
   const int row = (warp * 4 + lane / 8) % kRows;  // that this lane scans, in the first four warps
   float grads[Wide::kOne ? 1 : 2][Wide::kColumnTiles][4] = {};
 
@@ -122,13 +121,17 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
     __syncwarp();
   }
 
+  const StickKeyTile done = StickKeyTile::again(launch, kKeys);
   const auto store = [&](const float (&grad)[Wide::kColumnTiles][4], void* tensor, const StickKeyStrides& strides,
                          bool aligned) {
-    T* const to = stick_keys(static_cast<T*>(tensor), strides, s, head) + column;
+    T* const to = stick_keys(static_cast<T*>(tensor), strides, done.s, done.head) + column;
     stick_store_rows<T>(
         grad, query_tile,
-        [&](int i) -> T* { return first_key + i < s.keys ? to + (first_key + i) * strides.token : nullptr; }, columns,
-        aligned);
+        [&](int i) -> T* {
+          const int key = done.first_key + i;
+          return key < done.s.keys ? to + key * strides.token : nullptr;
+        },
+        columns, aligned);
   };
   if constexpr (!Wide::kOne) {
     const bool both = params.grad_v == nullptr;  // K is V

@@ -100,20 +100,13 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  const std::int64_t slot = (gridDim.x - 1 - blockIdx.x) / p.heads, head = blockIdx.x % p.heads;
-  const auto [sequence, tile] = stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, kRows, slot);
-  const StickSequence s(p, sequence);
-  const int first_row = static_cast<int>(tile) * kRows;
+  const StickRowTile tile(p, kRows, blockIdx.x);
+  const StickSequence& s = tile.s;
+  const std::int64_t head = tile.head;
+  const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
-
-  // Keys [oldest, newest] in all, [begin, end) in this window.
-  const int newest_key = s.newest_key(p, min(first_row + kRows, s.rows) - 1);
-  const int oldest_key = stick_first_key(launch, s, head, first_row);
-  const int begin = max(oldest_key, launch.window_begin), end = min(newest_key + 1, launch.window_end);
-  const bool nothing = oldest_key > newest_key;
-  if (nothing ? !launch.newest_window : begin >= end) return;
-  const bool starts = nothing || newest_key < launch.window_end;
-  const bool finishes = nothing || oldest_key >= launch.window_begin;
+  const StickWindowWalk keys(launch, tile, kRows);
+  if (!keys.any) return;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const device::SharedAddress queries = device::shared_address(shared), grads = queries + Tiles::kQueryBytes,
@@ -127,20 +120,21 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
            launch.grad_o_aligned});
   device::cp_async_commit();
 
-  int key_tile = nothing ? begin / kKeys - 1 : (end - 1) / kKeys;
+  int key_tile = keys.newest_tile(kKeys);
   StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
                                                           launch.v_aligned);
   device::SharedAddress target = ring;
   int to_other = (kStages - 1) * 2 * Tiles::kTileBytes;  // from a tile's place in the ring to the next one's
-  if constexpr (kStages > 1) walk.next(target, !nothing);
+  if constexpr (kStages > 1) walk.next(target, keys.begin < keys.end);
   StickKeep<kKeys> keep(p, s);
   keep.load(key_tile * kKeys);
 
   const int lane = threadIdx.x & 31, row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
   const int warp_row = first_row + row_in_tile;
   const float longest = stick_longest<Tiles::kThreads>(
-      launch.lengths + head * launch.length_slots + stick_length_slot(p, sequence),
-      newest_key < 0 ? 0 : newest_key / kStickLengthKeys + 1, reinterpret_cast<float*>(shared + Tiles::kTilesBytes));
+      launch.lengths + head * launch.length_slots + stick_length_slot(p, tile.slot.sequence),
+      keys.newest_key < 0 ? 0 : keys.newest_key / kStickLengthKeys + 1,
+      reinterpret_cast<float*>(shared + Tiles::kTilesBytes));
   device::cp_async_wait<kStages - 1>();
   __syncthreads();
   float delta[2], reach[2];
@@ -149,16 +143,14 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   // This lane's two rows, and its warp's first and last.
   int newest[2];
   float stick[2], passed[2];
-  std::int64_t at[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + lane / 4 + 8 * half;
     newest[half] = row < s.rows ? s.newest_key(p, row) : -1;
     stick[half] = row < s.rows ? 1.0f : 0.0f;
     passed[half] = 0.0f;
-    at[half] = stick_workspace_row(launch, s, head, row);
-    if (row < s.rows && !starts) {
-      const float2 state = launch.states[at[half]];
+    if (row < s.rows && !keys.starts) {
+      const float2 state = launch.states[stick_workspace_row(launch, s, head, row)];
       stick[half] = state.x;
       passed[half] = state.y;
     }
@@ -170,21 +162,23 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
 
   // dQ in accumulator layout, at the same place for every window.
   float grad_q[kDim / 8][4] = {};
-  const auto for_sums = [&](auto&& each) {
+  const auto for_sums = [&](const StickRowTile& of, auto&& each) {
+    const int row = of.first_row + row_in_tile + lane / 4;
+    float* const sums = launch.sums + stick_workspace_row(launch, of.s, of.head, row) * p.head_dim;
 #pragma unroll
     for (int t = 0; t < kDim / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (warp_row + lane / 4 + 8 * half < s.rows && column < p.head_dim) {
-          each(*reinterpret_cast<float2*>(launch.sums + at[half] * p.head_dim + column), grad_q[t][2 * half],
+        if (row + 8 * half < of.s.rows && column < p.head_dim) {
+          each(*reinterpret_cast<float2*>(sums + 8 * half * p.head_dim + column), grad_q[t][2 * half],
                grad_q[t][2 * half + 1]);
         }
       }
     }
   };
-  if (!starts) {
-    for_sums([](const float2& sum, float& x, float& y) {
+  if (!keys.starts) {
+    for_sums(tile, [](const float2& sum, float& x, float& y) {
       x = sum.x;
       y = sum.y;
     });
@@ -195,8 +189,8 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   device::SharedAddress key_columns = device::b_columns<Op, kRowBytes>(ring);
   // Where this lane leaves the state of row g at a span's edge; of row g + 8 eight further.
   const std::int64_t spans = std::int64_t{(key_tile * kKeys - launch.window_begin) / kSpan + lane % 4 / kSpanLanes};
-  std::int64_t place = spans * (p.heads * launch.rows) + at[0];
-  for (; key_tile * kKeys >= begin; --key_tile) {
+  std::int64_t place = spans * (p.heads * launch.rows) + stick_workspace_row(launch, s, head, warp_row + lane / 4);
+  for (; key_tile * kKeys >= keys.begin; --key_tile) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     __syncthreads();  // the tile is there for all, all are done with the one before, and its place is free
     if constexpr (kStages == 1) {
@@ -205,16 +199,16 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
       __syncthreads();
     } else {
       target += to_other;
-      walk.next(target, (key_tile - 1) * kKeys >= begin);
+      walk.next(target, (key_tile - 1) * kKeys >= keys.begin);
     }
     const int first_key = key_tile * kKeys;
     const std::uint32_t kept = keep.run();
     keep.load(first_key - kKeys);
     float scores[kKeyTiles][4] = {}, grad_weights[kKeyTiles][4] = {};
     device::multiply_rows<Op, kRowBytes>(
-        scores, [&](auto step, device::FragmentA& a) { device::load_a(a, query_rows, step); }, key_rows);
+        scores, [&](auto step, device::FragmentA& a) { device::load_a<step>(a, query_rows); }, key_rows);
     device::multiply_rows<Op, kRowBytes>(
-        grad_weights, [&](auto step, device::FragmentA& a) { device::load_a(a, grad_rows, step); }, value_rows);
+        grad_weights, [&](auto step, device::FragmentA& a) { device::load_a<step>(a, grad_rows); }, value_rows);
     float left[2];
     const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
       stick_scan_backward<Op, masked>(
@@ -249,22 +243,25 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   }
   device::cp_async_wait_all();
 
-  if (finishes) {
+  const StickRowTile done = StickRowTile::again(p, kRows);
+  if (keys.finishes) {
 #pragma unroll
     for (int t = 0; t < kDim / 8; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) grad_q[t][i] *= launch.scale;
     }
-    const StickRows<T> rows(static_cast<T*>(params.grad_q), params.grad_q_strides, p, s, head, first_row);
+    const StickRows<T> rows(static_cast<T*>(params.grad_q), params.grad_q_strides, p, done.s, done.head,
+                            done.first_row);
     stick_store_rows<T>(
         grad_q, queries + row_in_tile * kRowBytes, [&](int row) { return rows[row_in_tile + row]; },
         static_cast<int>(p.head_dim), launch.grad_q_aligned);
   } else {
-    for_sums([](float2& sum, float x, float y) { sum = {x, y}; });
+    for_sums(done, [](float2& sum, float x, float y) { sum = {x, y}; });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (lane % 4 == 0 && warp_row + lane / 4 + 8 * half < s.rows) {
-        launch.states[at[half]] = {stick[half], passed[half]};
+      const int row = done.first_row + row_in_tile + lane / 4 + 8 * half;
+      if (lane % 4 == 0 && row < done.s.rows) {
+        launch.states[stick_workspace_row(launch, done.s, done.head, row)] = {stick[half], passed[half]};
       }
     }
   }

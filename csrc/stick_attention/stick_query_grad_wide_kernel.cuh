@@ -55,20 +55,13 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  const std::int64_t slot = (gridDim.x - 1 - blockIdx.x) / p.heads, head = blockIdx.x % p.heads;
-  const auto [sequence, tile] = stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, kRows, slot);
-  const StickSequence s(p, sequence);
-  const int first_row = static_cast<int>(tile) * kRows;
+  const StickRowTile tile(p, kRows, blockIdx.x);
+  const StickSequence& s = tile.s;
+  const std::int64_t head = tile.head;
+  const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
-
-  // Keys [oldest, newest] in all, [begin, end) in this window.
-  const int newest_key = s.newest_key(p, min(first_row + kRows, s.rows) - 1);
-  const int oldest_key = stick_first_key(launch, s, head, first_row);
-  const int begin = max(oldest_key, launch.window_begin), end = min(newest_key + 1, launch.window_end);
-  const bool nothing = oldest_key > newest_key;
-  if (nothing ? !launch.newest_window : begin >= end) return;
-  const bool starts = nothing || newest_key < launch.window_end;
-  const bool finishes = nothing || oldest_key >= launch.window_begin;
+  const StickWindowWalk keys(launch, tile, kRows);
+  if (!keys.any) return;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -87,7 +80,7 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
     const T* const from = keys_of(tensor, strides) + column;
     stick_wide_copy<T, kRowBytes>(to, columns, aligned, static_cast<const T*>(tensor), [&](int row) {
       const int key = key_tile * kKeys + row;
-      return key >= begin && key < s.keys ? from + key * strides.token : nullptr;
+      return key >= keys.begin && key < s.keys ? from + key * strides.token : nullptr;
     });
   };
   const auto copy_k = [&](int key_tile, device::SharedAddress to) {
@@ -122,8 +115,8 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
     auto* const sums = reinterpret_cast<float2*>(parts);
     stick_wide_row_sums<T>(launch, s, head, first_row, column, columns, sums + warp * kRows);
     const float longest = stick_longest<Wide::kThreads>(
-        launch.lengths + head * launch.length_slots + stick_length_slot(p, sequence),
-        newest_key < 0 ? 0 : newest_key / kStickLengthKeys + 1, reinterpret_cast<float*>(states + kRows));
+        launch.lengths + head * launch.length_slots + stick_length_slot(p, tile.slot.sequence),
+        keys.newest_key < 0 ? 0 : keys.newest_key / kStickLengthKeys + 1, reinterpret_cast<float*>(states + kRows));
     float delta = 0.0f, squares = 0.0f;
     for (int w = 0; w < Wide::kWarps; ++w) {
       delta += sums[w * kRows + row].x;
@@ -137,36 +130,35 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
       reach += 1.01f * fabsf(grad);
     }
     reach = reach < 3.4e38f ? reach : 3.4e38f;  // where lengths overflow there is no bound, but 0 times it must be 0
-    const float2 from = starts || !there ? make_float2(there ? 1.0f : 0.0f, 0.0f) : launch.states[at()];
+    const float2 from = keys.starts || !there ? make_float2(there ? 1.0f : 0.0f, 0.0f) : launch.states[at()];
     if (scans && lane % 8 == 0) states[row] = make_float4(from.x, from.y, delta, reach);
     __syncthreads();
   }
 
   // dQ in accumulator layout, at the same place for every window.
   float grad_q[Wide::kColumnTiles][4] = {};
-  const auto for_sums = [&](auto&& each) {
+  const auto for_sums = [&](const StickRowTile& of, auto&& each) {
 #pragma unroll
     for (int i = 0; i < 2 * Wide::kColumnTiles; ++i) {
-      const int of_row = first_row + lane / 4 + 8 * (i % 2), c = 8 * (i / 2) + 2 * (lane % 4);
-      if (of_row >= s.rows || c >= columns) continue;
-      each(*reinterpret_cast<float2*>(launch.sums + stick_workspace_row(launch, s, head, of_row) * p.head_dim + column +
-                                      c),
-           grad_q[i / 2][i % 2 * 2], grad_q[i / 2][i % 2 * 2 + 1]);
+      const int of_row = of.first_row + lane / 4 + 8 * (i % 2), c = 8 * (i / 2) + 2 * (lane % 4);
+      if (of_row >= of.s.rows || c >= columns) continue;
+      const std::int64_t at = stick_workspace_row(launch, of.s, of.head, of_row) * p.head_dim + column + c;
+      each(*reinterpret_cast<float2*>(launch.sums + at), grad_q[i / 2][i % 2 * 2], grad_q[i / 2][i % 2 * 2 + 1]);
     }
   };
-  if (!starts) {
-    for_sums([](const float2& sum, float& x, float& y) {
+  if (!keys.starts) {
+    for_sums(tile, [](const float2& sum, float& x, float& y) {
       x = sum.x;
       y = sum.y;
     });
   }
 
   const StickOdds odds{launch.factor};
-  int key_tile = nothing ? begin / kKeys - 1 : (end - 1) / kKeys;
+  int key_tile = keys.newest_tile(kKeys);
   const bool two_tiles_of_k = !Wide::kOne && k_is_v, tile_of_v = !Wide::kOne && !k_is_v;
   copy_k(key_tile, now);
   if (tile_of_v) copy_v(key_tile, other);
-  for (; key_tile * kKeys >= begin; --key_tile) {
+  for (; key_tile * kKeys >= keys.begin; --key_tile) {
     if (two_tiles_of_k) {
       copy_k(key_tile - 1, other);
       device::cp_async_wait<1>();
@@ -226,14 +218,19 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
   }
   device::cp_async_wait_all();
 
-  if (finishes) {
+  const StickRowTile done = StickRowTile::again(p, kRows);
+  if (keys.finishes) {
 #pragma unroll
     for (int i = 0; i < 4 * Wide::kColumnTiles; ++i) grad_q[i / 4][i % 4] *= launch.scale;
-    const StickRows<T> rows(static_cast<T*>(params.grad_q) + column, params.grad_q_strides, p, s, head, first_row);
+    const StickRows<T> rows(static_cast<T*>(params.grad_q) + column, params.grad_q_strides, p, done.s, done.head,
+                            done.first_row);
     stick_store_rows<T>(grad_q, tiles, [&](int i) { return rows[i]; }, columns, launch.grad_q_aligned);
   } else {
-    for_sums([](float2& sum, float x, float y) { sum = {x, y}; });
-    if (scans && there && lane % 8 == 0) launch.states[at()] = {states[row].x, states[row].y};
+    for_sums(done, [](float2& sum, float x, float y) { sum = {x, y}; });
+    if (scans && done.first_row + row < done.s.rows && lane % 8 == 0) {
+      const std::int64_t at = stick_workspace_row(launch, done.s, done.head, done.first_row + row);
+      launch.states[at] = {states[row].x, states[row].y};
+    }
   }
 }
 

@@ -70,7 +70,7 @@ __device__ inline void stick_wide_copy(device::SharedAddress tile, int columns, 
                                        RowAt&& row_at) {
   constexpr int kChunks = kRowBytes / 16;
   const int lane = threadIdx.x & 31, chunk = lane % kChunks, column = chunk * (16 / static_cast<int>(sizeof(T)));
-#pragma unroll(sizeof(T) == 2 ? 2 : 1)
+#pragma unroll 1
   for (int i = 0; i < 16 * kChunks / 32; ++i) {
     const int row = i * (32 / kChunks) + lane / kChunks;
     const T* const source = row_at(row);
@@ -92,8 +92,8 @@ __device__ inline void stick_wide_fragments(device::FragmentA (&a)[kRowBytes / 3
   stick_wide_copy<T, kRowBytes>(tile, columns, aligned, any, row_at);
   device::cp_async_wait_all();
   __syncwarp();
-#pragma unroll
-  for (int step = 0; step < kRowBytes / 32; ++step) device::load_a(a[step], device::a_rows<kRowBytes>(tile), step);
+  device::static_for<kRowBytes / 32>(
+      [&](auto step) { device::load_a<step>(a[step], device::a_rows<kRowBytes>(tile)); });
   __syncwarp();
 }
 
@@ -104,6 +104,7 @@ __device__ inline void stick_wide_multiply(float (&acc)[2][4], device::FragmentA
   constexpr int kRowBytes = StickWide<Op>::kRowBytes;
   device::static_for<StickWide<Op>::kSteps>([&](auto step) {
     std::uint32_t b[4];
+    // All bits by XOR: with immediate offsets ptxas spills the query kernel's binary32 instance on sm_90.
     device::ldmatrix_x4(b, device::b_rows<kRowBytes>(tile) ^ (step * 32));
     if constexpr (sizeof(Op) == 4) {  // A's split into two tf32 parts would take registers for the whole walk
 #pragma unroll
@@ -122,8 +123,8 @@ __device__ inline void stick_wide_multiply(float (&acc)[2][4], device::SharedAdd
   device::static_for<StickWide<Op>::kSteps>([&](auto step) {
     device::FragmentA a;
     std::uint32_t b[4];
-    device::load_a(a, device::a_rows<kRowBytes>(a_tile), step);
-    device::ldmatrix_x4(b, device::b_rows<kRowBytes>(b_tile) ^ (step * 32));
+    device::load_a<step>(a, device::a_rows<kRowBytes>(a_tile));
+    device::ldmatrix_x4<device::step_offset(step)>(b, device::b_rows<kRowBytes>(b_tile) ^ device::step_bits(step));
     device::multiply_step<Op>(acc[0], a, b[0], b[1], acc[0]);
     device::multiply_step<Op>(acc[1], a, b[2], b[3], acc[1]);
   });
