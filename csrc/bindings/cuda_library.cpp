@@ -3,7 +3,11 @@
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <filesystem>
+#include <tuple>
+
+#include "moduleformer_ext/common.hpp"
 
 namespace mfx {
 namespace {
@@ -41,6 +45,21 @@ std::optional<std::string> cuda_build_info() {
   const auto info = reinterpret_cast<const char* (*)()>(dlsym(library, "mfx_cuda_build_info"));
   if (info == nullptr) return std::nullopt;
   return info();
+}
+
+std::vector<CudaKernel> cuda_kernels() {
+  std::vector<CudaKernel> kernels;
+  void* library = open_library(library_path());
+  if (library == nullptr) return kernels;
+  const auto list = reinterpret_cast<void (*)(KernelSink, void*)>(dlsym(library, "mfx_cuda_list_kernels"));
+  if (list == nullptr) return kernels;
+  list([](void* context, const char* op, const char* name,
+          int arch) { static_cast<std::vector<CudaKernel>*>(context)->push_back({op, name, arch}); },
+       &kernels);
+  std::sort(kernels.begin(), kernels.end(), [](const CudaKernel& a, const CudaKernel& b) {
+    return std::tie(a.op, a.arch, a.name) < std::tie(b.op, b.arch, b.name);
+  });
+  return kernels;
 }
 
 }  // namespace mfx

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace mfx {
 
@@ -11,6 +12,14 @@ void* cuda_symbol(const char* name);
 
 // What the library says about its build; nothing where there is none.
 std::optional<std::string> cuda_build_info();
+
+struct CudaKernel {
+  std::string op, name;
+  int arch;  // the first it runs on; 80: sm_80
+};
+
+// The kernels of the library; none where there is no library.
+std::vector<CudaKernel> cuda_kernels();
 
 }  // namespace mfx
 

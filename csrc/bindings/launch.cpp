@@ -2,11 +2,42 @@
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <cstdlib>
+#include <mutex>
+#include <set>
 #include <sstream>
+#include <string_view>
+#include <utility>
 
 #include "bindings/checks.hpp"
 
 namespace mfx {
+namespace {
+
+bool strict() {
+  static const bool set = [] {
+    const char* value = std::getenv("MFX_STRICT");
+    return value != nullptr && std::string_view(value) == "1";
+  }();
+  return set;
+}
+
+bool is_new(const char* op, const char* reason) {
+  static std::mutex mutex;
+  static std::set<std::pair<std::string_view, std::string_view>> known;  // of static strings
+  const std::lock_guard<std::mutex> lock(mutex);
+  return known.emplace(op, reason).second;
+}
+
+std::string shapes_of(at::TensorList inputs) {
+  std::ostringstream shapes;
+  for (const at::Tensor& input : inputs) {
+    if (input.defined()) shapes << ' ' << input.sizes();
+  }
+  return shapes.str();
+}
+
+}  // namespace
 
 // The only file that knows MFX_CUDA_DISPATCH.
 bool cuda_serves_cpu() {
@@ -34,12 +65,15 @@ Stream current_stream(c10::Device device) {
 }
 
 void check_launch(const char* op, const Status& status, at::TensorList inputs) {
-  if (status.ok()) return;
-  std::ostringstream shapes;
-  for (const at::Tensor& input : inputs) {
-    if (input.defined()) shapes << ' ' << input.sizes();
+  TORCH_CHECK(status.ok(), op, ": the CUDA kernels failed: ", status.message, " (inputs of shapes", shapes_of(inputs),
+              ")");
+  if (status.slow == nullptr) return;
+  TORCH_CHECK(!strict(), op, ": no fast CUDA kernel serves this: ", status.slow, " (inputs of shapes",
+              shapes_of(inputs), "); MFX_STRICT=1 makes this an error");
+  if (is_new(op, status.slow)) {
+    TORCH_WARN(op, ": a slow CUDA kernel serves this: ", status.slow, " (inputs of shapes", shapes_of(inputs),
+               "). Said once; MFX_STRICT=1 makes it an error.");
   }
-  TORCH_CHECK(false, op, ": the CUDA kernels failed: ", status.message, " (inputs of shapes", shapes.str(), ")");
 }
 
 }  // namespace mfx

@@ -26,7 +26,8 @@ bool cuda_serves_cpu();
 // The current stream of a device; null for the CPU.
 Stream current_stream(c10::Device device);
 
-// Turns a failure to launch into an exception with the shapes of the op's inputs (undefined ones are left out).
+// Turns a failure to launch into an exception with the shapes of the op's inputs (undefined ones are left out). A much
+// slower kernel than the op has makes a warning, once per op and reason; an exception where MFX_STRICT=1.
 void check_launch(const char* op, const Status& status, at::TensorList inputs);
 
 // Params that have a member `workspace` get memory of as many bytes as their workspace function says.

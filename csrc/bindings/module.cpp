@@ -36,6 +36,12 @@ py::dict build_info() {
   return info;
 }
 
+py::list kernels() {
+  py::list rows;
+  for (const CudaKernel& kernel : cuda_kernels()) rows.append(py::make_tuple(kernel.op, kernel.name, kernel.arch));
+  return rows;
+}
+
 // Arguments and defaults are the schema's, gradients and autocast as with torch.ops: both enter the dispatcher.
 void define_ops(py::module_& m) {
   for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
@@ -59,5 +65,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of moduleformer_ext; use moduleformer_ext.ops.";
   m.attr("torch_version") = MFX_TORCH_VERSION;
   m.def("build_info", &mfx::build_info, "How this extension was built and what it runs with, as a dict.");
+  m.def("cuda_kernels", &mfx::kernels, "The compiled CUDA kernels: (op, name, first architecture) each.");
   mfx::define_ops(m);
 }

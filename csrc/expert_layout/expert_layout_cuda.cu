@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include "core/cuda_status.hpp"
+#include "core/kernel_list.hpp"
 #include "moduleformer_ext/expert_layout.hpp"
 
 namespace mfx::expert_layout_kernels {
@@ -148,6 +149,9 @@ __global__ void __launch_bounds__(kPrefixThreads) expert_layout_one_block(Sort s
   __syncthreads();
   if (chunk < sort.num_chunks) scatter_chunk<Id>(sort, chunk);
 }
+
+MFX_LIST_KERNELS(kListed, "expert_layout", 80, "expert_layout_one_block", "expert_layout_count", "expert_layout_prefix",
+                 "expert_layout_scatter");
 
 std::int64_t num_chunks(std::int64_t num_slots) {
   const std::int64_t chunks = (num_slots + kMinSlotsPerChunk - 1) / kMinSlotsPerChunk;

@@ -49,7 +49,7 @@ class Launches {
  public:
   Launches(DType dtype, bool allow_tf32, const RoutedLayout& layout, Stream stream);
 
-  Status status() const { return status_; }
+  Status status() const { return {status_.message, slow_}; }
 
   RowMap map(const RoutedRows& rows) const;
   // Contiguous rows of `columns` elements.
@@ -73,7 +73,7 @@ class Launches {
   bool aligned(const RowMap& map) const;
   bool aligned(const ExpertMatrices& matrices) const;
   bool aligned(const void* data, std::int64_t columns) const;
-  const ProductInstance& choose(Product product, bool aligned) const;
+  const ProductInstance& choose(Product product, bool aligned);
   void launch(const ProductInstance& instance, std::int64_t blocks, const void* params);
   int pointwise_blocks(std::int64_t rows) const;
   void fail_if(bool failed, const char* message);
@@ -84,6 +84,7 @@ class Launches {
   cudaStream_t stream_;
   int processors_ = 0;
   Status status_;
+  const char* slow_ = nullptr;
 };
 
 }  // namespace mfx::grouped

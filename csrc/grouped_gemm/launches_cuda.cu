@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "core/cuda_status.hpp"
+#include "core/kernel_list.hpp"
 #include "grouped_gemm/cuda_launches.hpp"
 #include "grouped_gemm/pointwise_kernel.cuh"
 
@@ -17,6 +18,14 @@ Instances instances_of(DType dtype, bool allow_tf32) {
   }
   return {nullptr, 0};
 }
+
+const KernelList kListed("grouped_gemm", [](const char* op, KernelSink sink, void* context) {
+  for (const Instances table :
+       {product_instances_bf16(), product_instances_f16(), product_instances_f32(), product_instances_tf32()}) {
+    for (int i = 0; i < table.count; ++i) sink(context, op, table.first[i].name, table.first[i].arch);
+  }
+});
+MFX_LIST_KERNELS(kListedSteps, "grouped_gemm", 80, "combine", "scale", "activation_grad", "sum_gate_grads");
 
 bool multiple_of_16(const void* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
@@ -112,7 +121,8 @@ bool Launches::aligned(const void* data, std::int64_t columns) const {
   return multiple_of_16(data) && columns * element_size(dtype_) % 16 == 0;
 }
 
-const ProductInstance& Launches::choose(Product product, bool aligned) const {
+const ProductInstance& Launches::choose(Product product, bool aligned) {
+  if (!aligned) slow_ = "rows of a tensor do not begin at multiples of 16 bytes and are read element by element";
   const int rows = rows_of_tile(product, aligned, layout_.num_slots(), layout_.num_experts);
   return *std::find_if(instances_.first, instances_.first + instances_.count, [&](const ProductInstance& instance) {
     return instance.product == product && instance.rows == rows && instance.aligned == aligned;

@@ -171,6 +171,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (threadIdx.x < device::kWarp && column < n.hidden_dim) p.grad_hidden_bias[column] = static_cast<float>(sum);
 }
 
+MFX_LIST_KERNELS(kListed, "route_topk_backward", 80, "route_topk_backward_tokens_bf16",
+                 "route_topk_backward_tokens_fp32", "route_topk_backward_weights_bf16",
+                 "route_topk_backward_weights_fp32");
+
 std::int64_t place(const RouteTopKBackwardParams& p, Backward& backward) {
   const RouterGateParams& n = p.network;
   Workspace workspace(p.workspace);

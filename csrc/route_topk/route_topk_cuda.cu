@@ -147,6 +147,9 @@ __global__ void __launch_bounds__(kThreads) route_topk_sums(const __grid_constan
   }
 }
 
+MFX_LIST_KERNELS(kListed, "route_topk", 80, "route_topk_forward_bf16", "route_topk_forward_fp16",
+                 "route_topk_forward_fp32", "route_topk_sums");
+
 // Sets the arrays that lie in the workspace; returns its bytes.
 std::int64_t place(const RouteTopKParams& p, Forward& forward) {
   const RouterGateParams& n = p.network;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/kernel_list.hpp"
 #include "stick_attention/stick_attention_forward_kernel.cuh"
 #include "stick_attention/stick_forward_wide_kernel.cuh"
 #include "stick_attention/stick_instances.hpp"
@@ -15,6 +16,7 @@ namespace mfx {
 namespace {
 
 struct Kernel {
+  const char* name;
   void (*function)(StickBackwardLaunch);
   int threads, shared_bytes;
 };
@@ -64,7 +66,8 @@ MFX_STICK_WIDE_INSTANCES(MFX_STICK_BACKWARD_WIDE_KERNELS)
 namespace {
 
 template <typename Op, int kDim>
-constexpr Instance instance(DType dtype, void (*query)(StickBackwardLaunch), void (*key)(StickBackwardLaunch)) {
+constexpr Instance instance(DType dtype, const char* query_name, void (*query)(StickBackwardLaunch),
+                            const char* key_name, void (*key)(StickBackwardLaunch)) {
   constexpr bool kWide = kDim > 256;
   using Query = std::conditional_t<kWide, StickWideQueryGrad<Op>, StickQueryGradTiles<Op, kWide ? 64 : kDim>>;
   using Key = std::conditional_t<kWide, StickWideKeyGrad<Op>, StickKeyGradTiles<Op, kWide ? 64 : kDim>>;
@@ -78,15 +81,24 @@ constexpr Instance instance(DType dtype, void (*query)(StickBackwardLaunch), voi
           Query::kRows,
           Key::kKeys,
           Key::kSpan,
-          {lengths, 128, 0},
-          {query, Query::kThreads, Query::kSharedBytes},
-          {key, Key::kThreads, Key::kSharedBytes}};
+          {nullptr, lengths, 128, 0},
+          {query_name, query, Query::kThreads, Query::kSharedBytes},
+          {key_name, key, Key::kThreads, Key::kSharedBytes}};
 }
 
-#define MFX_STICK_BACKWARD_ROW(name, dtype, op, dim) \
-  instance<op, dim>(DType::dtype, stick_bwd_query_##name##_d##dim##_sm80, stick_bwd_key_##name##_d##dim##_sm80),
+#define MFX_STICK_BACKWARD_ROW(name, dtype, op, dim)                                                                  \
+  instance<op, dim>(DType::dtype, "stick_bwd_query_" #name "_d" #dim "_sm80", stick_bwd_query_##name##_d##dim##_sm80, \
+                    "stick_bwd_key_" #name "_d" #dim "_sm80", stick_bwd_key_##name##_d##dim##_sm80),
 constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_ROW)
                                        MFX_STICK_WIDE_INSTANCES(MFX_STICK_BACKWARD_ROW)};
+
+const KernelList kListed("stick_attention_backward", [](const char* op, KernelSink sink, void* context) {
+  for (const Instance& row : kInstances) {
+    for (const Kernel& kernel : {row.query, row.key}) sink(context, op, kernel.name, 80);
+  }
+});
+MFX_LIST_KERNELS(kListedLengths, "stick_attention_backward", 80, "stick_bwd_lengths_bf16", "stick_bwd_lengths_fp16",
+                 "stick_bwd_lengths_fp32");
 
 const Instance* find(const StickAttentionProblem& p) {
   for (const Instance& row : kInstances) {
@@ -183,7 +195,9 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
     const std::int64_t tiles = (keys + instance->keys - 1) / instance->keys;
     error = launch_kernel(instance->key, tiles * p.sequences * p.heads, launch, stream);
   }
-  return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
+  const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.grad_o_aligned &&
+                       launch.o_aligned && launch.grad_q_aligned && launch.grad_k_aligned && launch.grad_v_aligned;
+  return {error == cudaSuccess ? nullptr : cudaGetErrorString(error), aligned ? nullptr : kStickSlow};
 }
 
 }  // namespace mfx

@@ -1,6 +1,10 @@
 // Launchers of stick_attention_decode: which instance serves which head dimension, row count and dtype.
+#include <string>
+
 #include "core/cuda_status.hpp"
+#include "core/kernel_list.hpp"
 #include "stick_attention/stick_attention_decode_kernel.cuh"
+#include "stick_attention/stick_launch.hpp"
 
 namespace mfx::stick_decode {
 
@@ -45,7 +49,7 @@ Status launch(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, 
     const dim3 grid(groups, static_cast<unsigned>(plan.older_slots));  // the newest slots of all groups come first
     kernel<<<grid, kThreads, 0, on>>>(p, plan, work, is_aligned<T>(p), 1);
   }
-  return cuda_status();
+  return {cuda_status().message, is_aligned<T>(p) ? nullptr : kStickSlow};
 }
 
 template <typename T, int kLanes, int kRows>
@@ -70,6 +74,20 @@ Status launch_type(const StickAttentionDecodeParams& p, const StickDecodePlan& p
   if (chunks <= 16) return launch_lanes<T, 16>(p, plan, stream);
   return launch_lanes<T, 32>(p, plan, stream);
 }
+
+// In the order of the dispatch above: types, lanes per row, rows per block, and whether K is V.
+const KernelList kListed("stick_attention_decode", [](const char* op, KernelSink sink, void* context) {
+  for (const char* type : {"bf16", "fp16", "fp32"}) {
+    for (const char* lanes : {"8", "16", "32"}) {
+      for (const char* rows : {"2", "4", "8"}) {
+        for (const char* shared : {"", "_shared"}) {
+          const std::string name = std::string("stick_decode_") + type + "_lanes" + lanes + "_rows" + rows + shared;
+          sink(context, op, name.c_str(), 80);
+        }
+      }
+    }
+  }
+});
 
 }  // namespace
 }  // namespace mfx::stick_decode

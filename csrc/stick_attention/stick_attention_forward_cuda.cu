@@ -1,6 +1,7 @@
 // Launcher of stick_attention forward: the instances, and the choice among them.
 #include <cuda_runtime.h>
 
+#include "core/kernel_list.hpp"
 #include "stick_attention/stick_attention_forward_kernel.cuh"
 #include "stick_attention/stick_forward_wide_kernel.cuh"
 #include "stick_attention/stick_instances.hpp"
@@ -9,6 +10,7 @@ namespace mfx {
 namespace {
 
 struct Instance {
+  const char* name;
   DType dtype;
   bool tf32;
   int most_head_dim;
@@ -38,7 +40,8 @@ MFX_STICK_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 MFX_STICK_WIDE_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 
 #define MFX_STICK_FORWARD_ROW(name, dtype, op, dim) \
-  {DType::dtype,                                    \
+  {"stick_fwd_" #name "_d" #dim "_sm80",            \
+   DType::dtype,                                    \
    std::is_same_v<op, device::Tf32>,                \
    dim,                                             \
    Forward<op, dim>::kRows,                         \
@@ -47,6 +50,10 @@ MFX_STICK_WIDE_INSTANCES(MFX_STICK_FORWARD_KERNEL)
    stick_fwd_##name##_d##dim##_sm80},
 static constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)
                                               MFX_STICK_WIDE_INSTANCES(MFX_STICK_FORWARD_ROW)};
+
+static const KernelList kListed("stick_attention_forward", [](const char* op, KernelSink sink, void* context) {
+  for (const Instance& instance : kInstances) sink(context, op, instance.name, 80);
+});
 
 extern "C" __attribute__((visibility("default"))) Status
 mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream) {
@@ -74,7 +81,8 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
                         static_cast<cudaStream_t>(stream)>>>(launch);
       error = cudaGetLastError();
     }
-    return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
+    const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.o_aligned;
+    return {error == cudaSuccess ? nullptr : cudaGetErrorString(error), aligned ? nullptr : kStickSlow};
   }
   return {stick_no_instance(p)};
 }

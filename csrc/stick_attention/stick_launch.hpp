@@ -24,6 +24,10 @@ inline bool stick_fits(const StickAttentionProblem& p) {
   return p.tokens_q * p.group <= kMost && p.tokens_k <= kMost;
 }
 
+// What a launcher says where rows are not aligned.
+inline constexpr const char* kStickSlow =
+    "rows of a tensor do not begin at multiples of 16 bytes and are read or written element by element";
+
 // Whether 16-byte chunks of all rows are aligned, so that they can be copied whole.
 inline bool stick_aligned(const void* base, std::int64_t element_bytes, std::initializer_list<std::int64_t> strides) {
   bool aligned = reinterpret_cast<std::uintptr_t>(base) % 16 == 0;

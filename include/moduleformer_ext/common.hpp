@@ -18,10 +18,16 @@ enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // A CUDA stream as an opaque handle, so that host code needs no CUDA header.
 using Stream = void*;
 
-// What a launcher returns. `message` is null on success and a static string otherwise.
+// What a launcher returns. `message` is null on success and a static string otherwise. `slow`, a static string too,
+// says of a success why a much slower kernel was taken than the op has.
 struct [[nodiscard]] Status {
   const char* message = nullptr;
+  const char* slow = nullptr;
   bool ok() const { return message == nullptr; }
 };
+
+// Takes one compiled CUDA kernel: its op, its name, and the first architecture it runs on (80: sm_80). Exported by the
+// CUDA library: void mfx_cuda_list_kernels(KernelSink sink, void* context).
+using KernelSink = void (*)(void* context, const char* op, const char* name, int arch);
 
 }  // namespace mfx

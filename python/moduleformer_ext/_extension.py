@@ -28,5 +28,11 @@ if _release(_C.torch_version) != _release(torch.__version__):
 def build_info() -> dict[str, object]:
     """How the extension was built and what it runs with: versions, instruction sets, kernels, CUDA library."""
     info = dict(_C.build_info())
-    info["kernels"] = " ".join(name for name in dir(_C) if callable(getattr(_C, name)) and name != "build_info")
+    others = {"build_info", "cuda_kernels"}
+    info["kernels"] = " ".join(name for name in dir(_C) if callable(getattr(_C, name)) and name not in others)
     return info
+
+
+def cuda_kernels() -> list[tuple[str, str, int]]:
+    """The kernels of the CUDA library: (op, name, first architecture, 80 being sm_80). No GPU is looked for."""
+    return _C.cuda_kernels()

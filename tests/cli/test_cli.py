@@ -182,3 +182,17 @@ def test_demo_has_a_budget_under_five_minutes(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
     assert "default: 4.8" in capsys.readouterr().out
+
+
+def test_info_lists_every_cuda_kernel_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    information = json.loads(capsys.readouterr().out)
+    kernels = information["cuda_kernels"]
+    assert bool(kernels) == (information["cuda"] is not None)
+    names = [kernel["name"] for kernel in kernels]
+    assert len(set(names)) == len(names)
+    if kernels:
+        assert {"stick_fwd_bf16_d64_sm80", "grouped_forward_bf16_128x128_sm80"} <= set(names)
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(f"  {name}" in lines for name in names)
