@@ -1,5 +1,6 @@
 #!/bin/sh
-# Runs the tests of the CUDA kernels on the emulated device: tools/emulated.sh PYTHON [pytest arguments].
+# Runs the tests of the CUDA kernels on the emulated device: tools/emulated.sh PYTHON [pytest arguments], or a script:
+# tools/emulated.sh PYTHON --run SCRIPT [arguments].
 # The build in build-emulated/ has PTX alone and serves CPU tensors with the CUDA kernels. Every race, missing wait and
 # uninitialised read fails the launch that makes it, unless the environment says otherwise (tools/cudasim/README.md).
 set -eu
@@ -19,4 +20,8 @@ emulator=$(tools/cudasim/run)
 make -s -C tools/cudasim BUILD="$emulator" PYTHON="$python" torch
 export CUDASIM_RACE="${CUDASIM_RACE-2}" CUDASIM_RACE_WARP="${CUDASIM_RACE_WARP-1}" CUDASIM_UNINIT="${CUDASIM_UNINIT-1}"
 export PYTHONPATH="$root/build-emulated/python:$root/tools/cudasim"
+if [ "${1:-}" = --run ]; then
+  shift
+  exec tools/cudasim/run "$python" "$@"
+fi
 exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -m 'not slow' -o testpaths=tests/cuda "$@"
