@@ -7,15 +7,17 @@ export MAX_JOBS
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-emulated test-gpu check-cuda lint format build bench asan clean
+.PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu check-cuda cuda-roofline experiments lint format build bench asan clean
 
 help:
 	@echo 'make demo    train a small MoLM on real text (5 minutes), sample from it, draw its expert usage'
 	@echo 'make test    build and run the tests'
 	@echo 'make test-gpu    the tests of the CUDA kernels on the GPU of this machine'
+	@echo 'make sanitize-gpu  the same under compute-sanitizer'
 	@echo 'make check-cuda  ptxas for every architecture and the emulator at length, no GPU needed'
 	@echo 'make lint    ruff, mypy, clang-format and the layer check'
 	@echo 'make bench   benchmarks against the peers; table and plots under benchmarks/results/'
+	@echo 'make experiments  the experiments of the paper in small; tables and pictures under benchmarks/results/experiments/'
 	@echo 'make asan    the tests of ops and core on an AddressSanitizer and UBSan build of the CPU kernels'
 	@echo 'make build   only the native extension, in place'
 
@@ -45,6 +47,13 @@ test-gpu: build
 	@$(PY) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "test-gpu: this torch sees no GPU")'
 	$(PY) -m pytest tests/cuda
 
+sanitize-gpu: build
+	tools/sanitize_gpu.sh $(PY)
+
+# A model of the least time of the CUDA kernels, docs/cuda_roofline.md, from counts on the emulated device.
+cuda-roofline: $(STAMP)
+	tools/emulated.sh $(PY) --run tools/cuda_roofline.py
+
 check-cuda: $(STAMP)
 	tools/check_cuda.sh $(PY)
 
@@ -65,6 +74,11 @@ format: $(STAMP)
 
 bench: build
 	$(PY) -m benchmarks.run
+
+# The paper's experiments, an hour or two on two cores; what has been done is found again.
+experiments: build
+	for name in language_modelling length distribution continual pruning efficiency; do \
+	  $(PY) -m benchmarks.experiments.$$name || exit 1; done
 
 asan: $(STAMP)
 	tools/asan.sh $(PY)
