@@ -108,7 +108,9 @@ def test_what_is_old_in_one_model_and_new_in_the_other_is_there_once(make_model)
     assert merged.config == further.config
     merged = merge(one, further)
     assert merged.config == further.config
-    with pytest.raises(ValueError, match="expert 5 of layer 0 ffn must be the same in both models, or new in both, got two"):
+    with pytest.raises(
+        ValueError, match="expert 5 of layer 0 ffn must be the same in both models, or new in both, got two"
+    ):
         merge(further, two)
 
 
