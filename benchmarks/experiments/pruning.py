@@ -26,7 +26,7 @@ from .setting import AUX_WEIGHTS, Setting, make_parser, make_setting, mean_and_s
 from .training import as_tokens, make_reader, score, train, window_losses
 
 BASE = "molm-mi"
-CONCENTRATION_WEIGHT = 0.05
+CONCENTRATION_WEIGHT = 0.2
 USAGE_WINDOWS, LAYER_WINDOWS = 128, 32
 """Of the domain's training text, to count the experts' use and to choose layers on; held-out text only measures."""
 
