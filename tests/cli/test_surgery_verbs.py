@@ -74,6 +74,18 @@ def test_usage_then_prune(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["generate", str(tmp_path / "small"), "--prompt", "near", "--max-new-tokens", "5"]) == 0
 
 
+def test_prune_then_finetune(run: Path, texts: list[str], tmp_path: Path) -> None:
+    small, tuned = tmp_path / "small", tmp_path / "tuned"
+    assert main(["prune", str(run), str(small), "--remaining", "0.8", *SHAPE]) == 0
+    words = ["finetune", str(small), "--run", str(tuned), "--text", *texts, "--segment-length", "12", *STEPS]
+    assert main(words) == 0
+    before, after = _model(small), _model(_last(tuned))
+    assert after.config.mlp_expert_places == before.config.mlp_expert_places
+    assert count_parameters(after.config) == count_parameters(before.config)
+    found = compare(before, after)
+    assert all(change for site in found.experts.values() for change in site.rows.values())
+
+
 def test_extend_finetune_compare(run: Path, extended: Path, texts: list[str], tmp_path: Path, capsys) -> None:
     tuned = tmp_path / "tuned"
     words = ["finetune", str(extended), "--run", str(tuned), "--text", *texts, "--segment-length", "12", *STEPS]
