@@ -153,6 +153,8 @@ def test_conflicts_are_refused(make_model):
         merge(one, make_model(k_mlp=2))
     with pytest.raises(ValueError, match=r"got different lm_head\.weight, transformer\..*; train new experts alone"):
         merge(one, make_model(seed=1))
+    with pytest.raises(ValueError, match=r"got different lm_head\.weight"):
+        merge(one, make_model(torch.float32))
     with torch.no_grad():
         two.get_parameter(Site("ffn", 1).rows(base.config))[2] += 1
     with pytest.raises(ValueError, match="expert 2 of layer 1 ffn must be the same in both models, or new in both"):

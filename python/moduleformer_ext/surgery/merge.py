@@ -74,7 +74,7 @@ def _check_shared_parameters(config: MoLMConfig, states: tuple[State, State]) ->
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    return first is not None and second is not None and torch.equal(first, second)
+    return first is not None and second is not None and first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _origins(site: Site, configs: tuple[MoLMConfig, MoLMConfig], states: tuple[State, State]) -> list[_Origin]:
