@@ -205,8 +205,8 @@ def report(setting: Setting, language: str, found: Mapping[int, Mapping[str, Res
         f"{size.batch_size} x {size.length} tokens on models that know the old domains; mean of {len(seeds)} seeds ± "
         f"half their range. Joint: half of every batch is old text; the other rows see {language} alone. The dense "
         "model has as many parameters as MoLM uses for a token. New experts, a quarter more in every layer, start as "
-        f"copies of those that {language} uses most. They train with 3 times the learning rate of everything, and so does "
-        "LoRA where no rate is named. Norm and share: the routing penalty and its weight. Training all rows took "
+        f"copies of those that {language} uses most. They train with 3 times the learning rate of everything, and so "
+        "does LoRA where no rate is named. Norm and share: the routing penalty and its weight. Training all rows took "
         f"{minutes:.0f} minutes."
     )
     head = ["method", "trainable parameters", domains, "change", language]
