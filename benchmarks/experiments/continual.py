@@ -66,9 +66,9 @@ METHODS = (
     Method(DENSE, "LoRA of rank 64", lora_rank=64, rate=3),
     Method(DENSE, "LoRA of rank 64, 10x rate", lora_rank=64, rate=10),
     Method(MOLM, "new experts", new_experts=True, rate=3),
-    Method(MOLM, "new experts, norm 0.003", new_experts=True, penalty=0.003, rate=3),
     Method(MOLM, "new experts, norm 0.03", new_experts=True, penalty=0.03, rate=3),
     Method(MOLM, "new experts, norm 0.3", new_experts=True, penalty=0.3, rate=3),
+    Method(MOLM, "new experts, norm 1", new_experts=True, penalty=1.0, rate=3),
     Method(MOLM, "new experts, share 0.1", new_experts=True, penalty=0.1, penalty_kind="share", rate=3),
 )
 
@@ -247,18 +247,18 @@ def verdicts(forgotten: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray],
     return [
         verdict(
             "Trained as a whole on new text alone, MoLM forgets less than a dense model.",
-            bool(forgotten[everything[0]].max() < forgotten[everything[1]].min()),
+            bool((forgotten[everything[0]] < forgotten[everything[1]]).all()),
             f"{pair(*everything, forgotten, '+')} bits per byte of old text, {language} at {pair(*everything, new)}.",
         ),
         verdict(
             "New experts learn as much as LoRA does and forget less.",
-            bool(rivals) and bool(forgotten[rival].mean() < forgotten[best_lora].mean()),
+            bool(rivals) and bool((forgotten[rival] < forgotten[best_lora]).all()),
             f"{rival}, and {best_lora}: {pair(rival, best_lora, forgotten, '+')} bits per byte of old text, {language} "
             f"at {pair(rival, best_lora, new)}.",
         ),
         verdict(
             "Routing regularisation trades new text for old: the heavier, the less is forgotten and learned.",
-            bool(forgotten[held].max() < forgotten[free].min() and new[held].mean() > new[free].mean()),
+            bool((forgotten[held] < forgotten[free]).all() and (new[held] > new[free]).all()),
             f"{held}, and without it: {pair(held, free, forgotten, '+')} bits per byte of old text, {language} at "
             f"{pair(held, free, new)}.",
         ),
@@ -283,8 +283,9 @@ def draw(setting: Setting, language: str, forgotten: Mapping[str, np.ndarray], n
             "yerr": [[y.mean() - y.min()], [y.max() - y.mean()]],
         }
         axis.errorbar(x.mean(), y.mean(), **spread, fmt=marker, color=colour, markersize=6, linewidth=0.8)
-        place = {"xytext": (6, 4), "textcoords": "offset points"}
-        axis.annotate(method.how, (x.mean(), y.mean()), **place, fontsize=8, color=colour)
+        axis.annotate(
+            method.how, (x.mean(), y.mean()), xytext=(6, 4), textcoords="offset points", fontsize=8, color=colour
+        )
     path = [method.name for method in METHODS if method.new_experts and method.penalty_kind == "norm"]
     axis.plot([new[n].mean() for n in path], [forgotten[n].mean() for n in path], color=colours[MOLM], linewidth=0.8)
     for name, colour in colours.items():

@@ -30,6 +30,9 @@ CONCENTRATION_WEIGHT = 0.2
 USAGE_WINDOWS, LAYER_WINDOWS = 128, 32
 """Of the domain's training text, to count the experts' use and to choose layers on; held-out text only measures."""
 
+SMALL = 0.6
+"""Claims are judged where at most so much of the parameters is left."""
+
 PLAIN, CONCENTRATED, PRUNE_FIRST = "fine-tune, prune", "fine-tune with concentration, prune", "prune, fine-tune"
 DROP, DROP_FIRST = "fine-tune, drop layers", "drop layers, fine-tune"
 
@@ -227,39 +230,35 @@ def report(setting: Setting, domain: str, subjects: Sequence[Subject]) -> None:
 
 
 def verdicts(curves: Mapping[Key, Curve]) -> list[str]:
-    """The paper's claims, at the smallest size that all methods were measured at."""
-    at = min(set.intersection(*(set(curve) for curve in curves.values())))
-    values = {key: np.array(curve[at]) for key, curve in curves.items()}
+    """The paper's claims: each shows if it does for every seed, at every size below `SMALL`."""
 
-    def better(first: Key, second: Key) -> bool:
-        return bool(values[first].max() < values[second].min())
+    def judge(claim: str, first: Key, second: Key, factor: float = 1.0) -> str:
+        sizes = sorted(set(curves[first]) & set(curves[second]), reverse=True)
+        sizes = [at for at in sizes if at < SMALL] or sizes[-1:]
+        pairs = {at: (np.array(curves[first][at]), np.array(curves[second][at])) for at in sizes}
+        evidence = ", ".join(
+            f"{a.mean():.3f} against {b.mean():.3f} at {100 * at:.0f} %" for at, (a, b) in pairs.items()
+        )
+        shows = all((a < factor * b).all() for a, b in pairs.values())
+        return verdict(claim, shows, f"{evidence} of the parameters.")
 
-    def against(first: Key, second: Key) -> str:
-        return f"{values[first].mean():.3f} against {values[second].mean():.3f} bits per byte at {100 * at:.0f} %"
-
-    plain, concentrated = (PLAIN, "max"), (CONCENTRATED, "max")
-    by_sum = (CONCENTRATED, "sum")
+    plain, concentrated, first = (PLAIN, "max"), (CONCENTRATED, "max"), (PRUNE_FIRST, "max")
     return [
-        verdict(
-            "A model fine-tuned with the concentration loss can be pruned further than one fine-tuned without.",
-            better(concentrated, plain),
-            f"{against(concentrated, plain)}.",
+        judge("A model can be pruned further after fine-tuning with concentration than without.", concentrated, plain),
+        judge("After fine-tuning with concentration, experts are missed less than layers.", concentrated, (DROP, "")),
+        judge("Before fine-tuning too, experts are missed less than layers.", first, (DROP_FIRST, "")),
+        judge(
+            "Fine-tuned once with concentration and pruned to any size, a model is within 5 % of one that was pruned "
+            "to this size and then fine-tuned.",
+            concentrated,
+            first,
+            1.05,
         ),
-        verdict(
-            "Pruning experts costs less than leaving layers out, before fine-tuning as after.",
-            better(concentrated, (DROP, "")) and better((PRUNE_FIRST, "max"), (DROP_FIRST, "")),
-            f"{against(concentrated, (DROP, ''))} after, {against((PRUNE_FIRST, 'max'), (DROP_FIRST, ''))} before.",
-        ),
-        verdict(
-            "With concentration, pruning afterwards, at any ratio, comes close to pruning first and fine-tuning the "
-            "smaller model (within 5 %).",
-            bool(values[concentrated].mean() < 1.05 * values[PRUNE_FIRST, "max"].mean()),
-            f"{against(concentrated, (PRUNE_FIRST, 'max'))}.",
-        ),
-        verdict(
-            "Frequencies are better normalised by the layer's maximum than by its sum.",
-            better(concentrated, by_sum),
-            f"{against(concentrated, by_sum)} (with concentration).",
+        judge(
+            "Frequencies relative to the layer's maximum prune better than those relative to its sum (with "
+            "concentration).",
+            concentrated,
+            (CONCENTRATED, "sum"),
         ),
     ]
 
