@@ -21,7 +21,7 @@ from moduleformer_ext.models.convert import model_from_state
 from moduleformer_ext.surgery import NORMALISERS, ExpertUsage, count_parameters, plan_by_size, prune
 
 from .cells import Result
-from .report import COLOURS, markdown_table, new_figure, save_figure, verdict, write_report
+from .report import COLOURS, markdown_table, new_figure, save_figure, write_report
 from .setting import AUX_WEIGHTS, Setting, make_parser, make_setting, mean_and_spread
 from .training import as_tokens, make_reader, score, train, window_losses
 
@@ -230,17 +230,18 @@ def report(setting: Setting, domain: str, subjects: Sequence[Subject]) -> None:
 
 
 def verdicts(curves: Mapping[Key, Curve]) -> list[str]:
-    """The paper's claims: each shows if it does for every seed, at every size below `SMALL`."""
+    """The paper's claims, size by size below `SMALL`: one shows where it does for every seed."""
 
     def judge(claim: str, first: Key, second: Key, factor: float = 1.0) -> str:
         sizes = sorted(set(curves[first]) & set(curves[second]), reverse=True)
-        sizes = [at for at in sizes if at < SMALL] or sizes[-1:]
-        pairs = {at: (np.array(curves[first][at]), np.array(curves[second][at])) for at in sizes}
-        evidence = ", ".join(
-            f"{a.mean():.3f} against {b.mean():.3f} at {100 * at:.0f} %" for at, (a, b) in pairs.items()
-        )
-        shows = all((a < factor * b).all() for a, b in pairs.values())
-        return verdict(claim, shows, f"{evidence} of the parameters.")
+        found: dict[bool, list[str]] = {True: [], False: []}
+        for at in [size for size in sizes if size < SMALL] or sizes[-1:]:
+            a, b = np.array(curves[first][at]), np.array(curves[second][at])
+            shows = bool((a < factor * b).all())
+            found[shows].append(f"at {100 * at:.0f} % ({a.mean():.3f} against {b.mean():.3f})")
+        words = {True: "Shows here", False: "Does not show"}
+        sentences = [f"{words[shows]} {', '.join(places)}." for shows, places in found.items() if places]
+        return " ".join([f"**{claim}**", *sentences])
 
     plain, concentrated, first = (PLAIN, "max"), (CONCENTRATED, "max"), (PRUNE_FIRST, "max")
     return [
