@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.experiments import distribution, efficiency, language_modelling, length
+from benchmarks.experiments import continual, distribution, efficiency, language_modelling, length, pruning
 from benchmarks.experiments.baselines import (
     DenseConfig,
     DenseForCausalLM,
@@ -20,6 +20,7 @@ from benchmarks.experiments.language_modelling import generate
 from benchmarks.experiments.setting import FULL, QUICK
 from benchmarks.experiments.texts import _messages_by_file
 from benchmarks.experiments.training import window_losses
+from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.surgery import count_parameters
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,6 +58,47 @@ def test_distribution(out):
     divergence = run(distribution, out, *NEW)["divergence"]
     assert all(value[0] >= 0 for columns in divergence.values() for value in columns.values())
     assert len(list((out / "quick" / "results" / "distribution").glob("*.png"))) == 2
+
+
+def test_continual(out, capsys):
+    results = run(continual, out, *NEW)
+    assert results["language"] == "cpp"
+    trainable = results["trainable"]
+    assert trainable["dense, LoRA of rank 8"] < trainable["dense, LoRA of rank 64"] < trainable["dense, everything"]
+    assert trainable["MoLM, new experts"] < trainable["MoLM, everything"]
+    before = results["bits_per_byte"]["molm-mi"]
+    for name in trainable:
+        found = results["bits_per_byte"][name]
+        assert found["old"][0] > 0 and found["new"] != before["new"]
+    capsys.readouterr()
+    assert run(continual, out, *NEW) == results
+    assert "measuring" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(continual, out, *NEW, "--language", "latin")
+    assert "--language: must be one of cpp, tests, got latin" in capsys.readouterr().err
+
+
+def test_pruning(out, capsys):
+    results = run(pruning, out)
+    assert results["domain"] == "code"
+    for name, curve in results["bits_per_byte"].items():
+        assert "1.000" in curve and len(curve) > 1, name
+        assert all(0 < bits[0] < 16 for bits in curve.values())
+    capsys.readouterr()
+    assert run(pruning, out) == results
+    assert "measuring" not in capsys.readouterr().out
+
+
+def test_a_shorter_model_lacks_one_layer(out):
+    torch.manual_seed(0)
+    model = MoLMForCausalLM(QUICK.molm.replace(n_layer=3)).eval()
+    shorter = pruning.without_layer(model, 1)
+    assert shorter.config.n_layer == 2
+    tokens = torch.randint(QUICK.vocab_size, (1, 8))
+    x = model.transformer.wte(tokens)
+    for layer in (0, 2):
+        x = model.transformer.h[layer](x)[0]
+    torch.testing.assert_close(shorter(tokens).logits, model.lm_head(model.transformer.ln_f(x)))
 
 
 def test_efficiency(out):

@@ -1,4 +1,4 @@
-"""usage, prune, extend, finetune and compare on a small run."""
+"""usage, prune, extend, finetune, compare and merge on a small run."""
 
 import json
 from pathlib import Path
@@ -74,6 +74,18 @@ def test_usage_then_prune(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["generate", str(tmp_path / "small"), "--prompt", "near", "--max-new-tokens", "5"]) == 0
 
 
+def test_prune_then_finetune(run: Path, texts: list[str], tmp_path: Path) -> None:
+    small, tuned = tmp_path / "small", tmp_path / "tuned"
+    assert main(["prune", str(run), str(small), "--remaining", "0.8", *SHAPE]) == 0
+    words = ["finetune", str(small), "--run", str(tuned), "--text", *texts, "--segment-length", "12", *STEPS]
+    assert main(words) == 0
+    before, after = _model(small), _model(_last(tuned))
+    assert after.config.mlp_expert_places == before.config.mlp_expert_places
+    assert count_parameters(after.config) == count_parameters(before.config)
+    found = compare(before, after)
+    assert all(change for site in found.experts.values() for change in site.rows.values())
+
+
 def test_extend_finetune_compare(run: Path, extended: Path, texts: list[str], tmp_path: Path, capsys) -> None:
     tuned = tmp_path / "tuned"
     words = ["finetune", str(extended), "--run", str(tuned), "--text", *texts, "--segment-length", "12", *STEPS]
@@ -101,6 +113,51 @@ def test_extend_finetune_compare(run: Path, extended: Path, texts: list[str], tm
     assert (tuned / "evaluation.json").read_text() == result
 
 
+def test_merge(run: Path, extended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other, both = tmp_path / "other", tmp_path / "both"
+    assert main(["extend", str(run), str(other), "--ffn", "1", "--seed", "5"]) == 0
+    assert main(["merge", str(extended), str(other), str(both)]) == 0
+    assert f"wrote {both}: " in capsys.readouterr().out
+    assert (both / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+    merged, parts = _model(both), [_model(extended), _model(other)]
+    assert merged.config.att_experts == (5, 5)
+    assert [n - 8 for n in merged.config.mlp_experts] == [3, 1]
+    sizes = [count_parameters(model.config) for model in (*parts, _model(_last(run)), merged)]
+    assert sizes[3] == sizes[0] + sizes[1] - sizes[2]
+    assert main(["generate", str(both), "--prompt", "near", "--max-new-tokens", "5"]) == 0
+
+    # a merge that cannot be leaves nothing behind, and neither does one that is cut off
+    (other / "tokenizer.json").write_text("{}")
+    assert main(["merge", str(extended), str(other), str(tmp_path / "no")]) == 2
+    assert "models must have the same tokenizer" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "other"]
+
+
+@pytest.mark.parametrize("verb", ["usage", "prune", "extend", "merge", "convert"])
+def test_an_interrupted_verb_leaves_nothing(
+    verb: str, run: Path, extended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "output"
+    words = {
+        "usage": [str(run), str(output), *SHAPE],
+        "prune": [str(run), str(output), "--remaining", "0.8", *SHAPE],
+        "extend": [str(run), str(output), "--ffn", "1"],
+        "merge": [str(run), str(extended), str(output)],
+        "convert": [str(run), str(output)],
+    }[verb]
+
+    def stop(*_: object, **__: object) -> None:
+        if verb != "usage":
+            save(*_, **__)  # the weights are there, the folder has not got its name yet
+        raise KeyboardInterrupt
+
+    save = MoLMForCausalLM.save_pretrained
+    monkeypatch.setattr(MoLMForCausalLM, "save_pretrained", stop)
+    monkeypatch.setattr("moduleformer_ext.cli.usage.plot_expert_usage", stop)
+    assert main([verb, *words]) == 130
+    assert not any(tmp_path.iterdir())
+
+
 def test_concentrate_then_prune(run: Path, tmp_path: Path) -> None:
     tuned, small = tmp_path / "tuned", tmp_path / "small"
     assert main(["finetune", str(run), "--run", str(tuned), "--concentrate", "0.5", *STEPS]) == 0
@@ -126,6 +183,8 @@ def test_concentrate_then_prune(run: Path, tmp_path: Path) -> None:
         (["extend", "{run}", "{tmp}/o"], "attention or ffn must be above 0"),
         (["extend", "{run}", "{tmp}/o", "--ffn", "1", "2", "3"], "one number or one per layer (2)"),
         (["usage", "{run}", "{run}"], "exists; name a folder to create"),
+        (["merge", "{run}", "{extended}", "{run}"], "exists; name a folder to create"),
+        (["merge", "{run}", "{tmp}", "{tmp}/o"], "is neither a run nor a model directory"),
         (["compare", "{run}", "{tmp}"], "is neither a run nor a model directory"),
         (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--trainable", "new"], "without new experts"),
         (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--routing-penalty", "1"], "without new experts"),

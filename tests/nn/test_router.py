@@ -70,6 +70,34 @@ def test_dropout_path_equals_the_fused_one_when_nothing_is_dropped(monkeypatch: 
     torch.testing.assert_close(router(x).logits, router.eval()(x).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate_type", ["mlp", "linear", "gmm"])
+def test_normaliser_rows_are_in_the_softmax_and_experts_are_chosen_once(
+    gate_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of pruned experts stay; logits and choice are those of the fused gate network without them."""
+    router = build(gate_type).to(dtype)
+    pruned = build(gate_type, num_normaliser_rows=2).to(dtype)
+    pruned.load_state_dict(router.state_dict() | {"normaliser_rows": pruned.normaliser_rows})
+    x = torch.randn(20, D, dtype=dtype)
+    expected = router(x)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the fused gate network chooses too")
+
+    monkeypatch.setattr(type(router), "_route", refuse)
+    route = pruned(x)
+    assert route.logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(route.logits, expected.logits, rtol=1e-5, atol=1e-6)
+    assert torch.equal(route.expert_ids, expected.expert_ids)
+    module, name = pruned.rows_parameter
+    rows = torch.cat([module.get_parameter(name), pruned.normaliser_rows])
+    with torch.autocast("cpu", torch.bfloat16):  # router arithmetic stays what it is
+        all_logits = pruned._plain_logits(x, rows)
+        assert torch.equal(pruned(x).gates, route.gates)
+    torch.testing.assert_close(route.gates, all_logits.softmax(-1).gather(1, route.expert_ids.long()))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from moduleformer_ext import ops, reference
 from moduleformer_ext.surgery import (
     ExpertUsage,
     PruningPlan,
     Site,
     count_parameters,
     count_usage,
+    insert_experts,
     plan_by_size,
     plan_by_threshold,
     prune,
@@ -167,6 +169,30 @@ def test_pruned_model_saves_generates_and_trains(make_model, tokens, tmp_path):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in loaded.parameters())
     with pytest.raises(ValueError, match="normaliser_rows must be 0 in the published format"):
         loaded.to_reference()
+
+
+@pytest.mark.parametrize("gate_type", ["mlp", "linear", "gmm"])
+def test_kernels_take_other_numbers_of_experts_in_every_layer(make_model, tokens, gate_type, monkeypatch):
+    """A pruned and extended model, as many experts as are chosen in one layer, more than before in another: logits and
+    all gradients are those of the plain-PyTorch twins.
+    """
+    model = make_model(gate_type=gate_type)
+    kept = {**_keep(model), Site("ffn", 0): (1, 2, 4), Site("attention", 1): (0, 3), Site("ffn", 1): (0, 1, 2, 5)}
+    uneven = insert_experts(prune(model, PruningPlan(model.config, kept)), attention=[3, 0], ffn=[0, 5], init="copy")
+    assert (uneven.config.att_experts, uneven.config.mlp_experts) == ((7, 2), (3, 9))
+
+    def run():
+        uneven.zero_grad()
+        output = uneven(tokens, labels=tokens)
+        (output.loss + 0.1 * output.aux_loss).backward()
+        return output.logits, {name: parameter.grad.clone() for name, parameter in uneven.named_parameters()}
+
+    logits, gradients = run()
+    for name in (f"route_topk_{gate_type}", "expert_layout", "grouped_gemm", "expert_ffn"):
+        monkeypatch.setattr(ops, name, getattr(reference, name))
+    expected_logits, expected = run()
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_given_model_is_left_alone(make_model):

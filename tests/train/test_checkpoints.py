@@ -45,8 +45,8 @@ def test_a_failed_save_leaves_the_one_before(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["step-00000001"]
 
 
-def _save_forever(root: Path) -> None:
-    """Both files of a checkpoint say which step it is of: a torn one would differ or not load."""
+def _save_forever(root: Path, told: int) -> None:
+    """Both files of a checkpoint say which step it is of: a torn one would differ or not load. Every save is told."""
     store = CheckpointStore(root)
     for step in itertools.count((store.steps() or [0])[-1] + 1):
 
@@ -55,6 +55,7 @@ def _save_forever(root: Path) -> None:
             (path / "b.json").write_text(str(step))
 
         store.save(step, write)
+        os.write(told, b".")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -63,22 +64,29 @@ def test_kill_during_saves_never_corrupts(tmp_path: Path) -> None:
     generator = random.Random(0)
     store = CheckpointStore(tmp_path)
     last = 0
-    for _ in range(40):
+    for saves in [0, 1, 2] * 13:
+        heard, told = os.pipe()
         child = os.fork()
         if child == 0:
-            _save_forever(tmp_path)  # until killed
-        time.sleep(generator.uniform(0.0, 0.06))
+            try:
+                _save_forever(tmp_path, told)  # until killed
+            finally:
+                os._exit(1)
+        os.close(told)
+        for _ in range(saves):  # however long they take
+            assert os.read(heard, 1) == b".", "the child died by itself"
+        time.sleep(generator.uniform(0.0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(heard)
         steps = store.steps()
         for step in steps:
             path = tmp_path / f"step-{step:08d}"
             assert np.unique(load_array(path / "a.safetensors")["step"]).tolist() == [step]
             assert json.loads((path / "b.json").read_text()) == step
         assert len(steps) <= store.keep + 1
-        assert (steps or [0])[-1] >= last
+        assert (steps or [0])[-1] >= last + saves
         last = (steps or [0])[-1]
-    assert last > 1
 
 
 def test_metrics_rewind_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ VERBS = {
     "extend": "insert new experts",
     "finetune": "train a model further: all of it, its experts, or new experts alone",
     "compare": "follow every expert from one model to another",
+    "merge": "put the experts of two extended models into one",
     "info": "print versions, build flags and the kernels available",
     "demo": "train a small model on the standard library in five minutes",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,21 @@ from moduleformer_ext import ops
 from moduleformer_ext.nn.segments import segments_of
 from moduleformer_ext.types import RouteTopK, Segments
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 GateType = Literal["mlp", "linear", "gmm"]
 RouterOrder = Literal["softmax_topk", "topk_softmax"]
 
 _ROW_STD = 0.02
+
+
+class RouterOptions(TypedDict, total=False):
+    """Keyword arguments of :class:`Router`, which explains them; the gate networks pass them on."""
+
+    order: RouterOrder
+    sample_topk: int
+    num_normaliser_rows: int
 
 
 class Router(nn.Module, ABC):
@@ -69,19 +80,30 @@ class Router(nn.Module, ABC):
     def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
         """Route x [T, D] among all the rows."""
 
+    @abstractmethod
+    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The gate network alone, for what the fused one does not know: x [T, D] and rows [R, row_size], both in the
+        router's precision, give [T, R].
+        """
+
     def forward(self, x: Tensor) -> RouteTopK:
         """Route x [T, D]. Router arithmetic is float32 at least, whatever the type of x."""
         rows = segments_of(*self.rows_parameter)
         noise, num_sampled = self._noise(x), self._num_sampled
         if self.normaliser_rows is None:
             return self._route(x, rows, noise, num_sampled)
-        selectable = (rows,) if isinstance(rows, Tensor) else tuple(rows)
-        all_logits = self._route(x, (*selectable, self.normaliser_rows), None, 0).logits
+        all_logits = self._plain_logits(x, rows, self.normaliser_rows)
         logits, pruned = all_logits[:, : self.num_experts], all_logits[:, self.num_experts :]
         route = ops.route_topk(logits, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
         # The softmax over all rows is the one over the selectable rows times the probability that these have together.
         remaining = torch.sigmoid(logits.logsumexp(1, keepdim=True) - pruned.logsumexp(1, keepdim=True))
         return route._replace(gates=route.gates * remaining)
+
+    def _plain_logits(self, x: Tensor, rows: Segments, *more_rows: Tensor) -> Tensor:
+        segments = (rows,) if isinstance(rows, Tensor) else tuple(rows)
+        dtype = self._precise(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._logits(x.to(dtype), torch.cat([segment.to(dtype) for segment in (*segments, *more_rows)]))
 
     def _precise(self, x: Tensor) -> torch.dtype:
         return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -107,19 +129,9 @@ class LinearRouter(Router):
         n_embd: int,
         num_experts: int,
         k: int,
-        *,
-        order: RouterOrder = "softmax_topk",
-        sample_topk: int = 0,
-        num_normaliser_rows: int = 0,
+        **options: Unpack[RouterOptions],
     ) -> None:
-        super().__init__(
-            num_experts,
-            k,
-            row_size=n_embd,
-            order=order,
-            sample_topk=sample_topk,
-            num_normaliser_rows=num_normaliser_rows,
-        )
+        super().__init__(num_experts, k, row_size=n_embd, **options)
         self.w_gate = nn.Sequential(nn.Linear(n_embd, num_experts, bias=False))
 
     @property
@@ -128,6 +140,9 @@ class LinearRouter(Router):
 
     def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
         return ops.route_topk_linear(x, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
+
+    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        return F.linear(x, rows)
 
 
 class MLPRouter(Router):
@@ -141,18 +156,9 @@ class MLPRouter(Router):
         *,
         gating_size: int,
         dropout: float = 0.0,
-        order: RouterOrder = "softmax_topk",
-        sample_topk: int = 0,
-        num_normaliser_rows: int = 0,
+        **options: Unpack[RouterOptions],
     ) -> None:
-        super().__init__(
-            num_experts,
-            k,
-            row_size=gating_size,
-            order=order,
-            sample_topk=sample_topk,
-            num_normaliser_rows=num_normaliser_rows,
-        )
+        super().__init__(num_experts, k, row_size=gating_size, **options)
         self.w_gate = nn.Sequential(
             nn.Linear(n_embd, gating_size),
             nn.GELU(),
@@ -166,18 +172,20 @@ class MLPRouter(Router):
         return self.w_gate[3], "weight"
 
     def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
-        hidden = cast(nn.Linear, self.w_gate[0])
         if self.training and self.dropout > 0:  # the fused gate network has no dropout
-            dtype = self._precise(x)
-            with torch.autocast(x.device.type, enabled=False):
-                z = F.linear(x.to(dtype), hidden.weight.to(dtype), hidden.bias.to(dtype))
-                activated = F.dropout(F.gelu(z), self.dropout)
-            return ops.route_topk_linear(
-                activated, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled
-            )
+            logits = self._plain_logits(x, rows)
+            return ops.route_topk(logits, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
+        hidden = cast(nn.Linear, self.w_gate[0])
         return ops.route_topk_mlp(
             x, hidden.weight, hidden.bias, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled
         )
+
+    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        hidden = cast(nn.Linear, self.w_gate[0])
+        activated = F.gelu(F.linear(x, hidden.weight.to(x.dtype), hidden.bias.to(x.dtype)))
+        if self.training and self.dropout > 0:
+            activated = F.dropout(activated, self.dropout)
+        return F.linear(activated, rows)
 
 
 class GMMRouter(Router):
@@ -190,18 +198,9 @@ class GMMRouter(Router):
         k: int,
         *,
         gating_size: int,
-        order: RouterOrder = "softmax_topk",
-        sample_topk: int = 0,
-        num_normaliser_rows: int = 0,
+        **options: Unpack[RouterOptions],
     ) -> None:
-        super().__init__(
-            num_experts,
-            k,
-            row_size=gating_size,
-            order=order,
-            sample_topk=sample_topk,
-            num_normaliser_rows=num_normaliser_rows,
-        )
+        super().__init__(num_experts, k, row_size=gating_size, **options)
         self.w_gate = nn.Linear(n_embd, gating_size, bias=False)
         self.expert_centroids = nn.Parameter(torch.empty(num_experts, gating_size))
         self.temperature = nn.Parameter(torch.empty(1))
@@ -227,6 +226,10 @@ class GMMRouter(Router):
             num_sampled=num_sampled,
         )
 
+    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        direction = F.normalize(F.linear(x, self.w_gate.weight.to(x.dtype)), dim=-1)
+        return F.linear(direction, F.normalize(rows, dim=-1)) * self.temperature.to(x.dtype).exp()
+
 
 def make_router(
     gate_type: GateType,
@@ -236,9 +239,7 @@ def make_router(
     *,
     gating_size: int,
     dropout: float = 0.0,
-    order: RouterOrder = "softmax_topk",
-    sample_topk: int = 0,
-    num_normaliser_rows: int = 0,
+    **options: Unpack[RouterOptions],
 ) -> Router:
     """The router that a configuration names. ``gating_size`` and ``dropout`` matter only where there is a hidden
     layer.
@@ -246,31 +247,7 @@ def make_router(
     if gate_type not in ("mlp", "linear", "gmm"):
         raise ValueError(f"make_router: gate_type must be 'mlp', 'linear' or 'gmm', got {gate_type!r}")
     if gate_type == "linear":
-        return LinearRouter(
-            n_embd,
-            num_experts,
-            k,
-            order=order,
-            sample_topk=sample_topk,
-            num_normaliser_rows=num_normaliser_rows,
-        )
+        return LinearRouter(n_embd, num_experts, k, **options)
     if gate_type == "gmm":
-        return GMMRouter(
-            n_embd,
-            num_experts,
-            k,
-            gating_size=gating_size,
-            order=order,
-            sample_topk=sample_topk,
-            num_normaliser_rows=num_normaliser_rows,
-        )
-    return MLPRouter(
-        n_embd,
-        num_experts,
-        k,
-        gating_size=gating_size,
-        dropout=dropout,
-        order=order,
-        sample_topk=sample_topk,
-        num_normaliser_rows=num_normaliser_rows,
-    )
+        return GMMRouter(n_embd, num_experts, k, gating_size=gating_size, **options)
+    return MLPRouter(n_embd, num_experts, k, gating_size=gating_size, dropout=dropout, **options)

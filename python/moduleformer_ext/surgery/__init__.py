@@ -1,9 +1,10 @@
-"""What ModuleFormer does to modules: count their use, prune them, insert new ones, freeze, compare."""
+"""What ModuleFormer does to modules: count their use, prune them, insert new ones, freeze, compare, merge."""
 
 from moduleformer_ext.surgery.anatomy import KINDS, Site, count_parameters, sites
 from moduleformer_ext.surgery.compare import Comparison, compare
 from moduleformer_ext.surgery.freeze import PARTS, set_trainable
 from moduleformer_ext.surgery.insert import INITS, insert_experts
+from moduleformer_ext.surgery.merge import merge
 from moduleformer_ext.surgery.penalty import PENALTIES, routing_penalty
 from moduleformer_ext.surgery.prune import PruningPlan, plan_by_size, plan_by_threshold, prune
 from moduleformer_ext.surgery.usage import (
@@ -34,6 +35,7 @@ __all__ = [
     "insert_experts",
     "kl_divergence",
     "load_entropy",
+    "merge",
     "plan_by_size",
     "plan_by_threshold",
     "plot_expert_usage",

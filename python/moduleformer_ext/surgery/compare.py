@@ -94,9 +94,11 @@ def compare(first: MoLMForCausalLM, second: MoLMForCausalLM) -> Comparison:
     return Comparison(experts, {name: _relative(states[0][name], states[1][name]) for name in names})
 
 
-def check_same_shape(op: str, first: MoLMConfig, second: MoLMConfig) -> None:
-    """Raise a ValueError that names the fields in which two models cannot be of one family."""
-    different = [name for name in _SHAPE_FIELDS if getattr(first, name) != getattr(second, name)]
+def check_same_shape(op: str, first: MoLMConfig, second: MoLMConfig, *, more: Sequence[str] = ()) -> None:
+    """Raise a ValueError that names the fields, of those of the shape and `more`, in which two models cannot be of one
+    family.
+    """
+    different = [name for name in (*_SHAPE_FIELDS, *more) if getattr(first, name) != getattr(second, name)]
     if different:
         values = ", ".join(f"{name} {getattr(first, name)!r} and {getattr(second, name)!r}" for name in different)
         raise ValueError(f"{op}: models must agree but for their experts, got {values}")
