@@ -1,21 +1,6 @@
 """The parts of tools/cuda_report.py that need no compiler."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
-
-PATH = Path(__file__).parents[2] / "tools" / "cuda_report.py"
-
-
-@pytest.fixture(scope="module")
-def report():
-    spec = importlib.util.spec_from_file_location("cuda_report", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cuda_report"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_usage_by_kernel(report):

@@ -1,21 +1,6 @@
 """The model of tools/cuda_roofline.py: sums and maxima of what was counted."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
-
-PATH = Path(__file__).parents[2] / "tools" / "cuda_roofline.py"
-
-
-@pytest.fixture(scope="module")
-def roofline():
-    spec = importlib.util.spec_from_file_location("cuda_roofline", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cuda_roofline"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def launch(**changes):
