@@ -1,6 +1,6 @@
 """Experiment 6: efficiency (the paper's Table 2): MoLM against dense models of equal quality.
 
-    python -m benchmarks.experiments.efficiency                 # the trained models of experiment 1, and dense widths
+    python -m benchmarks.experiments.efficiency                 # the trained models of experiment 1
     python -m benchmarks.experiments.efficiency --paper         # the paper's sizes, random weights, bfloat16
     python -m benchmarks.experiments.efficiency --paper --device cuda
 
@@ -31,8 +31,6 @@ from .language_modelling import generate
 from .report import COLOURS, markdown_table, new_figure, save_figure, verdict, write_report
 from .setting import Setting, make_parser, make_setting
 
-DENSE_WIDTHS = ("dense-192",)
-"""Between the two dense models of experiment 1; of the first seed."""
 PAPER_PAIRS = {
     "molm-4b-k2": DenseConfig(vocab_size=50304, n_embd=2048, n_layer=24, n_head=16, ffd_hidden=8192),
     "molm-8b-k2": DenseConfig(vocab_size=50304, n_embd=2560, n_layer=32, n_head=32, ffd_hidden=10240),
@@ -170,7 +168,7 @@ def _conditions(options: argparse.Namespace) -> str:
 def report_trained(setting: Setting, options: argparse.Namespace) -> None:
     """The trained models: which dense one is as good, and what either costs."""
     seed = setting.seeds[0]
-    names = ("molm-mi", "dense-active", *DENSE_WIDTHS, "dense-total")
+    names = ("molm-mi", "dense-active", "dense-total")
     bits = {}
     for name in names:
         found = setting.first_training(name, seed)["bits_per_byte"]
@@ -181,7 +179,7 @@ def report_trained(setting: Setting, options: argparse.Namespace) -> None:
     equal = min(as_good or dense, key=lambda name: abs(bits[name] - bits["molm-mi"]))
     rows = [_row(name, measured[name], f"{bits[name]:.3f}") for name in names]
     head = ["model", "parameters [M]", "bits per byte", *_COLUMNS]
-    about = f"Models of experiment 1 (seed {seed}) and dense models of other widths, float32, {_conditions(options)}"
+    about = f"Models of experiment 1 (seed {seed}), float32, {_conditions(options)}"
     molm, other = measured["molm-mi"], measured[equal]
     quality = "as good" if as_good else "nearest, though not as good"
     faster = other["read_seconds"] / molm["read_seconds"]
