@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -171,13 +169,11 @@ def active_parameters(config: MoLMConfig) -> int:
     return count_parameters(config) - sum(number * expert_size(config, kind) for kind, number in idle.items())
 
 
-def dense_of_width(like: MoLMConfig, n_embd: int, num_parameters: int | None = None) -> DenseConfig:
-    """A dense model as deep as ``like``; its feed-forward layer is 4 n_embd wide, or what the size leaves for it."""
-    fields: dict[str, Any] = {"n_layer": like.n_layer, "n_head": max(1, n_embd // _HEAD_DIM)}
-    hidden = 4 * n_embd
-    if num_parameters is not None:
-        rest = num_parameters - DenseConfig(like.vocab_size, n_embd, ffd_hidden=0, **fields).num_parameters
-        hidden = round(rest / (2 * n_embd * like.n_layer) / 8) * 8
+def dense_of_width(like: MoLMConfig, n_embd: int, num_parameters: int) -> DenseConfig:
+    """A dense model as deep as ``like``; its feed-forward layer is as wide as the number of parameters leaves."""
+    fields = {"n_layer": like.n_layer, "n_head": max(1, n_embd // _HEAD_DIM)}
+    rest = num_parameters - DenseConfig(like.vocab_size, n_embd, ffd_hidden=0, **fields).num_parameters
+    hidden = round(rest / (2 * n_embd * like.n_layer) / 8) * 8
     return DenseConfig(like.vocab_size, n_embd, ffd_hidden=hidden, **fields)
 
 

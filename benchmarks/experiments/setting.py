@@ -12,6 +12,7 @@ import torch
 
 from moduleformer_ext.data import Dataset
 from moduleformer_ext.models import MoLMConfig
+from moduleformer_ext.surgery import count_parameters
 from moduleformer_ext.train.config import TrainConfig
 
 from .baselines import DenseConfig, Model, active_parameters, dense_of_size, dense_of_width
@@ -92,17 +93,13 @@ class Setting:
     new: Dataset | None
 
     def variant(self, name: str) -> tuple[str, MoLMConfig | DenseConfig]:
-        """Kind and description of a model of the ablation (`VARIANTS`), or of ``dense-WIDTH``."""
+        """Kind and description of a model of the ablation (`VARIANTS`)."""
         molm = self.size.molm
         if name == "dense-active":
             # No router: what it has goes to the feed-forward layer.
             return "dense", dense_of_width(molm, molm.n_embd, active_parameters(molm))
         if name == "dense-total":
-            from moduleformer_ext.surgery import count_parameters
-
             return "dense", dense_of_size(molm, count_parameters(molm))
-        if name.startswith("dense-"):
-            return "dense", dense_of_width(molm, int(name.removeprefix("dense-")))
         kind = "rotary" if name == "molm-rotary" else "molm"
         loss = name.removeprefix("molm-") if kind == "molm" else "mi"
         return kind, molm.replace(aux_loss_type=loss, aux_loss_weight=AUX_WEIGHTS[loss])
