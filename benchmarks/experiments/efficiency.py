@@ -181,7 +181,7 @@ def report_trained(setting: Setting, options: argparse.Namespace) -> None:
     head = ["model", "parameters [M]", "bits per byte", *_COLUMNS]
     about = f"Models of experiment 1 (seed {seed}), float32, {_conditions(options)}"
     molm, other = measured["molm-mi"], measured[equal]
-    quality = "as good" if as_good else "nearest, though not as good"
+    quality = "as good" if as_good else "nearest, though not as good,"
     faster = other["read_seconds"] / molm["read_seconds"]
     generation = other["token_seconds"] / molm["token_seconds"]
     shown = verdict(

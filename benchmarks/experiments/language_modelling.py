@@ -156,7 +156,7 @@ def report(setting: Setting, results: dict[str, list[Result]], timing: Result) -
         f"{size.length} tokens without history. Speeds in tokens per second over those of the first row, "
         f"{timing['threads']} threads, float32, medians of interleaved rounds; memory is what a call takes above the "
         f"weights. Idle: experts with less than a tenth of a fair share of their layer's slots. "
-        f"All trainings took {minutes:.0f} minutes of one thread."
+        f"The wall times of all trainings add up to {minutes:.0f} minutes, one thread each."
     )
     write_report(
         setting.results,
