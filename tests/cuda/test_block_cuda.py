@@ -16,6 +16,8 @@ EMULATED = build_info()["cuda_dispatch"] == "CPU"
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {"fp32": 2e-5, "bf16": 3e-2}
 """Of the norm of each tensor."""
+FLOOR = {"fp32": 1e-6, "bf16": 1e-3}
+"""Of what is next to nothing, as the routing loss of random weights, a difference of two nearly equal entropies."""
 
 
 def on_the_cpu(dtype: str, path: Path) -> dict[str, torch.Tensor]:
@@ -39,5 +41,5 @@ def test_block_forward_backward_and_decoding(dtype, device, tmp_path):
     found = block_run.run_block(block_run.DTYPES[dtype], device)
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        error = (tensor - expected[name]).norm() / expected[name].norm().clamp_min(1e-6)
-        assert error <= TOLERANCE[dtype], f"{name}: {error:.2g}"
+        error, size = (tensor - expected[name]).norm(), expected[name].norm()
+        assert error <= TOLERANCE[dtype] * size + FLOOR[dtype], f"{name}: {error:.2g} of {size:.2g}"
