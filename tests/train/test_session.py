@@ -79,11 +79,12 @@ def test_interrupted_run_continues_bit_exactly(
 
     monkeypatch.setattr(Trainer, "take_step", signalled)
     said: list[str] = []
+    before = signal.getsignal(signal.SIGINT)  # ignored in a shell's background jobs
     run = RunDirectory.create(tmp_path / "stopped", tiny_config(text=corpus))
     assert not run_session(run, say=said.append)
     assert "interrupted at step 3 of 6" in said[-1]
     assert run.checkpoints.steps() == [2, 3]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     again = RunDirectory.open(run.root)
     assert run_session(again, say=lambda _: None)
