@@ -15,7 +15,8 @@ __device__ inline void keep(std::int32_t& x) {
 __device__ inline void keep(std::int64_t& x) {
   asm volatile("mov.b64 %0, %0;" : "+l"(x));
 }
-__device__ inline void keep(const char*& x) {
+template <typename T>
+__device__ inline void keep(const T*& x) {
   asm volatile("mov.b64 %0, %0;" : "+l"(x));
 }
 

@@ -81,6 +81,31 @@ __device__ inline void load_a(FragmentA& a, SharedAddress rows) {
   ldmatrix_x4<step_offset(kStep)>(a, rows ^ step_bits(kStep));
 }
 
+// The A fragments of the 16 rows that `rows` stands for, step by step: loaded once, or anew for every use.
+template <int kRowBytes, bool kKeep>
+class RowsA {
+ public:
+  __device__ explicit RowsA(SharedAddress rows) : rows_(rows) {
+    if constexpr (kKeep) {
+      static_for<kRowBytes / 32>([&](auto step) { load_a<step>(kept_[step], rows_); });
+    }
+  }
+
+  template <typename Step>
+  __device__ void operator()(Step step, FragmentA& a) const {
+    if constexpr (kKeep) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = kept_[step][i];
+    } else {
+      load_a<step>(a, rows_);
+    }
+  }
+
+ private:
+  SharedAddress rows_;
+  FragmentA kept_[kKeep ? kRowBytes / 32 : 1];
+};
+
 // Lane's address in a tile for multiply_rows().
 template <int kRowBytes>
 __device__ inline SharedAddress b_rows(SharedAddress tile) {

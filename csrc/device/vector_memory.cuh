@@ -25,17 +25,21 @@ __device__ inline void store_global_128(void* to, const uint4& x) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+template <int kOffset = 0>
 __device__ inline uint4 load_shared_128(SharedAddress from) {
   uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(from)
+               : "r"(from), "n"(kOffset)
                : "memory");
   return x;
 }
 
+template <int kOffset = 0>
 __device__ inline void store_shared_128(SharedAddress to, const uint4& x) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+  asm volatile("st.shared.v4.u32 [%0 + %5], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w),
+               "n"(kOffset)
+               : "memory");
 }
 
 template <int kOffset = 0>
@@ -45,12 +49,14 @@ __device__ inline std::uint32_t load_shared_32(SharedAddress from) {
   return x;
 }
 
+template <int kOffset = 0>
 __device__ inline void store_shared_32(SharedAddress to, std::uint32_t x) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+  asm volatile("st.shared.u32 [%0 + %2], %1;" ::"r"(to), "r"(x), "n"(kOffset) : "memory");
 }
 
+template <int kOffset = 0>
 __device__ inline void store_shared_64(SharedAddress to, const uint2& x) {
-  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y) : "memory");
+  asm volatile("st.shared.v2.u32 [%0 + %3], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y), "n"(kOffset) : "memory");
 }
 
 __device__ inline void store_shared_64(SharedAddress to, float x, float y) {

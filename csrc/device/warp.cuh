@@ -8,17 +8,29 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kQuad = 4;
 inline constexpr int kWarp = 32;
 
+// What the lane whose index differs in the bits of `lanes` has. PTX ISA, "shfl.sync".
+template <int kLanes>
+__device__ inline float exchange(float x) {
+  float y;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(y) : "f"(x), "n"(kLanes));
+  return y;
+}
+
 template <int kWidth = kWarp>
 __device__ inline float lanes_sum(float x) {
-#pragma unroll
-  for (int step = 1; step < kWidth; step *= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  if constexpr (kWidth > 1) {
+    x = lanes_sum<kWidth / 2>(x);
+    x += exchange<kWidth / 2>(x);
+  }
   return x;
 }
 
 template <int kWidth = kWarp>
 __device__ inline float lanes_max(float x) {
-#pragma unroll
-  for (int step = 1; step < kWidth; step *= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
+  if constexpr (kWidth > 1) {
+    x = lanes_max<kWidth / 2>(x);
+    x = fmaxf(x, exchange<kWidth / 2>(x));
+  }
   return x;
 }
 
@@ -27,6 +39,27 @@ __device__ inline int lanes_sum(int x) {
 #pragma unroll
   for (int step = 1; step < kWidth; step *= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
+}
+
+// Sums x[0..kCount) over groups of kLanes lanes; the sums end up spread over the lanes: lane l of a group holds those
+// from index l * kCount / kLanes on. Every step halves what a lane still carries, so all of it takes about kCount
+// shuffles instead of kCount * log2(kLanes).
+template <int kLanes, int kCount, int kSize>
+__device__ inline void sum_and_spread(float (&x)[kSize]) {
+  constexpr int kStep = kLanes / 2;
+  if constexpr (kStep > 0 && kCount > 1) {
+    const bool upper = threadIdx.x & kStep;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float mine = upper ? x[i + kCount / 2] : x[i];
+      const float other = upper ? x[i] : x[i + kCount / 2];
+      x[i] = mine + exchange<kStep>(other);
+    }
+    sum_and_spread<kStep, kCount / 2>(x);
+  } else if constexpr (kStep > 0) {
+    x[0] += exchange<kStep>(x[0]);
+    sum_and_spread<kStep, 1>(x);
+  }
 }
 
 // The sum over this lane and those of a lower index.
@@ -39,6 +72,22 @@ __device__ inline unsigned lanes_prefix_sum(unsigned x) {
   return x;
 }
 
+// Barrier of the block: whether no thread has an x or y above `most`. As __syncthreads_and(), without a way through an
+// integer. PTX ISA, "bar.red".
+__device__ inline bool barrier_all_at_most(float x, float y, float most) {
+  int all;
+  asm volatile(
+      "{ .reg .pred mine, every;\n"
+      "setp.le.f32 mine, %1, %3;\n"
+      "setp.le.and.f32 mine, %2, %3, mine;\n"
+      "bar.red.and.pred every, 0, mine;\n"
+      "selp.s32 %0, 1, 0, every; }"
+      : "=r"(all)
+      : "f"(x), "f"(y), "f"(most)
+      : "memory");
+  return all != 0;
+}
+
 // What a scan over the four lanes of a quad leaves in each: the result over the lanes of a higher (later) index alone,
 // and over all four.
 struct QuadScan {
@@ -47,9 +96,9 @@ struct QuadScan {
 
 __device__ inline QuadScan quad_suffix_product(float x) {
   const int lane = threadIdx.x & 3;
-  const float neighbour = __shfl_xor_sync(kAllLanes, x, 1);
+  const float neighbour = exchange<1>(x);
   const float pair = x * neighbour;
-  const float other_pair = __shfl_xor_sync(kAllLanes, pair, 2);
+  const float other_pair = exchange<2>(pair);
   return {(lane & 1 ? 1.0f : neighbour) * (lane & 2 ? 1.0f : other_pair), pair * other_pair};
 }
 
@@ -60,9 +109,9 @@ struct QuadPrefix {
 
 __device__ inline QuadPrefix quad_prefix_sum(float x) {
   const int lane = threadIdx.x & 3;
-  const float neighbour = __shfl_xor_sync(kAllLanes, x, 1);
+  const float neighbour = exchange<1>(x);
   const float pair = x + neighbour;
-  const float other_pair = __shfl_xor_sync(kAllLanes, pair, 2);
+  const float other_pair = exchange<2>(pair);
   return {(lane & 1 ? neighbour : 0.0f) + (lane & 2 ? other_pair : 0.0f), pair + other_pair};
 }
 

@@ -128,27 +128,6 @@ __device__ inline void load_tile(Chunk<T> (&chunk)[S::kKeys], const Place<S>& at
   }
 }
 
-// Sums x[0..kCount) over groups of kLanes lanes; the sums end up spread over the lanes: lane l of a group holds those
-// from index l * kCount / kLanes on. Every step halves what a lane still carries, so all of it takes about kCount
-// shuffles instead of kCount * log2(kLanes).
-template <int kLanes, int kCount, int kSize>
-__device__ inline void sum_and_spread(float (&x)[kSize]) {
-  constexpr int kStep = kLanes / 2;
-  if constexpr (kStep > 0 && kCount > 1) {
-    const bool upper = threadIdx.x & kStep;
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      const float mine = upper ? x[i + kCount / 2] : x[i];
-      const float other = upper ? x[i] : x[i + kCount / 2];
-      x[i] = mine + __shfl_xor_sync(kAllLanes, other, kStep);
-    }
-    sum_and_spread<kStep, kCount / 2>(x);
-  } else if constexpr (kStep > 0) {
-    x[0] += __shfl_xor_sync(kAllLanes, x[0], kStep);
-    sum_and_spread<kStep, 1>(x);
-  }
-}
-
 template <typename S>
 struct Shared {
   static constexpr int kPitch = S::kMaxTile + S::kKeys;  // spreads the rows over the banks

@@ -36,46 +36,44 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   using T = typename StickStorage<Op>::Type;
   using Tiles = StickForwardTiles<Op, kDim>;
   constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kStages = Tiles::kStages;
-  constexpr int kSteps = kRowBytes / 32, kKeyTiles = kKeys / 8;
-  constexpr bool kKeepQueries = kSteps <= 8;  // in registers for the whole walk
+  constexpr int kKeyTiles = kKeys / 8;
+  constexpr bool kKeepQueries = kRowBytes <= 256;  // in registers for the whole walk
   const StickAttentionForwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
   const StickRowTile tile(p, kStickTileRows, blockIdx.x);
   const StickSequence& s = tile.s;
-  const std::int64_t head = tile.head;
+  const int head = tile.head;
   const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const device::SharedAddress queries = device::shared_address(shared), ring = queries + Tiles::kQueryBytes;
   const StickTileCopy<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
-  using Rows = typename decltype(copy)::Rows;
-  copy.template rows<kStickTileRows>(
-      Rows{queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row}, launch.q_aligned});
+  copy.template rows<kStickTileRows>(queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row},
+                                     launch.q_aligned);
 
-  // This lane's two rows, and its warp's first and last.
+  // This lane's two rows, and its warp's first and last. A row behind the sequence's end has no stick.
   const int lane = threadIdx.x & 31, warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;
   int newest[2];
   float stick[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + lane / 4 + 8 * half;
-    newest[half] = row < s.rows ? s.newest_key(p, row) : -1;
+    newest[half] = s.newest_key(p, row);
     stick[half] = row < s.rows ? 1.0f : 0.0f;
   }
-  const int warp_oldest = s.newest_key(p, min(warp_row, s.rows - 1));
-  const int warp_newest = s.newest_key(p, min(warp_row + 16, s.rows) - 1);
-  const int newest_key = s.newest_key(p, min(first_row + kStickTileRows, s.rows) - 1);
+  const int warp_oldest = s.newest_key(p, warp_row);
+  const int warp_newest = s.newest_key(p, min(warp_row + 15, s.rows - 1));
+  const int newest_key = s.newest_key(p, min(first_row + kStickTileRows - 1, s.rows - 1));
   const StickOdds odds{launch.factor};
+  const float epsilon = launch.epsilon;
   StickKeep<kKeys> keep(p, s);
 
-  device::FragmentA q[kKeepQueries ? kSteps : 1];
   const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + threadIdx.x / 32 * (16 * kRowBytes));
   float o[kDim / 8][4] = {};
 
   int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
-  const int newest_tile = key_tile;
   StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
                                                           launch.v_aligned);
   device::SharedAddress key_rows = device::b_rows<kRowBytes>(ring);
@@ -84,10 +82,15 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   int to_other = (kStages - 1) * 2 * Tiles::kTileBytes;  // from a tile's place in the ring to the next one's
   if constexpr (kStages > 1) walk.next(target, key_tile >= 0);
   keep.load(key_tile * kKeys);
+  if constexpr (kKeepQueries) {
+    device::cp_async_wait<0>();
+    __syncthreads();
+  }
+  const device::RowsA<kRowBytes, kKeepQueries> q(query_rows);
   for (; key_tile >= 0; --key_tile) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     // The tile is there for all, all are done with the one before, and its place is free. Are all sticks used up?
-    if (__syncthreads_and(stick[0] <= launch.epsilon && stick[1] <= launch.epsilon)) break;
+    if (device::barrier_all_at_most(stick[0], stick[1], epsilon)) break;
     if constexpr (kStages == 1) {
       walk.next(target, true);
       device::cp_async_wait<0>();
@@ -96,25 +99,11 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
       target += to_other;
       walk.next(target, key_tile > 0);
     }
-    if (kKeepQueries && key_tile == newest_tile) {
-      device::static_for<kSteps>([&](auto step) { device::load_a<step>(q[kKeepQueries ? step : 0], query_rows); });
-    }
     const int first_key = key_tile * kKeys;
-    const std::uint32_t kept = keep.run();
-    keep.load(first_key - kKeys);
+    const std::uint32_t kept = keep.run(first_key - kKeys);
     if (warp_newest >= first_key) {
       float scores[kKeyTiles][4] = {};
-      device::multiply_rows<Op, kRowBytes>(
-          scores,
-          [&](auto step, device::FragmentA& a) {
-            if constexpr (kKeepQueries) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) a[i] = q[step][i];
-            } else {
-              device::load_a<step>(a, query_rows);
-            }
-          },
-          key_rows);
+      device::multiply_rows<Op, kRowBytes>(scores, q, key_rows);
       if (keep.all() && warp_oldest >= first_key + kKeys - 1) {
         stick_scan_forward<false>(scores, odds, {}, kStickWeightUnit<Op>, stick);
       } else {
@@ -137,13 +126,12 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) o[t][i] *= 1.0f / kStickWeightUnit<Op>;
   }
-  const StickRowTile done = StickRowTile::again(p, kStickTileRows);
+  const StickRowTile done = kKeepQueries ? tile : StickRowTile::again(p, kStickTileRows);  // where registers allow
   const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
   const device::SharedAddress scratch = queries + row_in_tile * kRowBytes;  // read by this warp only
   const auto store = [&](void* tensor, bool aligned) {
     const StickRows<T> rows(static_cast<T*>(tensor), params.o_strides, p, done.s, done.head, done.first_row);
-    stick_store_rows<T>(
-        o, scratch, [&](int row) { return rows[row_in_tile + row]; }, static_cast<int>(p.head_dim), aligned);
+    stick_store_rows<T>(o, scratch, rows, row_in_tile, static_cast<int>(p.head_dim), aligned);
   };
   store(params.o, launch.o_aligned);
   if constexpr (sizeof(T) == 2) {

@@ -110,7 +110,7 @@ struct StickWindowWalk {
 
 // The tile of keys that a block owns; old ones, which most rows see, start first.
 struct StickKeyTile {
-  std::int64_t head;
+  int head;
   StickSequence s;
   int first_key;
   bool any;  // whether there are such keys in the window
@@ -128,7 +128,7 @@ struct StickKeyTile {
 
  private:
   __device__ StickKeyTile(const StickBackwardLaunch& launch, int keys, std::uint32_t head, std::uint32_t rest)
-      : head(head),
+      : head(static_cast<int>(head)),
         s(launch.params.problem, rest % static_cast<std::uint32_t>(launch.params.problem.sequences)),
         first_key(launch.window_begin +
                   static_cast<int>(rest / static_cast<std::uint32_t>(launch.params.problem.sequences)) * keys),
@@ -145,20 +145,28 @@ __device__ inline void stick_value_lengths(const StickBackwardLaunch& launch) {
   const std::int64_t head = at / launch.length_slots, slot = at % launch.length_slots;
   const auto [sequence, tile] = stick_find_slot(p.cu_seqlens_k, p.sequences, 1, p.tokens_k, kStickLengthKeys, slot);
   const StickSequence s(p, sequence);
-  const T* const v = stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head);
-  const int lane = threadIdx.x & 31;
+  const int lane = threadIdx.x & 31, keys = s.keys - tile * kStickLengthKeys;
+  const T* const from = stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head, tile * kStickLengthKeys);
   float longest = 0.0f;
-  for (int i = lane / 8; i < kStickLengthKeys; i += 4) {
-    const std::int64_t key = tile * kStickLengthKeys + i;
-    float squares = 0.0f;
-    for (int column = lane % 8 * kElements; key < s.keys && column < p.head_dim; column += 8 * kElements) {
-      const T* const from = v + key * p.v_strides.token + column;
-      float x[kElements];
-      device::unpack_chunk<T>(launch.v_aligned ? device::load_global_128_constant(from) : stick_gather_chunk(from), x);
+#pragma unroll 1
+  for (int first = lane / 8; first < kStickLengthKeys; first += 32) {
+    float squares[8] = {};  // of keys first, first + 4, ...
+    for (int column = lane % 8 * kElements; column < p.head_dim; column += 8 * kElements) {
+      const T* chunk = from + first * p.v_strides.token + column;
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) squares += x[j] * x[j];
+      for (int i = 0; i < 8; ++i) {
+        if (first + 4 * i < keys) {
+          float x[kElements];
+          device::unpack_chunk<T>(
+              launch.v_aligned ? device::load_global_128_constant(chunk) : stick_gather_chunk(chunk), x);
+#pragma unroll
+          for (int j = 0; j < kElements; ++j) squares[i] += x[j] * x[j];
+        }
+        chunk += 4 * p.v_strides.token;
+      }
     }
-    longest = device::max_nan(longest, device::lanes_sum<8>(squares));
+    device::sum_and_spread<8, 8>(squares);
+    longest = device::max_nan(longest, squares[0]);
   }
   longest = device::lanes_max(longest);
   if (lane == 0) launch.lengths[at] = longest;

@@ -33,7 +33,7 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
 
   const StickRowTile tile(p, kRows, blockIdx.x);
   const StickSequence& s = tile.s;
-  const std::int64_t head = tile.head;
+  const int head = tile.head;
   const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
 
@@ -143,7 +143,7 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
     for (int i = 0; i < Wide::kColumnTiles * 4; ++i) o[m][i / 4][i % 4] *= 1.0f / kUnit;
     const auto store = [&](void* to, bool aligned) {
       const StickRows<T> rows(static_cast<T*>(to) + column, params.o_strides, p, done.s, done.head, done.first_row);
-      stick_store_rows<T>(o[m], tiles, [&](int row) { return rows[16 * m + row]; }, columns, aligned);
+      stick_store_rows<T>(o[m], tiles, rows, 16 * m, columns, aligned);
     };
     store(params.o, launch.o_aligned);
     if (sizeof(T) == 2 && params.residual != nullptr) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/cp_async.cuh"
+#include "device/keep.cuh"
 #include "device/opaque.cuh"
 #include "device/static_for.cuh"
 #include "device/tile_product.cuh"
@@ -11,18 +12,19 @@
 
 namespace mfx {
 
-// One sequence of the batch. Of a packed batch q_begin and k_begin are its places, else `batch` is.
+// One sequence of the batch. Of a packed batch q_begin and k_begin are its places, else `batch` is. Numbers of blocks,
+// and so of sequences and heads, are below 2^31.
 struct StickSequence {
-  std::int64_t batch, q_begin, k_begin;
+  int batch, q_begin, k_begin;
   int keys, rows, history;  // history: keys older than the first query
 
   __device__ StickSequence(const StickAttentionProblem& p, std::int64_t index) {
     const bool packed = p.cu_seqlens_q != nullptr;
-    batch = packed ? 0 : index;
+    batch = packed ? 0 : static_cast<int>(index);
     q_begin = packed ? p.cu_seqlens_q[index] : 0;
     k_begin = packed ? p.cu_seqlens_k[index] : 0;
-    keys = packed ? p.cu_seqlens_k[index + 1] - static_cast<int>(k_begin) : static_cast<int>(p.tokens_k);
-    const int queries = packed ? p.cu_seqlens_q[index + 1] - static_cast<int>(q_begin) : static_cast<int>(p.tokens_q);
+    keys = packed ? p.cu_seqlens_k[index + 1] - k_begin : static_cast<int>(p.tokens_k);
+    const int queries = packed ? p.cu_seqlens_q[index + 1] - q_begin : static_cast<int>(p.tokens_q);
     history = keys - queries;
     rows = queries * static_cast<int>(p.group);
   }
@@ -41,7 +43,7 @@ __device__ inline std::int64_t stick_first_slot(const std::int32_t* cu_seqlens, 
 }
 
 struct StickSlot {
-  std::int64_t sequence, tile;
+  int sequence, tile;
 };
 
 // The sequence that owns a tile slot, and which of its tiles it is.
@@ -50,7 +52,7 @@ __device__ inline StickSlot stick_find_slot(const std::int32_t* cu_seqlens, std:
   if (cu_seqlens == nullptr) {
     const auto tiles = static_cast<std::uint32_t>((tokens * group + tile_rows - 1) / tile_rows);
     const auto index = static_cast<std::uint32_t>(slot);
-    return {index / tiles, index % tiles};
+    return {static_cast<int>(index / tiles), static_cast<int>(index % tiles)};
   }
   std::int64_t first = 0, last = sequences - 1;  // the last sequence whose first slot is not beyond
   while (first < last) {
@@ -61,22 +63,23 @@ __device__ inline StickSlot stick_find_slot(const std::int32_t* cu_seqlens, std:
       last = middle - 1;
     }
   }
-  return {first, slot - stick_first_slot(cu_seqlens, group, tokens, tile_rows, first)};
+  return {static_cast<int>(first),
+          static_cast<int>(slot - stick_first_slot(cu_seqlens, group, tokens, tile_rows, first))};
 }
 
 // The tile of query rows that a block owns. Late tiles, which walk furthest, start first; heads side by side.
 struct StickRowTile {
-  std::int64_t head;
+  int head;
   StickSlot slot;
   StickSequence s;
   int first_row;
 
   __device__ StickRowTile(const StickAttentionProblem& p, int rows, std::uint32_t block)
-      : head(block % static_cast<std::uint32_t>(p.heads)),
+      : head(static_cast<int>(block % static_cast<std::uint32_t>(p.heads))),
         slot(stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, rows,
                              (gridDim.x - 1 - block) / static_cast<std::uint32_t>(p.heads))),
         s(p, slot.sequence),
-        first_row(static_cast<int>(slot.tile) * rows) {}
+        first_row(slot.tile * rows) {}
 
   // The same, computed anew after the walk: what is kept from before it takes registers all along.
   __device__ static StickRowTile again(const StickAttentionProblem& p, int rows) {
@@ -109,6 +112,12 @@ struct StickRows {
 
   // Null beyond the sequence's end.
   __device__ T* operator[](int row) const { return row < count ? at(row) : nullptr; }
+
+  // Elements from any row to the one `rows` behind it; 0 where that is not the same for all.
+  __device__ std::int64_t stride(int rows) const {
+    const int tokens = rows / group;
+    return tokens * group == rows ? tokens * token_stride : 0;
+  }
 };
 
 // Index of a row in [B, Tq, H, G].
@@ -145,14 +154,14 @@ __device__ inline void stick_scatter_chunk(T* to, const uint4& x) {
   }
 }
 
-// One chunk of a tile, kOffset bytes behind `to`: asynchronously where addresses are aligned, zeros where it is not
-// there.
+// One chunk of a tile, kOffset bytes behind `to`: asynchronously where addresses are aligned. It has 16 bytes or, where
+// there is none, 0, and becomes zeros.
 template <int kOffset = 0, typename T>
-__device__ inline void stick_copy_chunk(device::SharedAddress to, const T* from, bool present, bool aligned) {
+__device__ inline void stick_copy_chunk(device::SharedAddress to, const T* from, std::uint32_t bytes, bool aligned) {
   if (aligned) {
-    device::cp_async<16, kOffset>(to, from, present ? 16 : 0);
+    device::cp_async<16, kOffset>(to, from, bytes);
   } else {
-    device::store_shared_128(to + kOffset, present ? stick_gather_chunk(from) : uint4{0, 0, 0, 0});
+    device::store_shared_128(to + kOffset, bytes != 0 ? stick_gather_chunk(from) : uint4{0, 0, 0, 0});
   }
 }
 
@@ -172,9 +181,11 @@ struct StickTileCopy {
       : row(static_cast<int>(threadIdx.x) / kChunks),
         column(static_cast<int>(threadIdx.x) % kChunks * (16 / static_cast<int>(sizeof(T)))),
         bytes(column < head_dim ? 16 : 0),
-        offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)) {}
+        offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)) {
+    device::keep(bytes);
+  }
 
-  // One chunk, kRound rounds behind the first: asynchronously where addresses are aligned, zeros where `size` is 0.
+  // One chunk, kRound rounds behind the first; `size` is `bytes` or, where it is not there, 0.
   template <int kRound>
   __device__ void chunk(device::SharedAddress tile, const T* from, std::uint32_t size, bool aligned) const {
     constexpr int kRow = kRound * kRowsAtOnce;
@@ -183,60 +194,82 @@ struct StickTileCopy {
         kRow % 8 == 0 ? tile + offset
                       : tile + device::swizzled_offset<kRowBytes>(kRow % 8 + row, threadIdx.x % kChunks);
     constexpr int kBehind = kRow / 8 * 8 * kRowBytes;
-    stick_copy_chunk<kBehind>(to, from, size != 0, aligned);
+    stick_copy_chunk<kBehind>(to, from, size, aligned);
   }
 
-  // Rows of a tensor of q's shape.
-  struct Rows {
-    device::SharedAddress tile;
-    StickRows<const T> from;
-    bool aligned;
+  // This thread's chunk of the first round of a tile, and elements from round to round; 0 where rows must be found one
+  // by one.
+  struct Lane {
+    const T* own;
+    std::int64_t stride;
   };
-
-  // Copies tiles of tensors whose rows begin at the same row.
-  template <int kRows, typename... Tensors>
-  __device__ void rows(const Tensors&... tensors) const {
-    device::static_for<(kRows + kRowsAtOnce - 1) / kRowsAtOnce>([&](auto round) {
-      const int at = round * kRowsAtOnce + row;
-      if (kRows >= kRowsAtOnce || at < kRows) (row_chunk<round>(tensors, at), ...);
-    });
+  __device__ Lane lane(const StickRows<const T>& rows, bool aligned) const {
+    return {rows.at(row) + column, aligned ? rows.stride(kRowsAtOnce) : 0};
   }
 
-  // This thread's first chunk of a tensor's keys in a tile of kKeys.
-  template <int kKeys>
-  __device__ const T* key_source(const T* keys, std::int64_t stride) const {
-    return keys + stick_key_of_slot<kKeys>(row) * stride + column;
-  }
-
-  // The tile of keys that begins where key_source() pointed to, in the order of stick_key_of_slot; `keys` are there.
-  template <int kKeys>
-  __device__ void keys(device::SharedAddress tile, const T* source, std::int64_t stride, int keys, bool aligned) const {
-    static_assert(kKeys % kRowsAtOnce == 0, "whole rounds");
-    if (keys >= kKeys && aligned) {
-      device::static_for<kKeys / kRowsAtOnce>([&](auto round) {
-        constexpr std::int64_t key = stick_key_of_slot<kKeys>(round * kRowsAtOnce);
-        chunk<round>(tile, source + key * stride, bytes, true);
+  // Copies the tile that is `index` tiles of kRows behind the first of `all`, whose lane() is `lane`.
+  template <int kRows>
+  __device__ void rows(device::SharedAddress tile, const StickRows<const T>& all, bool aligned, const Lane& lane,
+                       int index = 0) const {
+    static_assert(kRows % kRowsAtOnce == 0, "whole rounds");
+    constexpr int kRounds = kRows / kRowsAtOnce;
+    if (lane.stride != 0 && (index + 1) * kRows <= all.count) {
+      const T* from = lane.own + index * kRounds * lane.stride;
+      device::static_for<kRounds>([&](auto round) {
+        chunk<round>(tile, from, bytes, true);
+        from += lane.stride;
       });
     } else {
-      const int first = stick_key_of_slot<kKeys>(row);
-      device::static_for<kKeys / kRowsAtOnce>([&](auto round) {
-        constexpr int key = stick_key_of_slot<kKeys>(round * kRowsAtOnce);
-        chunk<round>(tile, source + key * stride, first + key < keys ? bytes : 0, aligned);
+      device::static_for<kRounds>([&](auto round) {
+        const int at = index * kRows + round * kRowsAtOnce + row;
+        const bool there = at < all.count;
+        chunk<round>(tile, all.at(there ? at : 0) + column, there ? bytes : 0, aligned);
       });
     }
   }
+  template <int kRows>
+  __device__ void rows(device::SharedAddress tile, const StickRows<const T>& all, bool aligned) const {
+    rows<kRows>(tile, all, aligned, lane(all, aligned));
+  }
 
- private:
-  template <int kRound>
-  __device__ void row_chunk(const Rows& rows, int at) const {
-    const bool there = at < rows.from.count;
-    chunk<kRound>(rows.tile, rows.from.at(there ? at : 0) + column, there ? bytes : 0, rows.aligned);
+  // A tile of kKeys in the order of stick_key_of_slot. `source` is this thread's first chunk.
+  template <int kKeys>
+  __device__ void whole_keys(device::SharedAddress tile, const T* source, std::int64_t stride) const {
+    static_assert(kKeys % kRowsAtOnce == 0, "whole rounds");
+    device::static_for<kKeys / kRowsAtOnce>([&](auto round) {
+      constexpr std::int64_t key = stick_key_of_slot<kKeys>(round * kRowsAtOnce);
+      chunk<round>(tile, source + key * stride, bytes, true);
+    });
+  }
+
+  // The same where only `keys` are there, or addresses are not aligned.
+  template <int kKeys>
+  __device__ void keys(device::SharedAddress tile, const T* source, std::int64_t stride, int keys, bool aligned) const {
+    if (keys >= kKeys && aligned) return whole_keys<kKeys>(tile, source, stride);
+    const int first = stick_key_of_slot<kKeys>(row);
+    device::static_for<kKeys / kRowsAtOnce>([&](auto round) {
+      constexpr int key = stick_key_of_slot<kKeys>(round * kRowsAtOnce);
+      chunk<round>(tile, source + key * stride, first + key < keys ? bytes : 0, aligned);
+    });
   }
 };
 
+// Keys of one sequence and K/V head, or a part of their columns, like StickRows.
 template <typename T>
-__device__ inline T* stick_keys(T* tensor, const StickKeyStrides& strides, const StickSequence& s, std::int64_t head) {
-  return tensor + s.batch * strides.batch + s.k_begin * strides.token + head * strides.head;
+struct StickKeyRows {
+  T* base;
+  std::int64_t token_stride;
+  int count;
+
+  __device__ T* at(int row) const { return base + row * token_stride; }
+  __device__ T* operator[](int row) const { return row < count ? at(row) : nullptr; }
+  __device__ std::int64_t stride(int rows) const { return rows * token_stride; }
+};
+
+template <typename T>
+__device__ inline T* stick_keys(T* tensor, const StickKeyStrides& strides, const StickSequence& s, std::int64_t head,
+                                std::int64_t first = 0) {
+  return tensor + s.batch * strides.batch + (s.k_begin + first) * strides.token + head * strides.head;
 }
 
 // The walk of a block over tiles of K and V (V behind K; once, where K is V), from the newest to the oldest.
@@ -254,24 +287,29 @@ class StickKeyWalk {
         v_stride_(p.v_strides.token),
         keys_(s.keys - tile * kKeys),
         k_aligned_(k_aligned),
-        v_aligned_(v_aligned) {
-    const std::int64_t first = std::int64_t{tile} * kKeys;
-    k_ = copy.template key_source<kKeys>(stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head), k_stride_) +
-         first * k_stride_;
-    v_ = copy.template key_source<kKeys>(stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head), v_stride_) +
-         first * v_stride_;
+        v_aligned_(v_aligned),
+        easy_(k_aligned && v_aligned && keys_ >= kKeys) {
+    const std::int64_t first = std::int64_t{tile} * kKeys + stick_key_of_slot<kKeys>(copy.row);
+    k_ = stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head, first) + copy.column;
+    v_ = stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head, first) + copy.column;
+    device::keep(k_);
+    device::keep(v_);
   }
 
   // Copies the next tile, if it is wanted; a group of copies in any case.
   __device__ void next(device::SharedAddress to, bool wanted) {
     if (wanted) {
-      copy_.template keys<kKeys>(to, k_, k_stride_, keys_, k_aligned_);
-      k_ -= kKeys * k_stride_;
-      if (!k_is_v) {
-        copy_.template keys<kKeys>(to + kTileBytes, v_, v_stride_, keys_, v_aligned_);
-        v_ -= kKeys * v_stride_;
+      if (easy_) {
+        copy_.template whole_keys<kKeys>(to, k_, k_stride_);
+        if (!k_is_v) copy_.template whole_keys<kKeys>(to + kTileBytes, v_, v_stride_);
+      } else {
+        copy_.template keys<kKeys>(to, k_, k_stride_, keys_, k_aligned_);
+        if (!k_is_v) copy_.template keys<kKeys>(to + kTileBytes, v_, v_stride_, keys_, v_aligned_);
+        keys_ = kKeys;  // older tiles are whole
+        easy_ = k_aligned_ && v_aligned_;
       }
-      keys_ += kKeys;
+      k_ -= kKeys * k_stride_;
+      v_ -= kKeys * v_stride_;
     }
     device::cp_async_commit();
   }
@@ -282,6 +320,7 @@ class StickKeyWalk {
   const std::int64_t k_stride_, v_stride_;
   int keys_;  // from the next tile on
   const bool k_aligned_, v_aligned_;
+  bool easy_;
 };
 
 // The keys of a tile that padding leaves, one bit per key, the same in all warps. Loading is apart from using, so that
@@ -305,17 +344,25 @@ class StickKeep {
 
   // Of this lane's run in the tile that was loaded last.
   __device__ std::uint32_t run() const {
-    constexpr int kRun = kKeys / 4;
-    if (mask_ == nullptr) return (1u << kRun) - 1;
+    if (mask_ == nullptr) return kAll;
     std::uint32_t words[kWords];
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = __ballot_sync(device::kAllLanes, kept_[i]);
     const int first = static_cast<int>(threadIdx.x & 3) * kRun;
-    return (kWords == 1 || first < 32 ? words[0] : words[kWords - 1]) >> (first & 31) & ((1u << kRun) - 1);
+    return (kWords == 1 || first < 32 ? words[0] : words[kWords - 1]) >> (first & 31) & kAll;
+  }
+
+  // The same, and loads the tile that is met next.
+  __device__ std::uint32_t run(int next_first_key) {
+    if (mask_ == nullptr) return kAll;
+    const std::uint32_t kept = run();
+    load(next_first_key);
+    return kept;
   }
 
  private:
-  static constexpr int kWords = (kKeys + 31) / 32;
+  static constexpr int kWords = (kKeys + 31) / 32, kRun = kKeys / 4;
+  static constexpr std::uint32_t kAll = (1u << kRun) - 1;
   const bool* mask_;
   int keys_;
   bool kept_[kWords] = {};

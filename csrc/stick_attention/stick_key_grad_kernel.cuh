@@ -14,64 +14,73 @@ namespace mfx {
 
 // Weights and score gradients between the two halves of a step: [rows, keys] in natural order. A lane writes its run of
 // keys; rows are rotated so that eight lanes of a store, two rows of four runs, and eight rows of a load hit all banks.
+// A lane's addresses differ by XOR in the 128 bytes that hold a chunk, else by immediate offsets.
 template <typename Op, int kSpan, int kRowBytes>
 struct StickExchange {
   static constexpr int kRunBytes = kSpan / 4 * static_cast<int>(sizeof(Op));
+  static_assert(kRunBytes <= 32, "at most two chunks, an even one first");
   static constexpr int kTurn = kRunBytes == 32 ? 0 : kRunBytes == 16 ? 2 : 1;
 
+  __device__ static constexpr std::uint32_t turned(std::uint32_t row) {
+    return ((row & 7) << kTurn | (row & 7) >> (3 - kTurn)) & 7;
+  }
   __device__ static std::uint32_t offset(std::uint32_t row, std::uint32_t chunk) {
-    const std::uint32_t x = row & 7, turned = (x << kTurn | x >> (3 - kTurn)) & 7;
-    return row * kRowBytes + ((chunk ^ turned) << 4);
+    return row * kRowBytes + ((chunk ^ turned(row)) << 4);
   }
 
-  // A warp's [16, kSpan], keys in slots.
-  template <int kTiles>
-  __device__ static void store(device::SharedAddress tile, int first_row, int first_key, const float (&x)[kTiles][4]) {
-    const int lane = threadIdx.x & 31;
-    const int byte = (first_key + lane % 4 * (kSpan / 4)) * static_cast<int>(sizeof(Op));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + lane / 4 + 8 * half;
+  // Where this lane stores: its run of a warp's [16, kSpan], row g.
+  __device__ static device::SharedAddress store_lane(device::SharedAddress tile, int first_row, int first_key) {
+    const int lane = threadIdx.x & 31, byte = first_key * static_cast<int>(sizeof(Op)) + lane % 4 * kRunBytes;
+    return tile + offset(first_row + lane / 4, byte / 16) + byte % 16;
+  }
+
+  // Stores a warp's [16, kSpan], keys in slots, kOffset bytes behind the tile that `to` is in.
+  template <int kOffset, int kTiles>
+  __device__ static void store(device::SharedAddress to, const float (&x)[kTiles][4]) {
+    device::static_for<2>([&](auto half) {
+      constexpr int kHalf = kOffset + half * 8 * kRowBytes;
       std::uint32_t words[kRunBytes / 4];
 #pragma unroll
-      for (int tile_ = 0; tile_ < kTiles; ++tile_) {
+      for (int tile = 0; tile < kTiles; ++tile) {
         if constexpr (sizeof(Op) == 2) {
-          words[tile_] = device::pack_pair<Op>(x[tile_][2 * half], x[tile_][2 * half + 1]);
+          words[tile] = device::pack_pair<Op>(x[tile][2 * half], x[tile][2 * half + 1]);
         } else {
-          words[2 * tile_] = __float_as_uint(x[tile_][2 * half]);
-          words[2 * tile_ + 1] = __float_as_uint(x[tile_][2 * half + 1]);
+          words[2 * tile] = __float_as_uint(x[tile][2 * half]);
+          words[2 * tile + 1] = __float_as_uint(x[tile][2 * half + 1]);
         }
       }
       if constexpr (kRunBytes == 8) {
-        device::store_shared_64(tile + offset(row, byte / 16) + byte % 16, {words[0], words[1]});
+        device::store_shared_64<kHalf>(to, uint2{words[0], words[1]});
       } else {
 #pragma unroll
         for (int i = 0; i < kRunBytes / 16; ++i) {
-          device::store_shared_128(tile + offset(row, byte / 16 + i),
-                                   {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
+          device::store_shared_128<kHalf>(to ^ (16 * i),
+                                          {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
         }
       }
-    }
+    });
   }
 
-  // Its transpose as A fragments: 16 keys, inner dimension the rows.
-  template <int kSteps>
-  __device__ static void load(device::FragmentA (&a)[kSteps], device::SharedAddress tile, int first_key) {
-    const int lane = threadIdx.x & 31;
-    const int chunk = first_key * static_cast<int>(sizeof(Op)) / 16;
-    if constexpr (sizeof(Op) == 2) {
-      const device::SharedAddress rows = tile + offset((lane & 7) + (lane >> 4) * 8, chunk + (lane >> 3 & 1));
-      device::static_for<kSteps>([&](auto step) { device::ldmatrix_x4_trans<step * 16 * kRowBytes>(a[step], rows); });
-    } else {
-      const int g = lane / 4, c = lane % 4;
-      device::static_for<kSteps>([&](auto step) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // (key g or g + 8, row 2c or 2c + 1)
-          const int row = step * 8 + 2 * c + i / 2;
-          a[step][i] = device::load_shared_32(tile + offset(row, chunk + g / 4 + i % 2 * 2) + g % 4 * 4);
-        }
-      });
-    }
+  // Where this lane loads.
+  __device__ static device::SharedAddress load_lane(device::SharedAddress tile, int first_key) {
+    const int lane = threadIdx.x & 31, chunk = first_key * static_cast<int>(sizeof(Op)) / 16;
+    if constexpr (sizeof(Op) == 2) return tile + offset((lane & 7) + (lane >> 4) * 8, chunk + (lane >> 3 & 1));
+    return tile + offset(lane % 4 * 2, chunk + lane / 16) + lane / 4 % 4 * 4;
+  }
+
+  // The transpose as A fragments: 16 keys, inner dimension the rows.
+  template <int kOffset, int kSteps>
+  __device__ static void load(device::FragmentA (&a)[kSteps], device::SharedAddress from) {
+    device::static_for<kSteps>([&](auto step) {
+      if constexpr (sizeof(Op) == 2) {
+        device::ldmatrix_x4_trans<kOffset + step * 16 * kRowBytes>(a[step], from);
+      } else {
+        device::static_for<4>([&](auto i) {  // (key g or g + 8, row 2c or 2c + 1)
+          constexpr std::uint32_t kBits = i % 2 * 32 ^ turned(i / 2) * 16;
+          a[step][i] = device::load_shared_32<kOffset + (step * 8 + i / 2) * kRowBytes>(from ^ kBits);
+        });
+      }
+    });
   }
 };
 
@@ -89,37 +98,38 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const StickKeyTile tile_of_keys(launch, kKeys, blockIdx.x);
   if (!tile_of_keys.any) return;
   const StickSequence& s = tile_of_keys.s;
-  const std::int64_t head = tile_of_keys.head;
+  const int head = tile_of_keys.head;
   const int first_key = tile_of_keys.first_key;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const device::SharedAddress key_tile = device::shared_address(shared), value_tile = key_tile + Tiles::kKeyBytes,
                               ring = value_tile + Tiles::kKeyBytes,
-                              weights_tile = ring + kStages * 2 * Tiles::kQueryBytes,
-                              grads_tile = weights_tile + Tiles::kExchangeBytes;
+                              exchange = ring + kStages * 2 * Tiles::kQueryBytes;  // weights, then dS
   const StickTileCopy<T, kRowBytes, kThreads> copy(p.head_dim);
-  const T* const k = stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head);
-  const T* const v = stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head);
+  const auto copy_keys = [&](device::SharedAddress to, const void* tensor, const StickKeyStrides& strides,
+                             bool aligned) {
+    const T* from =
+        stick_keys(static_cast<const T*>(tensor), strides, s, head, first_key + stick_key_of_slot<kSpan>(copy.row)) +
+        copy.column;
 #pragma unroll
-  for (int i = 0; i < kKeys / kSpan; ++i) {
-    const int first = first_key + i * kSpan;
-    const int there = s.keys - first;
-    copy.template keys<kSpan>(key_tile + i * kSpan * kRowBytes,
-                              copy.template key_source<kSpan>(k + first * p.k_strides.token, p.k_strides.token),
-                              p.k_strides.token, there, launch.k_aligned);
-    copy.template keys<kSpan>(value_tile + i * kSpan * kRowBytes,
-                              copy.template key_source<kSpan>(v + first * p.v_strides.token, p.v_strides.token),
-                              p.v_strides.token, there, launch.v_aligned);
-  }
+    for (int i = 0; i < kKeys; i += kSpan) {
+      copy.template keys<kSpan>(to + i * kRowBytes, from, strides.token, s.keys - first_key - i, aligned);
+      from += kSpan * strides.token;
+    }
+  };
+  copy_keys(key_tile, p.k, p.k_strides, launch.k_aligned);
+  copy_keys(value_tile, p.v, p.v_strides, launch.v_aligned);
   device::cp_async_commit();
 
+  const StickRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
+  const StickRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
+  // Found once where registers allow.
+  const auto q_lane = copy.lane(q, launch.q_aligned), grad_lane = copy.lane(grad_o, launch.grad_o_aligned);
   const auto copy_queries = [&](int tile, device::SharedAddress to) {
-    using Rows = typename decltype(copy)::Rows;
-    copy.template rows<kRows>(
-        Rows{to, {static_cast<const T*>(p.q), p.q_strides, p, s, head, tile * kRows}, launch.q_aligned},
-        Rows{to + Tiles::kQueryBytes,
-             {static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, tile * kRows},
-             launch.grad_o_aligned});
+    constexpr bool kOnce = device::kIs16Bit<Op>;
+    copy.template rows<kRows>(to, q, launch.q_aligned, kOnce ? q_lane : copy.lane(q, launch.q_aligned), tile);
+    copy.template rows<kRows>(to + Tiles::kQueryBytes, grad_o, launch.grad_o_aligned,
+                              kOnce ? grad_lane : copy.lane(grad_o, launch.grad_o_aligned), tile);
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -128,7 +138,7 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   // Of row g of the head's first 16 rows, at this span.
   const std::int64_t place = std::int64_t{(span_key - launch.window_begin) / kSpan} * (p.heads * launch.rows) +
                              stick_workspace_row(launch, s, head, row_in_tile + lane / 4);
-  const StickOdds odds{launch.factor};
+  const StickBeta beta{-launch.factor};
   StickKeep<kSpan> keep(p, s);
   keep.load(span_key);
   const std::uint32_t kept = keep.run();
@@ -136,18 +146,29 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   float grad_k[kPartTiles][4] = {}, grad_v[kPartTiles][4] = {};
 
   // This lane's places in the tiles.
-  const device::SharedAddress query_lane = device::a_rows<kRowBytes>(ring + row_in_tile * kRowBytes);
-  const device::SharedAddress key_lane = device::b_rows<kRowBytes>(key_tile + span_in_tile * kRowBytes);
-  const device::SharedAddress column_lane =
-      device::b_columns<Op, kRowBytes>(ring) ^ (part * (kRowBytes / Tiles::kParts));
+  device::SharedAddress query_lane = device::a_rows<kRowBytes>(ring + row_in_tile * kRowBytes);
+  device::SharedAddress key_lane = device::b_rows<kRowBytes>(key_tile + span_in_tile * kRowBytes);
+  device::SharedAddress column_lane = device::b_columns<Op, kRowBytes>(ring) ^ (part * (kRowBytes / Tiles::kParts));
+  device::SharedAddress store_lane = Exchange::store_lane(exchange, row_in_tile, span_in_tile);
+  device::SharedAddress load_lane = Exchange::load_lane(exchange, key_in_tile);
+  if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types fragments need the registers
+    device::keep(query_lane);
+    device::keep(key_lane);
+    device::keep(column_lane);
+    device::keep(store_lane);
+    device::keep(load_lane);
+  }
+  const auto exchange_all = [&](const float (&weights)[kSpan / 8][4], const float (&grads)[kSpan / 8][4]) {
+    Exchange::template store<0>(store_lane, weights);
+    Exchange::template store<Tiles::kExchangeBytes>(store_lane, grads);
+  };
 
   const auto step = [&](int tile, device::SharedAddress stage) {
     const int warp_row = tile * kRows + row_in_tile;
     const int warp_newest = warp_row < s.rows ? s.newest_key(p, min(warp_row + 16, s.rows) - 1) : -1;
     if (warp_newest < span_key) {
       const float nothing[kSpan / 8][4] = {};
-      Exchange::store(weights_tile, row_in_tile, span_in_tile, nothing);
-      Exchange::store(grads_tile, row_in_tile, span_in_tile, nothing);
+      exchange_all(nothing, nothing);
     } else {
       float stick[2], older[2];
 #pragma unroll
@@ -166,7 +187,7 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
           key_lane + Tiles::kKeyBytes);
       const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
         stick_scan_backward<Op, masked>(
-            scores, grads, odds, visible, stick, [](int, const device::QuadScan&) {},
+            scores, grads, beta, visible, stick, [](int, const device::QuadScan&) {},
             [&](int half, float) { return older[half]; }, [](int, const device::QuadScan&, float) {});
       };
       if (keep.all() && s.newest_key(p, warp_row) >= span_key + kSpan - 1) {
@@ -177,16 +198,15 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
         };
         scan(std::true_type{}, {visible(warp_row + lane / 4), visible(warp_row + lane / 4 + 8)});
       }
-      Exchange::store(weights_tile, row_in_tile, span_in_tile, scores);
-      Exchange::store(grads_tile, row_in_tile, span_in_tile, grads);
+      exchange_all(scores, grads);
     }
     __syncthreads();
 
     device::FragmentA a[kSteps];
     const device::SharedAddress columns = column_lane + (stage - ring);
-    Exchange::load(a, weights_tile, key_in_tile);
+    Exchange::template load<0>(a, load_lane);
     device::multiply_columns<Op, kRowBytes>(grad_v, a, columns + Tiles::kQueryBytes);
-    Exchange::load(a, grads_tile, key_in_tile);
+    Exchange::template load<Tiles::kExchangeBytes>(a, load_lane);
     device::multiply_columns<Op, kRowBytes>(grad_k, a, columns);
   };
 
@@ -202,19 +222,23 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
     __syncthreads();  // the words, the ring and the exchange of the chunk before are no longer read
     if (lane == 0) live[warp] = word;
     __syncthreads();
-    const auto next_live = [&](int from) {  // the first at or behind `from`, kThreads if there is none
-      for (int i = from / 32; i < kThreads / 32; ++i) {
-        const std::uint32_t bits = i == from / 32 ? live[i] & ~0u << from % 32 : live[i];
-        if (bits != 0) return 32 * i + __ffs(static_cast<int>(bits)) - 1;
+    int at = 0;
+    std::uint32_t bits = live[0];
+    const auto next_live = [&] {  // kThreads if there is none
+      while (bits == 0) {
+        if (++at == kThreads / 32) return kThreads;
+        bits = live[at];
       }
-      return kThreads;
+      const int tile = 32 * at + __ffs(static_cast<int>(bits)) - 1;
+      bits &= bits - 1;
+      return tile;
     };
     device::SharedAddress stage = ring, next = ring + (kStages - 1) * (2 * Tiles::kQueryBytes);
-    int tile = next_live(0);
+    int tile = next_live();
     if (kStages > 1 && tile < kThreads) copy_queries(chunk + tile, stage);
     device::cp_async_commit();
     while (tile < kThreads) {
-      const int following = next_live(tile + 1);
+      const int following = next_live();
       if constexpr (kStages == 1) {
         __syncthreads();  // all are done with the tile before
         copy_queries(chunk + tile, stage);
@@ -252,14 +276,10 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const StickKeyTile done = StickKeyTile::again(launch, kKeys);
   const auto store = [&](const float (&grad)[kPartTiles][4], void* tensor, const StickKeyStrides& strides,
                          bool aligned) {
-    T* const keys = stick_keys(static_cast<T*>(tensor), strides, done.s, done.head);
-    stick_store_rows<T>(
-        grad, scratch,
-        [&](int row) -> T* {
-          const int key = done.first_key + key_in_tile + row;
-          return key < done.s.keys ? keys + key * strides.token + first_column : nullptr;
-        },
-        static_cast<int>(p.head_dim) - first_column, aligned);
+    const int first = done.first_key + key_in_tile;
+    const StickKeyRows<T> keys = {stick_keys(static_cast<T*>(tensor), strides, done.s, done.head, first) + first_column,
+                                  strides.token, done.s.keys - first};
+    stick_store_rows<T>(grad, scratch, keys, 0, static_cast<int>(p.head_dim) - first_column, aligned);
   };
   store(grad_k, params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
   if (!both) store(grad_v, params.grad_v, params.grad_v_strides, launch.grad_v_aligned);

@@ -45,7 +45,7 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
   const StickKeyTile tile_of_keys(launch, kKeys, blockIdx.x);
   if (!tile_of_keys.any) return;
   const StickSequence& s = tile_of_keys.s;
-  const std::int64_t head = tile_of_keys.head;
+  const int head = tile_of_keys.head;
   const int first_key = tile_of_keys.first_key;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
@@ -70,7 +70,6 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
   if constexpr (!Wide::kOne) load_keys(keys[1], p.v, p.v_strides, launch.v_aligned);
 
   const StickOdds odds{launch.factor};
-  const std::int64_t place = (first_key - launch.window_begin) / kKeys * (p.heads * launch.rows);
   const int row = (warp * 4 + lane / 8) % kRows;  // that this lane scans, in the first four warps
   float grads[Wide::kOne ? 1 : 2][Wide::kColumnTiles][4] = {};
 
@@ -101,7 +100,10 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
       const float2 score = stick_wide_sum(parts, 2 * Wide::kPart, row);
       const float2 grad_weight = stick_wide_sum(parts + Wide::kPart, 2 * Wide::kPart, row);
       const bool there = first_row + row < s.rows;
-      const std::int64_t at = place + stick_workspace_row(launch, s, head, first_row + row);
+      std::uint32_t first = first_key;  // what follows from it is computed here
+      device::make_opaque(first);
+      const std::int64_t at = (first - launch.window_begin) / kKeys * (p.heads * launch.rows) +
+                              stick_workspace_row(launch, s, head, first_row + row);
       const StickWideSight sees(p, s, first_key, there ? s.newest_key(p, first_row + row) : -1);
       const bool visited = there && s.newest_key(p, min(first_row + kRows, s.rows) - 1) >= first_key;
       const float stick = visited ? launch.sticks[at] : 0.0f, older = visited ? launch.olders[at] : 0.0f;
@@ -121,17 +123,17 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
     __syncwarp();
   }
 
+  // Computed anew like the tile: from before the walk they would take registers all along.
   const StickKeyTile done = StickKeyTile::again(launch, kKeys);
+  std::uint32_t own_warp = threadIdx.x / 32;
+  device::make_opaque(own_warp);
+  const int own_column = static_cast<int>(own_warp) * Wide::kColumns;
+  const device::SharedAddress scratch = device::shared_address(shared) + own_warp * (2 * Wide::kTileBytes);
   const auto store = [&](const float (&grad)[Wide::kColumnTiles][4], void* tensor, const StickKeyStrides& strides,
                          bool aligned) {
-    T* const to = stick_keys(static_cast<T*>(tensor), strides, done.s, done.head) + column;
-    stick_store_rows<T>(
-        grad, query_tile,
-        [&](int i) -> T* {
-          const int key = done.first_key + i;
-          return key < done.s.keys ? to + key * strides.token : nullptr;
-        },
-        columns, aligned);
+    const StickKeyRows<T> keys = {stick_keys(static_cast<T*>(tensor), strides, done.s, done.head) + own_column,
+                                  strides.token, done.s.keys};
+    stick_store_rows<T>(grad, scratch, keys, done.first_key, static_cast<int>(p.head_dim) - own_column, aligned);
   };
   if constexpr (!Wide::kOne) {
     const bool both = params.grad_v == nullptr;  // K is V

@@ -11,34 +11,39 @@ namespace mfx {
 
 // Per row of a warp: delta = do . o + dr r with o as it was before rounding, and what bounds sums of G: |sum of older
 // G|
-// <= stick * reach, with reach >= |do| max|v| + |dr|. Lanes (g, c) get those of rows g and g + 8.
+// <= stick * reach, with reach >= |do| max|v| + |dr|. Lanes (g, c) get those of rows g and g + 8; of rows behind the
+// sequence's end they mean nothing.
 template <typename T, int kRowBytes>
 __device__ inline void stick_row_sums(const StickBackwardLaunch& launch, const StickSequence& s, std::int64_t head,
                                       int first_row, device::SharedAddress grad_rows, float longest, float (&delta)[2],
                                       float (&reach)[2]) {
   constexpr int kChunks = kRowBytes / 16, kLanes = kChunks < 32 ? kChunks : 32;  // that share a row
+  constexpr int kRowsAtOnce = 32 / kLanes, kRounds = 16 / kRowsAtOnce;
   constexpr int kElements = 16 / static_cast<int>(sizeof(T));
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
-  const int lane = threadIdx.x & 31;
-  const StickRows<const T> o(static_cast<const T*>(params.o), params.o_strides, p, s, head, first_row);
-  const StickRows<const T> residual(static_cast<const T*>(params.residual), params.o_strides, p, s, head, first_row);
+  const int lane = threadIdx.x & 31, own_row = lane / kLanes;
+  const T* const o = static_cast<const T*>(params.o);
+  const StickRows<const T> rows(o, params.o_strides, p, s, head, first_row);
+  const std::int64_t stride = rows.count >= 16 ? rows.stride(kRowsAtOnce) : 0;
+  const T* const own = rows.at(own_row);
   const auto read = [&](const T* from, float (&x)[kElements]) {
     const uint4 words = launch.o_aligned ? device::load_global_128_constant(from) : stick_gather_chunk(from);
     device::unpack_chunk<T>(words, x);
   };
-#pragma unroll 1
-  for (int row = lane / kLanes; row < 16; row += 32 / kLanes) {
-    float product = 0.0f, squares = 0.0f;
-    const T* const source = o[row];
-    for (int chunk = lane % kLanes; source != nullptr && chunk < kChunks; chunk += kLanes) {
+  float sums[2 * kRounds] = {};  // of each row do . o and do . do, of this lane's columns
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int row = round * kRowsAtOnce + own_row;
+    const T* const source = stride != 0 ? own + round * stride : rows.at(min(row, rows.count - 1));
+    for (int chunk = lane % kLanes; chunk < kChunks; chunk += kLanes) {
       const int column = chunk * kElements;
       if (column >= p.head_dim) break;
       float value[kElements], grad[kElements];
       read(source + column, value);
       if (params.residual != nullptr) {
         float lost[kElements];
-        read(residual[row] + column, lost);
+        read(static_cast<const T*>(params.residual) + (source - o) + column, lost);
 #pragma unroll
         for (int i = 0; i < kElements; ++i) value[i] += lost[i];
       }
@@ -46,34 +51,25 @@ __device__ inline void stick_row_sums(const StickBackwardLaunch& launch, const S
                               grad);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        product += grad[i] * value[i];
-        squares += grad[i] * grad[i];
+        sums[2 * round] += grad[i] * value[i];
+        sums[2 * round + 1] += grad[i] * grad[i];
       }
     }
-    product = device::lanes_sum<kLanes>(product);
-    squares = device::lanes_sum<kLanes>(squares);
-    float most = 1.01f * sqrtf(squares * longest);  // 1.01 for rounding
-    if (params.grad_remainder != nullptr && source != nullptr) {
+  }
+  device::sum_and_spread<kLanes, 2 * kRounds>(sums);  // lane 2 round + i of a row's lanes has sum i
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half, at = row % kRowsAtOnce * kLanes + row / kRowsAtOnce * 2;
+    delta[half] = __shfl_sync(device::kAllLanes, sums[0], at);
+    float most = 1.01f * sqrtf(__shfl_sync(device::kAllLanes, sums[0], at + 1) * longest);  // 1.01 for rounding
+    if (params.grad_remainder != nullptr && row < rows.count) {
       const std::int64_t flat = stick_flat_row(p, s, head, first_row + row);
       const float grad = static_cast<const float*>(params.grad_remainder)[flat];
-      product += grad * static_cast<const float*>(params.remainder)[flat];
+      delta[half] += grad * static_cast<const float*>(params.remainder)[flat];
       most += 1.01f * fabsf(grad);
     }
     // Where lengths overflow there is no bound, but 0 times it must be 0.
-    most = most < 3.4e38f ? most : 3.4e38f;
-    // Rows of this round, row .. row + 32 / kLanes of lane 0's, go to the lanes that own them.
-    const int base = row - lane / kLanes;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int wanted = lane / 4 + 8 * half - base;
-      const bool mine = wanted >= 0 && wanted < 32 / kLanes;
-      const int from = mine ? wanted * kLanes : 0;
-      const float a = __shfl_sync(device::kAllLanes, product, from), b = __shfl_sync(device::kAllLanes, most, from);
-      if (mine) {
-        delta[half] = a;
-        reach[half] = b;
-      }
-    }
+    reach[half] = most < 3.4e38f ? most : 3.4e38f;
   }
 }
 
@@ -102,7 +98,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
 
   const StickRowTile tile(p, kRows, blockIdx.x);
   const StickSequence& s = tile.s;
-  const std::int64_t head = tile.head;
+  const int head = tile.head;
   const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
   const StickWindowWalk keys(launch, tile, kRows);
@@ -112,12 +108,10 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   const device::SharedAddress queries = device::shared_address(shared), grads = queries + Tiles::kQueryBytes,
                               ring = grads + Tiles::kQueryBytes;
   const StickTileCopy<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
-  using Rows = typename decltype(copy)::Rows;
-  copy.template rows<kRows>(
-      Rows{queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row}, launch.q_aligned},
-      Rows{grads,
-           {static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, first_row},
-           launch.grad_o_aligned});
+  copy.template rows<kRows>(queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row},
+                            launch.q_aligned);
+  copy.template rows<kRows>(grads, {static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, first_row},
+                            launch.grad_o_aligned);
   device::cp_async_commit();
 
   int key_tile = keys.newest_tile(kKeys);
@@ -140,13 +134,13 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   float delta[2], reach[2];
   stick_row_sums<T, kRowBytes>(launch, s, head, warp_row, grads + row_in_tile * kRowBytes, longest, delta, reach);
 
-  // This lane's two rows, and its warp's first and last.
+  // This lane's two rows, and its warp's first. A row behind the sequence's end has no stick.
   int newest[2];
   float stick[2], passed[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + lane / 4 + 8 * half;
-    newest[half] = row < s.rows ? s.newest_key(p, row) : -1;
+    newest[half] = s.newest_key(p, row);
     stick[half] = row < s.rows ? 1.0f : 0.0f;
     passed[half] = 0.0f;
     if (row < s.rows && !keys.starts) {
@@ -155,10 +149,14 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
       passed[half] = state.y;
     }
   }
-  const int warp_oldest = s.newest_key(p, min(warp_row, s.rows - 1));
-  const StickOdds odds{launch.factor};
+  const int warp_oldest = s.newest_key(p, warp_row);
+  const StickBeta beta{-launch.factor};
   const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + row_in_tile * kRowBytes);
   const device::SharedAddress grad_rows = device::a_rows<kRowBytes>(grads + row_in_tile * kRowBytes);
+
+  // In registers for the whole walk, where they have room.
+  const device::RowsA<kRowBytes, kDim <= 128 && device::kIs16Bit<Op>> q(query_rows);
+  const device::RowsA<kRowBytes, kDim <= 64 && device::kIs16Bit<Op>> grad_o(grad_rows);
 
   // dQ in accumulator layout, at the same place for every window.
   float grad_q[kDim / 8][4] = {};
@@ -187,9 +185,13 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   device::SharedAddress key_rows = device::b_rows<kRowBytes>(ring);
   device::SharedAddress value_rows = walk.k_is_v ? key_rows : key_rows + Tiles::kTileBytes;
   device::SharedAddress key_columns = device::b_columns<Op, kRowBytes>(ring);
-  // Where this lane leaves the state of row g at a span's edge; of row g + 8 eight further.
+  // Where this lane leaves the state of row g at a span's edge; of row g + 8 eight further. Of the lanes of a span the
+  // first leaves the sum of G over older keys, the last the stick.
+  const bool notes_older = lane % kSpanLanes == 0, notes_stick = lane % kSpanLanes == kSpanLanes - 1;
   const std::int64_t spans = std::int64_t{(key_tile * kKeys - launch.window_begin) / kSpan + lane % 4 / kSpanLanes};
-  std::int64_t place = spans * (p.heads * launch.rows) + stick_workspace_row(launch, s, head, warp_row + lane / 4);
+  const std::int64_t span_stride = p.heads * launch.rows;
+  float* note = (notes_older ? launch.olders : launch.sticks) + spans * span_stride +
+                stick_workspace_row(launch, s, head, warp_row + lane / 4);
   for (; key_tile * kKeys >= keys.begin; --key_tile) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     __syncthreads();  // the tile is there for all, all are done with the one before, and its place is free
@@ -202,27 +204,27 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
       walk.next(target, (key_tile - 1) * kKeys >= keys.begin);
     }
     const int first_key = key_tile * kKeys;
-    const std::uint32_t kept = keep.run();
-    keep.load(first_key - kKeys);
+    const std::uint32_t kept = keep.run(first_key - kKeys);
     float scores[kKeyTiles][4] = {}, grad_weights[kKeyTiles][4] = {};
-    device::multiply_rows<Op, kRowBytes>(
-        scores, [&](auto step, device::FragmentA& a) { device::load_a<step>(a, query_rows); }, key_rows);
-    device::multiply_rows<Op, kRowBytes>(
-        grad_weights, [&](auto step, device::FragmentA& a) { device::load_a<step>(a, grad_rows); }, value_rows);
+    device::multiply_rows<Op, kRowBytes>(scores, q, key_rows);
+    device::multiply_rows<Op, kRowBytes>(grad_weights, grad_o, value_rows);
     float left[2];
     const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
       stick_scan_backward<Op, masked>(
-          scores, grad_weights, odds, visible, stick,
-          [&](int half, const device::QuadScan& newer) { left[half] = stick_left(scores, half, newer, stick[half]); },
+          scores, grad_weights, beta, visible, stick,
+          [&](int half, const device::QuadScan& newer) {
+            left[half] =
+                stick_left(newer, stick[half], [&] { return stick_sum(scores, half) * newer.later * stick[half]; });
+          },
           [&](int half, float mass) {
             passed[half] += mass;
             const float most = left[half] * reach[half];
             return device::max_nan(-most, device::min_nan(most, delta[half] - passed[half]));
           },
           [&](int half, const device::QuadScan& newer, float older) {
-            if (warp_row + lane / 4 + 8 * half >= s.rows) return;
-            if (lane % kSpanLanes == kSpanLanes - 1) launch.sticks[place + 8 * half] = stick[half] * newer.later;
-            if (lane % kSpanLanes == 0) launch.olders[place + 8 * half] = older;
+            const bool notes = notes_older || notes_stick;
+            const float value = notes_older ? older : stick[half] * newer.later;
+            if (notes && warp_row + lane / 4 + 8 * half < s.rows) note[8 * half] = value;
             stick[half] = left[half];
           });
     };
@@ -235,7 +237,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
     device::FragmentA grad_scores[device::steps_of_tiles<Op>(kKeyTiles)];
     device::pack_a<Op>(grad_scores, grad_weights);
     device::multiply_columns<Op, kRowBytes>(grad_q, grad_scores, key_columns);
-    place -= kKeys / kSpan * (p.heads * launch.rows);
+    note -= kKeys / kSpan * span_stride;
     key_rows += to_other;
     value_rows += to_other;
     key_columns += to_other;
@@ -252,9 +254,8 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
     }
     const StickRows<T> rows(static_cast<T*>(params.grad_q), params.grad_q_strides, p, done.s, done.head,
                             done.first_row);
-    stick_store_rows<T>(
-        grad_q, queries + row_in_tile * kRowBytes, [&](int row) { return rows[row_in_tile + row]; },
-        static_cast<int>(p.head_dim), launch.grad_q_aligned);
+    stick_store_rows<T>(grad_q, queries + row_in_tile * kRowBytes, rows, row_in_tile, static_cast<int>(p.head_dim),
+                        launch.grad_q_aligned);
   } else {
     for_sums(done, [](float2& sum, float x, float y) { sum = {x, y}; });
 #pragma unroll

@@ -57,7 +57,7 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
 
   const StickRowTile tile(p, kRows, blockIdx.x);
   const StickSequence& s = tile.s;
-  const std::int64_t head = tile.head;
+  const int head = tile.head;
   const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
   const StickWindowWalk keys(launch, tile, kRows);
@@ -224,7 +224,7 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
     for (int i = 0; i < 4 * Wide::kColumnTiles; ++i) grad_q[i / 4][i % 4] *= launch.scale;
     const StickRows<T> rows(static_cast<T*>(params.grad_q) + column, params.grad_q_strides, p, done.s, done.head,
                             done.first_row);
-    stick_store_rows<T>(grad_q, tiles, [&](int i) { return rows[i]; }, columns, launch.grad_q_aligned);
+    stick_store_rows<T>(grad_q, tiles, rows, 0, columns, launch.grad_q_aligned);
   } else {
     for_sums(done, [](float2& sum, float x, float y) { sum = {x, y}; });
     if (scans && done.first_row + row < done.s.rows && lane % 8 == 0) {

@@ -6,7 +6,9 @@
 //
 //   weight = e * (product of u from here to the newest key of the tile) * stick        since beta = e u
 //
-// Two special-function results and no logarithm per score; nothing is rounded below binary32.
+// No logarithm, and nothing is rounded below binary32. Forward takes one reciprocal per four keys, of the product of
+// their 1 + e, and multiplies the 1 + e of the older ones among them back in. Backward needs every beta, 1 / (1 + 1 /
+// e), and takes weight after weight from what is left of the stick.
 #pragma once
 
 #include "device/convert.cuh"
@@ -17,18 +19,27 @@ namespace mfx {
 
 // Key in its tile that a slot of shared memory holds. Linear over disjoint bits: key(a | b) = key(a) + key(b).
 template <int kKeys>
-__host__ __device__ constexpr int stick_key_of_slot(int slot) {
-  return (slot % 8 / 2) * (kKeys / 4) + slot / 8 * 2 + slot % 2;
+__host__ __device__ constexpr int stick_key_of_slot(unsigned slot) {
+  return static_cast<int>((slot % 8 / 2) * (kKeys / 4) + slot / 8 * 2 + slot % 2);
 }
 
-// exp(scale * s) = 2^min(s * factor, limit). At the limit, 64 in units of the logit, weights are 0 or 1 to every digit
-// that is kept, while u and products of e with gradients stay in range.
+// exp(scale * s) = 2^min(s * factor, limit). At the limit, a logit of 21.5, u is 5e-10, so that weights are 0 or 1 to
+// every digit that is kept, while the product of four 1 + e is in range.
 struct StickOdds {
-  static constexpr float kLimit = 64.0f * 1.44269504f;
+  static constexpr float kLimit = 31.0f;
   float factor;  // scale * log2(e)
 
   __device__ float operator()(float score) const {
     return device::exp2_approx(device::min_nan(score * factor, kLimit));
+  }
+};
+
+// beta itself, exactly 0 or 1 where the exponential leaves binary32.
+struct StickBeta {
+  float minus_factor;
+
+  __device__ float operator()(float score) const {
+    return device::reciprocal_approx(1.0f + device::exp2_approx(score * minus_factor));
   }
 };
 
@@ -45,56 +56,71 @@ __device__ inline std::uint32_t stick_visible(int newest, std::uint32_t keep) {
 template <typename Op>
 inline constexpr float kStickWeightUnit = std::is_same_v<Op, Float16> ? 4096.0f : 1.0f;
 
-// The part of a scan that forward and backward share, for row g + 8 half of a warp's 16: scores become weights without
-// what newer lanes and tiles took, factors u and e are kept where wanted. Returns the quad's products of u.
-template <bool kMasked, bool kKeep, int kTiles>
-__device__ inline device::QuadScan stick_scan_run(float (&scores)[kTiles][4], int half, const StickOdds& odds,
-                                                  std::uint32_t visible, float (&odds_of)[2 * kTiles],
-                                                  float (&left_of)[2 * kTiles]) {
-  float product = 1.0f;
+// Sum of a lane's weights of row g + 8 half.
+template <int kTiles>
+__device__ inline float stick_sum(const float (&weights)[kTiles][4], int half) {
+  float sum = 0.0f;
 #pragma unroll
-  for (int i = 2 * kTiles - 1; i >= 0; --i) {
-    float& score = scores[i / 2][2 * half + i % 2];
-    float e = odds(score);
-    if (kMasked) e = visible >> i & 1 ? e : 0.0f;
-    const float u = device::reciprocal_approx(1.0f + e);
-    product *= u;
-    score = e * product;
-    if (kKeep) {
-      odds_of[i] = e;
-      left_of[i] = u;
-    }
-  }
-  return device::quad_suffix_product(product);
+  for (int i = 2 * kTiles - 1; i >= 0; --i) sum += weights[i / 2][2 * half + i % 2];
+  return sum;
 }
 
 // What is left of a row's stick after a tile: where the tile took less than half, the stick less what was taken, for a
 // product of many factors just below 1 would lose the sum of their small differences from it; else the product.
-template <int kTiles>
-__device__ inline float stick_left(const float (&weights)[kTiles][4], int half, const device::QuadScan& newer,
-                                   float stick) {
+// `taken()` is what the keys of this lane took.
+template <typename Taken>
+__device__ inline float stick_left(const device::QuadScan& newer, float stick, Taken&& taken) {
   const bool small = newer.all > 0.5f;
-  if (!__any_sync(device::kAllLanes, small)) return stick * newer.all;
-  float taken = 0.0f;
-#pragma unroll
-  for (int i = 2 * kTiles - 1; i >= 0; --i) taken += weights[i / 2][2 * half + i % 2];
-  const float mass = device::lanes_sum<device::kQuad>(taken * newer.later);
-  return small ? stick - stick * mass : stick * newer.all;
+  const float left = stick * newer.all;
+  if (!__any_sync(device::kAllLanes, small)) return left;
+  const float all_taken = device::lanes_sum<device::kQuad>(taken());
+  return small ? stick - all_taken : left;
 }
 
 // Scores of rows g and g + 8 become weights, times weight_unit; the sticks move to the tile's older edge.
 template <bool kMasked, int kTiles>
 __device__ inline void stick_scan_forward(float (&scores)[kTiles][4], const StickOdds& odds,
                                           const std::uint32_t (&visible)[2], float weight_unit, float (&stick)[2]) {
+  constexpr int kShare = 4, kShares = 2 * kTiles / kShare;  // keys that share a reciprocal
+  static_assert(2 * kTiles % kShare == 0, "whole shares");
+  float left_of[2][kShares];  // the product of u down to a share's oldest key
+  device::QuadScan newer[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float unused[2 * kTiles];
-    const device::QuadScan newer = stick_scan_run<kMasked, false>(scores, half, odds, visible[half], unused, unused);
-    const float left = stick_left(scores, half, newer, stick[half]);
-    const float share = stick[half] * newer.later * weight_unit;
+    float product = 1.0f;
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) scores[i / 2][2 * half + i % 2] *= share;
-    stick[half] = left;
+    for (int share = kShares - 1; share >= 0; --share) {
+      float inverse = 1.0f;
+#pragma unroll
+      for (int i = kShare * (share + 1) - 1; i >= kShare * share; --i) {
+        float& e = scores[i / 2][2 * half + i % 2];
+        e = odds(e);
+        if (kMasked) e = visible[half] >> i & 1 ? e : 0.0f;
+        inverse = i == kShare * (share + 1) - 1 ? 1.0f + e : __fmaf_rn(inverse, e, inverse);
+      }
+      product *= device::reciprocal_approx(inverse);
+      left_of[half][share] = product;
+    }
+    newer[half] = device::quad_suffix_product(product);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float newer_left = stick[half] * newer[half].later * weight_unit;
+#pragma unroll
+    for (int share = 0; share < kShares; ++share) {
+      float left = left_of[half][share] * newer_left;
+#pragma unroll
+      for (int i = kShare * share; i < kShare * (share + 1); ++i) {
+        float& weight = scores[i / 2][2 * half + i % 2];
+        const float e = weight;
+        weight = e * left;
+        left = __fmaf_rn(left, e, left);
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    stick[half] = stick_left(newer[half], stick[half], [&] { return stick_sum(scores, half) * (1.0f / weight_unit); });
   }
 }
 
@@ -109,23 +135,31 @@ __device__ inline float2 stick_rounded(float x, float y) {
   }
 }
 
-// Backward meets the same weights. With G = weight * dp, and since beta = e u,
+// Backward meets the same weights. With G = weight * dp and u = 1 - beta,
 //
-//   ds / scale = u G - beta * (sum of older G) = u * (G - e * (sum of older G)).
+//   ds / scale = u G - beta * (sum of older G) = G - beta * (sum of G from here to the oldest key).
 //
 // Weights enter G as they were rounded for the product that made o. In: scores and dp. Out: rounded weights times their
 // unit, and ds / scale. On the way, for row g + 8 half: `left(half, newer)` may look at the weights without the shares
 // of newer lanes and tiles; `edge(half, mass)` gets the tile's sum of G and returns that of all keys older than the
 // tile; `note(half, newer, older)` gets the sum of G over the keys older than this lane's run.
 template <typename Op, bool kMasked, int kTiles, typename Left, typename Edge, typename Note>
-__device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&grads)[kTiles][4], const StickOdds& odds,
-                                           const std::uint32_t (&visible)[2], const float (&stick)[2], Left&& left,
-                                           Edge&& edge, Note&& note) {
+__device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&grads)[kTiles][4],
+                                           const StickBeta& beta_of, const std::uint32_t (&visible)[2],
+                                           const float (&stick)[2], Left&& left, Edge&& edge, Note&& note) {
   constexpr float kUnit = kStickWeightUnit<Op>;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float e[2 * kTiles], u[2 * kTiles];
-    const device::QuadScan newer = stick_scan_run<kMasked, true>(scores, half, odds, visible[half], e, u);
+    float beta[2 * kTiles], rest = 1.0f;
+#pragma unroll
+    for (int i = 2 * kTiles - 1; i >= 0; --i) {
+      float& score = scores[i / 2][2 * half + i % 2];
+      beta[i] = beta_of(score);
+      if (kMasked) beta[i] = visible[half] >> i & 1 ? beta[i] : 0.0f;
+      score = beta[i] * rest;
+      rest -= score;
+    }
+    const device::QuadScan newer = device::quad_suffix_product(rest);
     left(half, newer);
     const float share = stick[half] * newer.later * kUnit;
     float sum = 0.0f;
@@ -143,13 +177,12 @@ __device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&g
     const device::QuadPrefix older_lanes = device::quad_prefix_sum(sum);
     const float older = edge(half, older_lanes.all) + older_lanes.earlier;
     note(half, newer, older);
-    float minus_older = -older;
+    float minus_sum = -older;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
       float& grad = grads[i / 2][2 * half + i % 2];
-      const float g = grad;
-      grad = u[i] * __fmaf_rn(e[i], minus_older, g);
-      minus_older -= g;
+      minus_sum -= grad;
+      grad = __fmaf_rn(beta[i], minus_sum, grad);
     }
   }
 }

@@ -30,7 +30,7 @@ def launches(t, dim):
     return plain, backward, t * (t + 1) / 2
 
 
-@pytest.mark.parametrize(("dim", "most_forward", "most_backward"), [(64, 24.0, 90.0), (128, 31.0, 142.0)])
+@pytest.mark.parametrize(("dim", "most_forward", "most_backward"), [(64, 19.0, 71.5), (128, 23.6, 106.0)])
 def test_instructions_per_score(dim, most_forward, most_backward):
     forward, backward, scores = launches(512, dim)
     assert forward["thread_instructions"] / scores <= most_forward
