@@ -7,12 +7,13 @@ export MAX_JOBS
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu check-cuda cuda-roofline experiments lint format build bench asan clean
+.PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu bench-gpu check-cuda cuda-roofline experiments lint format build bench asan clean
 
 help:
 	@echo 'make demo    train a small MoLM on real text (5 minutes), sample from it, draw its expert usage'
 	@echo 'make test    build and run the tests'
 	@echo 'make test-gpu    the tests of the CUDA kernels on the GPU of this machine'
+	@echo 'make bench-gpu   the CUDA kernels against the peers that are installed, on the GPU of this machine'
 	@echo 'make sanitize-gpu  the same under compute-sanitizer'
 	@echo 'make check-cuda  ptxas for every architecture and the emulator at length, no GPU needed'
 	@echo 'make lint    ruff, mypy, clang-format and the layer check'
@@ -49,6 +50,9 @@ test-gpu: build
 
 sanitize-gpu: build
 	tools/sanitize_gpu.sh $(PY)
+
+bench-gpu: build
+	$(PY) -m benchmarks.gpu
 
 # A model of the least time of the CUDA kernels, docs/cuda_roofline.md, from counts on the emulated device.
 cuda-roofline: $(STAMP)

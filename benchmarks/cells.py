@@ -35,6 +35,15 @@ class Contestant:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """Another library's way."""
+
+    bind: Callable[..., Callable[[], Tensor]]
+    """Called once with the inputs of the race; gives the timed call."""
+    comparable: bool = True
+
+
+@dataclass(frozen=True)
 class Work:
     """What any implementation has to do: the hardware's limit is the slower of the two at the measured rates."""
 

@@ -10,12 +10,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .cells import BEST_PEER, OURS, Cell, Contestant, Goal, Outputs, Race, Tolerance
-from .machine import Limits, clock, peak_extra_bytes
+from .machine import CpuMeter, Limits
 
 _COMPARED_ELEMENTS = 1 << 22
 """Of a larger tensor, evenly spaced rows are compared."""
@@ -37,6 +38,16 @@ class Effort:
             return False
         least = self.slow_rounds if min(times) > self.seconds else self.min_rounds
         return len(times) >= least and (sum(times) >= self.seconds or len(times) >= self.max_rounds)
+
+
+class Meter(Protocol):
+    """How a call is measured."""
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """How long ``run`` takes. What it returns is freed outside of that time."""
+
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        """How much more memory than before ``run`` needs at its peak; None where that cannot be told."""
 
 
 class CheckFailed(Exception):  # noqa: N818  (it is the outcome of a check, not a malfunction)
@@ -137,7 +148,7 @@ def check(name: str, actual: Outputs, expected: Outputs, tolerance: Tolerance) -
     return worst
 
 
-def _first_runs(contestant: Contestant) -> tuple[Outputs, int | None]:
+def _first_runs(contestant: Contestant, meter: Meter) -> tuple[Outputs, int | None]:
     """What is to be checked, and the memory that a call needs. Warms up.
 
     A first call also brings in the code of libraries and their lasting buffers, some MB of them. So a second one is
@@ -154,26 +165,22 @@ def _first_runs(contestant: Contestant) -> tuple[Outputs, int | None]:
         if contestant.prepare is not None:
             contestant.prepare()
         start = time.process_time()
-        memory = peak_extra_bytes(lambda: results.append(contestant.run()))
+        memory = meter.peak_bytes(lambda: results.append(contestant.run()))
         if time.process_time() - start > _SLOW_SECONDS:
             break
     return results[0] if checked is None else checked, memory
 
 
-def _timed(contestant: Contestant, now: Callable[[], float]) -> float:
+def _timed(contestant: Contestant, meter: Meter) -> float:
     if contestant.prepare is not None:
         contestant.prepare()
-    start = now()
-    outputs = contestant.run()
-    elapsed = now() - start
-    del outputs  # not in the time
-    return elapsed
+    return meter.seconds(contestant.run)
 
 
-def check_all(race: Race, tolerance: Tolerance) -> dict[str, tuple[float | None, int | None]]:
+def check_all(race: Race, tolerance: Tolerance, meter: Meter) -> dict[str, tuple[float | None, int | None]]:
     """Run every contestant once. Returns name -> (deviation from ours, peak memory)."""
     ours, *others = race.contestants
-    outputs, memory = _first_runs(ours)
+    outputs, memory = _first_runs(ours, meter)
     expected = {key: tensor.clone() for key, tensor in outputs.items()}  # .grad buffers get written again
     del outputs
     error = 0.0
@@ -182,19 +189,19 @@ def check_all(race: Race, tolerance: Tolerance) -> dict[str, tuple[float | None,
         error = check("ours", part, wanted, tolerance)
     seen: dict[str, tuple[float | None, int | None]] = {ours.name: (error, memory)}
     for contestant in others:
-        outputs, memory = _first_runs(contestant)
+        outputs, memory = _first_runs(contestant, meter)
         error = check(contestant.name, outputs, expected, tolerance) if contestant.comparable else None
         del outputs
         seen[contestant.name] = error, memory
     return seen
 
 
-def time_all(race: Race, threads: int, effort: Effort) -> dict[str, list[float]]:
+def time_all(race: Race, meter: Meter, effort: Effort) -> dict[str, list[float]]:
     """Seconds of every round of every contestant."""
     times: dict[str, list[float]] = {contestant.name: [] for contestant in race.contestants}
     while pending := [c for c in race.contestants if not effort.enough(times[c.name])]:
         for contestant in pending:
-            times[contestant.name].append(_timed(contestant, clock(threads)))
+            times[contestant.name].append(_timed(contestant, meter))
     return times
 
 
@@ -215,22 +222,26 @@ def judge(goal: Goal, result: CellResult) -> GoalOutcome:
     return GoalOutcome(str(goal), value, shortfall <= 1, None if shortfall <= 1 else shortfall)
 
 
-def measure(cell: Cell, effort: Effort, limits: Limits | None = None) -> CellResult:
-    """Check and time one cell. A failed check is reported in place of times."""
+def measure(cell: Cell, effort: Effort, limits: Limits | None = None, meter: Meter | None = None) -> CellResult:
+    """Check and time one cell, on this many threads of the CPU unless there is another meter. A failed check is
+    reported in place of times.
+    """
     result = CellResult(cell.key, cell.section, cell.case, cell.threads, dict(cell.tags))
-    torch.set_num_threads(cell.threads)
+    if meter is None:
+        torch.set_num_threads(cell.threads)
+        meter = CpuMeter(cell.threads)
     race = cell.build()
     assert race.contestants[0].name == OURS
     result.facts = dict(race.facts)
     try:
-        seen = check_all(race, cell.tolerance)
+        seen = check_all(race, cell.tolerance, meter)
     except CheckFailed as failure:
         result.failure = str(failure)
         return result
     if limits is not None and race.work is not None:
         result.roofline_seconds = limits.seconds(race.work)
     comparable = {contestant.name: contestant.comparable for contestant in race.contestants}
-    for name, times in time_all(race, cell.threads, effort).items():
+    for name, times in time_all(race, meter, effort).items():
         error, memory = seen[name]
         low, high = (min(times), max(times)) if len(times) < 4 else statistics.quantiles(times, n=4)[::2]
         result.timings[name] = Timing(statistics.median(times), low, high, len(times), memory, comparable[name], error)

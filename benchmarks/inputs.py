@@ -38,7 +38,8 @@ def layer_shape(quick: bool) -> LayerShape:
 
 
 def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """Of the default device, where inputs are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, std: float = 1.0, seed: int = 0) -> Tensor:

@@ -24,7 +24,7 @@ def live_tile_fraction(
     tiles = -(-tokens // tile)
     live = 0
     visited_heads = min(heads, max_heads)
-    positions = torch.arange(tokens)
+    positions = torch.arange(tokens, device=q.device)
     for head in range(visited_heads):
         keys = k[0, :, head].float()
         for index in range(tiles):

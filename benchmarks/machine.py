@@ -82,6 +82,24 @@ def clock(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
+@dataclass(frozen=True)
+class CpuMeter:
+    """:class:`benchmarks.harness.Meter` of the CPU."""
+
+    threads: int
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        now = clock(self.threads)
+        start = now()
+        outputs = run()
+        elapsed = now() - start
+        del outputs
+        return elapsed
+
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        return peak_extra_bytes(run)
+
+
 def _best_seconds(function: Callable[[], object], budget: float) -> float:
     now = clock(torch.get_num_threads())
     function()

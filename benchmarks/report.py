@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .cells import NOT_SLOWER, OURS, REFERENCE
@@ -26,7 +26,7 @@ def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([_row(head), _row("---" for _ in head), *(_row(row) for row in rows)])
 
 
@@ -62,7 +62,7 @@ def _figure(outcome: GoalOutcome) -> str:
 
 
 def _threads(cell: CellResult) -> str:
-    return f"{cell.threads}" if cell.threads > 1 else "1 (CPU time)"
+    return {0: "GPU", 1: "1 (CPU time)"}.get(cell.threads, f"{cell.threads}")
 
 
 def goals_table(results: Results) -> str:
@@ -73,7 +73,7 @@ def goals_table(results: Results) -> str:
         for goal in cell.goals
         if not _is_common(goal)
     ]
-    lines = [_table(["Section", "Cell", "Threads", "Goal", "Measured", "Result"], rows)] if rows else []
+    lines = [table(["Section", "Cell", "Threads", "Goal", "Measured", "Result"], rows)] if rows else []
     common: dict[str, list[tuple[CellResult, GoalOutcome]]] = {}
     for cell in results.cells.values():
         for goal in cell.goals:
@@ -116,7 +116,7 @@ def section_table(cells: list[CellResult]) -> str:
                 *(f"{cell.facts[name]:.3g}" if name in cell.facts else MISSING for name in facts),
             ]
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def machine_lines(results: Results) -> str:
@@ -138,7 +138,7 @@ def machine_lines(results: Results) -> str:
         ]
         for threads, limits in sorted(results.limits.items())
     ]
-    lines.append(_table(["Threads", "fp32 GFLOP/s", "bf16 GFLOP/s", "Read GB/s"], rows))
+    lines.append(table(["Threads", "fp32 GFLOP/s", "bf16 GFLOP/s", "Read GB/s"], rows))
     lines += [
         "",
         "Times are medians of interleaved rounds; wall time, or CPU time where one thread is used. Every contestant's "
@@ -150,9 +150,9 @@ def machine_lines(results: Results) -> str:
     return "\n".join(lines)
 
 
-def write_table(results: Results, directory: Path) -> None:
-    """``table.md``."""
-    parts = ["# Benchmarks", machine_lines(results), "## Goals", goals_table(results)]
+def write_table(results: Results, directory: Path, head: Callable[[Results], str] = machine_lines) -> None:
+    """``table.md``. ``head`` says where and how it was measured."""
+    parts = ["# Benchmarks", head(results), "## Goals", goals_table(results)]
     for name, title in TITLES.items():
         cells = results.section(name)
         if cells:

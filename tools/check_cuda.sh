@@ -1,6 +1,7 @@
 #!/bin/sh
 # Checks the CUDA kernels at length, without a GPU: tools/check_cuda.sh PYTHON. Compiles every instance to machine code
-# for each architecture with ptxas, fails on spills, then runs all emulated tests, slow ones and the CPU's own included.
+# for each architecture with ptxas, fails on spills, then runs all emulated tests, slow ones and the CPU's own included,
+# and those of the kernels once more for each of two seeds of the scheduler.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -9,3 +10,6 @@ command -v "${CUDACXX:-nvcc}" >/dev/null || { echo 'check-cuda needs nvcc' >&2; 
 
 "$python" tools/cuda_report.py --check
 tools/emulated.sh "$python" -m '' tests/cuda tests/ops/test_route_topk.py
+for seed in 1 2; do  # other orders of warps, other times at which copies land
+  CUDASIM_SEED=$seed tools/emulated.sh "$python" tests/cuda
+done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import pytest
@@ -18,6 +18,7 @@ from ..cells import (
     Cell,
     Contestant,
     Goal,
+    Peer,
     Race,
     Tolerance,
     Work,
@@ -34,7 +35,16 @@ SECTION = "ffn"
 TOLERANCES = {torch.float32: Tolerance(1e-4), torch.bfloat16: Tolerance(0.05)}
 
 
-def race(tokens: int, dtype: torch.dtype, *, quick: bool, backward: bool, into_grad: bool) -> Race:
+def race(
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    quick: bool,
+    backward: bool,
+    into_grad: bool,
+    peers: Mapping[str, Peer] | None = None,
+) -> Race:
+    """The contestants of one cell; ``peers`` take x, up, down, the layout and the gates."""
     shape = layer_shape(quick)
     x = normal(tokens, shape.d, dtype=dtype)
     up = expert_weights(shape.ffn_experts, shape.d, shape.ffn_hidden, dtype, seed=1)
@@ -60,6 +70,8 @@ def race(tokens: int, dtype: torch.dtype, *, quick: bool, backward: bool, into_g
     contestants += [
         contestant(name, partial(ffn, product, x, up, down, layout, gates)) for name, product in products.items()
     ]
+    for name, peer in (peers or {}).items():
+        contestants.append(contestant(name, peer.bind(x, up, down, layout, gates)))
     flops = 2 * 2 * tokens * shape.k * shape.d * shape.ffn_hidden * (3 if backward else 1)
     live_weights = int((layout.counts > 0).sum()) * 2 * shape.d * shape.ffn_hidden * x.element_size()
     return Race(tuple(contestants), Work(dtype, flops, live_weights * (2 if backward else 1)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import pytest
@@ -19,6 +19,7 @@ from ..cells import (
     Contestant,
     Goal,
     Outputs,
+    Peer,
     Race,
     Tolerance,
     Work,
@@ -73,8 +74,11 @@ def race(
     v_is_k: bool = False,
     against_exact: bool = False,
     dense_peers: bool = True,
+    peers: Mapping[str, Peer] | None = None,
 ) -> Race:
-    """The contestants of one cell. ``against_exact`` adds ours with epsilon 0, to see what the early exit saves."""
+    """The contestants of one cell. ``against_exact`` adds ours with epsilon 0, to see what the early exit saves;
+    ``peers`` take q, k and v.
+    """
     q, keys, values = attention_inputs(tokens, k, heads, head_dim, dtype, mean_logit=mean_logit)
     cotangent = normal(*q.shape, dtype=dtype, seed=5)
     v = keys if v_is_k else values
@@ -82,12 +86,12 @@ def race(
     softmax_leaves = dict(zip("qkv", softmax_qkv, strict=True))
     leaves = {"q": q, "k": keys} if v_is_k else {"q": q, "k": keys, "v": values}
 
-    def contestant(name: str, function: Callable[[], Tensor]) -> Contestant:
+    def contestant(name: str, function: Callable[[], Tensor], comparable: bool = True) -> Contestant:
         if not backward:
-            return forward_only(name, function)
+            return forward_only(name, function, comparable=comparable)
         for leaf in leaves.values():
             leaf.requires_grad_()
-        return forward_backward(name, function, leaves, cotangent)
+        return forward_backward(name, function, leaves, cotangent, comparable=comparable)
 
     def yardstick() -> Contestant:
         function = partial(softmax_attention, *softmax_qkv)
@@ -108,6 +112,8 @@ def race(
         contestants.append(contestant("cumsum", partial(cumsum_stick_attention, q, keys, v)))
     else:
         oracle = partial(_last_rows, q, keys, v)
+    for name, peer in (peers or {}).items():
+        contestants.append(contestant(name, peer.bind(q, keys, v), peer.comparable))
     contestants.append(yardstick())
     effective = 2.0**-24 if epsilon is None else epsilon
     facts = {"live tiles": live_tile_fraction(q.detach(), keys.detach(), effective)}

@@ -21,7 +21,7 @@ class DenseStickAttention:
     """
 
     def __init__(self, max_length: int, dtype: torch.dtype) -> None:
-        ones = torch.ones(max_length, max_length, dtype=dtype)
+        ones = torch.ones(max_length, max_length, dtype=dtype)  # on the default device
         self.newer = ones.tril(-1)
         self.hidden = ones.triu(1).bool()
 
@@ -38,7 +38,7 @@ class DenseStickAttention:
 def cumsum_stick_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The usual shorter way: a reversed cumulative sum of log(1 - β), exclusive of the key itself."""
     new, total = q.shape[1], k.shape[1]
-    hidden = torch.ones(new, total, dtype=torch.bool).triu(total - new + 1)
+    hidden = torch.ones(new, total, dtype=torch.bool, device=q.device).triu(total - new + 1)
     logits = torch.einsum("btnhd,bshd->bnhts", q, k) * q.shape[-1] ** -0.5
     log_leave = F.logsigmoid(-logits).masked_fill(hidden, 0)
     log_left = log_leave.flip(-1).cumsum(-1).flip(-1) - log_leave

@@ -57,8 +57,10 @@ def grouped_mm_product(rows: Tensor, weight: Tensor, layout: ExpertLayout) -> Te
 def padded_bmm_product(rows: Tensor, weight: Tensor, layout: ExpertLayout) -> Tensor:
     """Every expert's rows padded to the fullest one's, then one batched product."""
     experts, longest = weight.shape[0], int(layout.counts.max())
-    expert = torch.repeat_interleave(torch.arange(experts), layout.counts, output_size=rows.shape[0])
-    place = expert * longest + torch.arange(rows.shape[0]) - layout.offsets[expert]
+    expert = torch.repeat_interleave(
+        torch.arange(experts, device=rows.device), layout.counts, output_size=rows.shape[0]
+    )
+    place = expert * longest + torch.arange(rows.shape[0], device=rows.device) - layout.offsets[expert]
     padded = rows.new_zeros(experts * longest, rows.shape[-1]).index_copy(0, place, rows)
     return torch.bmm(padded.unflatten(0, (experts, longest)), weight).flatten(0, 1)[place]
 

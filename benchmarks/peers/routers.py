@@ -46,7 +46,7 @@ def sorted_layout(expert_ids: Tensor, num_experts: int) -> ExpertLayout:
     slots = expert_ids.flatten()
     slot_order = slots.argsort(stable=True)
     position = torch.empty_like(slot_order)
-    position[slot_order] = torch.arange(len(slots))
+    position[slot_order] = torch.arange(len(slots), device=slots.device)
     counts = slots.bincount(minlength=num_experts).int()
     offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     return ExpertLayout(counts, offsets, slot_order.int(), position.int(), expert_ids.shape[1])

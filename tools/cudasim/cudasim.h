@@ -52,6 +52,13 @@ void cudasim_set_race_global(int on);
 /* Workers that run independent blocks. */
 void cudasim_set_threads(int n);
 
+/* Captures what is submitted to the legacy stream, which CUDA itself does not, for callers that have no other stream.
+ * Calls that a capture does not allow fail and spoil it. All return a cudaError_t. */
+int cudasim_capture_begin(void);
+int cudasim_capture_end(void** graph);
+int cudasim_graph_launch(void* graph);
+void cudasim_graph_destroy(void* graph);
+
 /* Bare PTX. A null result means that loading failed (see cudasim_last_fault). */
 typedef struct cudasim_module cudasim_module;
 cudasim_module* cudasim_module_load(const char* ptx);

@@ -52,6 +52,9 @@ def lib():
         _lib.cudasim_race_count.restype = ctypes.c_uint64
         _lib.cudasim_last_report.restype = ctypes.c_char_p
         _lib.cudasim_set_seed.argtypes = [ctypes.c_uint64]
+        _lib.cudasim_capture_end.argtypes = [ctypes.POINTER(p)]
+        _lib.cudasim_graph_launch.argtypes = [p]
+        _lib.cudasim_graph_destroy.argtypes = [p]
         _lib.cudasim_module_load.argtypes = [ctypes.c_char_p]
         _lib.cudasim_module_load.restype = p
         _lib.cudasim_module_unload.argtypes = [p]
@@ -71,12 +74,52 @@ def lib():
     return _lib
 
 
-def use_torch_allocator():
-    """Makes every CPU tensor of torch a device allocation: exact bounds, poisoned contents (`make torch` builds it)."""
+def _torch_allocator():
     import torch  # noqa: F401  brings the libraries that the allocator is linked to
 
-    allocator = ctypes.CDLL(os.path.join(os.path.dirname(library_path()), "libcudasim_torch.so"))
-    allocator.cudasim_use_torch_allocator()
+    return ctypes.CDLL(os.path.join(os.path.dirname(library_path()), "libcudasim_torch.so"))
+
+
+def use_torch_allocator():
+    """Makes every CPU tensor of torch a device allocation: exact bounds, poisoned contents (`make torch` builds it)."""
+    _torch_allocator().cudasim_use_torch_allocator()
+
+
+class Graph:
+    """Work that capture() recorded."""
+
+    def __init__(self):
+        self._handle = ctypes.c_void_p()
+
+    def replay(self):
+        code = lib().cudasim_graph_launch(self._handle)
+        if code:
+            raise CudaSimError(code, last_fault())
+
+    def close(self):
+        """Also frees what tensors freed during the capture."""
+        lib().cudasim_graph_destroy(self._handle)
+        _torch_allocator().cudasim_release_held()
+        self._handle = ctypes.c_void_p()
+
+
+@contextlib.contextmanager
+def capture():
+    """Records what its body submits to the legacy stream into a Graph, instead of running it. Only that: what torch
+    computes on the CPU meanwhile happens at once and is not part of the graph. Memory of tensors that the body frees is
+    kept until the graph is closed. Needs use_torch_allocator()."""
+    allocator, graph = _torch_allocator(), Graph()
+    code = lib().cudasim_capture_begin()
+    if code:
+        raise CudaSimError(code, "a capture is under way")
+    allocator.cudasim_hold_freed(1)
+    try:
+        yield graph
+    finally:
+        allocator.cudasim_hold_freed(0)
+        code = lib().cudasim_capture_end(ctypes.byref(graph._handle))
+    if code:
+        raise CudaSimError(code, "a call that captures do not allow")
 
 
 def register(ptr, nbytes, name="registered"):

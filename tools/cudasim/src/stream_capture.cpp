@@ -1,5 +1,7 @@
 #include "stream_capture.h"
 
+#include "../cudasim.h"
+
 #include <set>
 #include <vector>
 
@@ -20,6 +22,16 @@ struct Capture {
   Graph* graph = nullptr;
 };
 Capture g_capture;
+
+int beginCapture(void* stream) {
+  if (g_capture.active) return fail(kIllegalState);
+  g_capture = Capture();
+  g_capture.active = true;
+  g_capture.origin = stream;
+  g_capture.streams = {stream};
+  g_capture.graph = new Graph;
+  return kSuccess;
+}
 
 }  // namespace
 
@@ -54,14 +66,7 @@ using namespace cudasim;
 extern "C" {
 
 int cudaStreamBeginCapture(void* stream, int) {
-  if (!stream) return fail(kCaptureUnsupported);  // the legacy stream
-  if (g_capture.active) return fail(kIllegalState);
-  g_capture = Capture();
-  g_capture.active = true;
-  g_capture.origin = stream;
-  g_capture.streams = {stream};
-  g_capture.graph = new Graph;
-  return kSuccess;
+  return stream ? beginCapture(stream) : fail(kCaptureUnsupported);  // the legacy stream
 }
 int cudaStreamBeginCapture_ptsz(void* s, int mode) {
   return cudaStreamBeginCapture(s, mode);
@@ -117,6 +122,18 @@ int cudaGraphLaunch_ptsz(void* exec, void* stream) {
 int cudaGraphDestroy(void* graph) {
   delete (Graph*)graph;
   return kSuccess;
+}
+int cudasim_capture_begin(void) {
+  return beginCapture(nullptr);
+}
+int cudasim_capture_end(void** graph) {
+  return cudaStreamEndCapture(nullptr, graph);
+}
+int cudasim_graph_launch(void* graph) {
+  return cudaGraphLaunch(graph, nullptr);
+}
+void cudasim_graph_destroy(void* graph) {
+  cudaGraphDestroy(graph);
 }
 int cudaGraphExecDestroy(void* exec) {
   delete (Graph*)exec;

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "../cudasim.h"
 
@@ -13,8 +14,15 @@ namespace {
 
 constexpr std::size_t kAlignment = 256;  // that of cudaMalloc
 
+bool holding = false;
+std::vector<void*> held;
+
 void release(void* memory) {
   if (memory == nullptr) return;
+  if (holding) {
+    held.push_back(memory);
+    return;
+  }
   cudasim_unregister(memory);
   std::free(memory);
 }
@@ -39,7 +47,23 @@ class DeviceAllocator final : public c10::Allocator {
 
 }  // namespace
 
-extern "C" void cudasim_use_torch_allocator() {
+extern "C" {
+
+void cudasim_use_torch_allocator() {
   static DeviceAllocator allocator;
   c10::SetCPUAllocator(&allocator, /*priority=*/100);
 }
+
+// What tensors free while this is on stays where it is until cudasim_release_held(): the pool of a captured graph.
+void cudasim_hold_freed(int on) {
+  holding = on != 0;
+}
+void cudasim_release_held() {
+  for (void* memory : held) {
+    cudasim_unregister(memory);
+    std::free(memory);
+  }
+  held.clear();
+}
+
+}  // extern "C"
