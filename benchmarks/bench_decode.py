@@ -16,6 +16,7 @@ from .cells import NOT_SLOWER, OURS, REFERENCE, Cell, Contestant, Goal, Outputs,
 from .inputs import LayerShape, layer_shape, normal
 from .layers import our_block, reference_block
 from .live_tiles import live_keys
+from .machine import evict
 from .peers import jetmoe
 from .peers.block import Past, ReferenceBlock
 from .pytest_cells import run_cell
@@ -27,13 +28,6 @@ SHORT_CACHE = 512
 STEPS = 256
 """Tokens to decode at most: more than there are rounds."""
 TOLERANCES = {torch.float32: Tolerance(1e-3), torch.bfloat16: Tolerance(0.15)}
-_EVICTION = torch.ones(1 << 25)
-"""128 MB: reading it leaves nothing of the layer in any cache."""
-
-
-def evict() -> None:
-    """In a model of many layers a layer's weights have left the caches before its next token comes."""
-    _EVICTION.sum()
 
 
 def active_bytes(shape: LayerShape, dtype: torch.dtype) -> int:

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,16 @@ import torch
 from .cells import Work, dtype_name
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+@cache
+def _more_than_caches_hold() -> torch.Tensor:
+    return torch.ones(1 << 25)  # 128 MB
+
+
+def evict() -> None:
+    """In a model of many layers a layer's weights have left the caches before its next token comes."""
+    _more_than_caches_hold().sum()
 
 
 def _libc() -> ctypes.CDLL | None:

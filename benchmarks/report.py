@@ -12,6 +12,7 @@ from .results import Results
 TITLES = {
     "attention": "Stick-breaking attention",
     "attention-decode": "One query against a cache",
+    "linear-decode": "Dense projection of a few tokens",
     "ffn": "Feed-forward experts",
     "moa": "Routed projections of the attention experts",
     "router": "Router and layout",

@@ -27,6 +27,7 @@ from .results import Results
 SECTIONS = {
     "attention": "benchmarks.ops.bench_stick_attention",
     "attention-decode": "benchmarks.ops.bench_stick_attention_decode",
+    "linear-decode": "benchmarks.ops.bench_linear_decode",
     "ffn": "benchmarks.ops.bench_expert_ffn",
     "moa": "benchmarks.ops.bench_grouped_gemm",
     "router": "benchmarks.ops.bench_route_topk",

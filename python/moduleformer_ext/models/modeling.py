@@ -22,6 +22,7 @@ from moduleformer_ext.nn import (
     ExpertLinear,
     GMMRouter,
     LayerCache,
+    Linear,
     MixtureOfAttention,
     MixtureOfFFN,
     Router,
@@ -220,7 +221,7 @@ class MoLMForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = MoLM(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         _draw(self.lm_head, config.initializer_range)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight

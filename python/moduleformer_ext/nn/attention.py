@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moduleformer_ext import ops
 from moduleformer_ext.nn.cache import LayerCache
 from moduleformer_ext.nn.experts import ExpertLinear
+from moduleformer_ext.nn.linear import Linear
 from moduleformer_ext.nn.router import Router
 from moduleformer_ext.types import ExpertLayout, RouteTopK
 
@@ -79,8 +80,8 @@ class MixtureOfAttention(nn.Module):
             )
         self.q_proj = RoutedProjection(n_embd, att_hidden, router)
         self.identity_kv = att_hidden == n_embd and n_head == 1
-        self.k_proj = nn.Identity() if self.identity_kv else nn.Linear(n_embd, att_hidden)
-        self.v_proj = nn.Identity() if self.identity_kv else nn.Linear(n_embd, att_hidden)
+        self.k_proj = nn.Identity() if self.identity_kv else Linear(n_embd, att_hidden)
+        self.v_proj = nn.Identity() if self.identity_kv else Linear(n_embd, att_hidden)
         self.n_head = n_head
         self.head_dim = att_hidden // n_head
         self.stick_epsilon = stick_epsilon

@@ -1,0 +1,101 @@
+#include "moduleformer_ext/linear_decode.hpp"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "bindings/checks.hpp"
+#include "bindings/launch.hpp"
+
+namespace mfx {
+namespace {
+
+constexpr const char* kOp = "linear_decode";
+using OptionalTensor = std::optional<at::Tensor>;
+
+void check_arguments(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  MFX_CHECK_ARG(x.dim() >= 1, kOp, "x", "be [..., in]", "shape ", x.sym_sizes());
+  check_float_dtype(kOp, "x", x);
+  check_dim(kOp, "weight", weight, 2);
+  check_same_dtype(kOp, "weight", weight, "x", x);
+  check_same_device(kOp, "weight", weight, "x", x);
+  MFX_CHECK_ARG(weight.sym_size(1) == x.sym_size(-1), kOp, "weight",
+                c10::str("be [out, in] with in = ", x.sym_size(-1), ", x's last dimension"), "shape ",
+                weight.sym_sizes());
+  MFX_CHECK_ARG(weight.is_contiguous(), kOp, "weight", "be contiguous", "strides ", weight.sym_strides());
+  if (!bias) return;
+  check_dim(kOp, "bias", *bias, 1);
+  check_same_dtype(kOp, "bias", *bias, "x", x);
+  check_same_device(kOp, "bias", *bias, "x", x);
+  MFX_CHECK_ARG(bias->sym_size(0) == weight.sym_size(0), kOp, "bias",
+                c10::str("be [out] with out = ", weight.sym_size(0)), "shape ", bias->sym_sizes());
+}
+
+at::Tensor allocate(const at::Tensor& x, const at::Tensor& weight) {
+  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
+  sizes.back() = weight.sym_size(0);
+  return at::empty_symint(sizes, x.options());
+}
+
+at::Tensor linear_decode_meta(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  check_arguments(x, weight, bias);
+  return allocate(x, weight);
+}
+
+at::Tensor linear_decode(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  check_arguments(x, weight, bias);
+  check_cpu(kOp, "x", x);
+  const at::Tensor rows = x.contiguous(), addend = bias ? bias->contiguous() : at::Tensor();
+  at::Tensor y = allocate(x, weight);
+  const LinearDecodeParams params = {
+      .dtype = check_float_dtype(kOp, "x", x),
+      .x = rows.const_data_ptr(),
+      .weight = weight.const_data_ptr(),
+      .bias = addend.defined() ? addend.const_data_ptr() : nullptr,
+      .y = y.mutable_data_ptr(),
+      .num_rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)),
+      .in = weight.size(1),
+      .out = weight.size(0),
+  };
+  check_status(linear_decode_cpu(params));
+  return y;
+}
+
+// Like stick_attention_decode: inference alone.
+at::Tensor linear_decode_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  const auto check = [](const char* name, const at::Tensor& tensor) {
+    MFX_CHECK_ARG(!(at::GradMode::is_enabled() && tensor.requires_grad()), kOp, name,
+                  "not require grad: decoding has no backward. Use torch.no_grad(), or torch.nn.functional.linear to "
+                  "train",
+                  "requires_grad=True");
+  };
+  check("x", x);
+  check("weight", weight);
+  if (bias) check("bias", *bias);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("moduleformer_ext::linear_decode", "")
+                             .typed<decltype(linear_decode)>();
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, weight, bias);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
+  m.def("linear_decode(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, CPU, m) {
+  m.impl("linear_decode", &linear_decode);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
+  m.impl("linear_decode", &linear_decode_meta);
+}
+TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
+  m.impl("linear_decode", &linear_decode_autograd);
+}
+
+}  // namespace mfx

@@ -1,0 +1,112 @@
+// Rows in any storage type, in vectors; and products of a few of them with a matrix, which read it once.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "core/parallel.hpp"
+#include "core/prefetch.hpp"
+#include "core/simd.hpp"
+#include "moduleformer_ext/common.hpp"
+
+namespace mfx::MFX_ISA {
+
+// f(T{}) with the type that values are stored in: only double computes in double.
+template <typename A, typename F>
+inline void with_storage(DType dtype, F f) {
+  if constexpr (std::is_same_v<A, double>) {
+    f(double{});
+  } else {
+    switch (dtype) {
+      case DType::kBFloat16: return f(BFloat16{});
+      case DType::kFloat16: return f(Float16{});
+      default: return f(float{});
+    }
+  }
+}
+
+// f(column, lanes) over [0, n) in whole vectors and one partial one.
+template <typename A, typename F>
+inline void for_lanes(std::int64_t n, F f) {
+  std::int64_t column = 0;
+  for (; column + kWidth<A> <= n; column += kWidth<A>) f(column, kWidth<A>);
+  if (column < n) f(column, static_cast<int>(n - column));
+}
+template <typename S>
+inline Vec<Accumulate<S>> load_lanes_of(const S* p, int lanes) {
+  return lanes == kWidth<Accumulate<S>> ? load(p) : load_partial(p, lanes);
+}
+template <typename S>
+inline void store_lanes_of(S* p, Vec<Accumulate<S>> v, int lanes) {
+  if (lanes == kWidth<Accumulate<S>>) {
+    store(p, v);
+  } else {
+    store_partial(p, v, lanes);
+  }
+}
+
+template <typename From, typename To>
+inline void convert(const From* from, std::int64_t n, To* to) {
+  for_lanes<Accumulate<From>>(
+      n, [&](std::int64_t i, int lanes) { store_lanes_of(to + i, load_lanes_of(from + i, lanes), lanes); });
+}
+
+// Rows of a matrix that lies in consecutive pieces.
+struct Rows {
+  std::int64_t num_rows, length;
+  DType dtype;
+  std::int64_t num_segments;
+  const void* const* segments;
+  const std::int64_t* segment_rows;
+
+  template <typename T>
+  const T* row(std::int64_t i) const {
+    std::int64_t segment = 0;
+    while (i >= segment_rows[segment]) i -= segment_rows[segment++];
+    return static_cast<const T*>(segments[segment]) + i * length;
+  }
+};
+
+inline constexpr int kDotRows = 4;
+inline constexpr int kDotRowsAhead = 3 * kDotRows;  // prefetched; with fewer, two threads wait for memory
+
+// c[t * ldc + r] = a_t . row_r for kTokens rows of A and kDotRows of the weight, of which `valid` are wanted.
+template <int kTokens, typename S, typename A>
+inline void dot_block(std::int64_t length, const S* const* rows, int valid, const A* a, A* c, std::int64_t ldc) {
+  Vec<A> sums[kDotRows][kTokens] = {};
+  for_lanes<A>(length, [&](std::int64_t l, int lanes) {
+    Vec<A> token[kTokens];
+    for (int t = 0; t < kTokens; ++t) token[t] = load_lanes_of(a + t * length + l, lanes);
+    for (int r = 0; r < kDotRows; ++r) {
+      prefetch_far(rows[r] + kDotRowsAhead * length + l);
+      const Vec<A> weight = load_lanes_of(rows[r] + l, lanes);
+      for (int t = 0; t < kTokens; ++t) sums[r][t] += weight * token[t];
+    }
+  });
+  for (int r = 0; r < valid; ++r) {
+    for (int t = 0; t < kTokens; ++t) c[t * ldc + r] = reduce_add(sums[r][t]);
+  }
+}
+
+// C [m, rows] = A [m, length] rows^T for a few rows of A, where packing would cost more than the product itself (one
+// token in generation reads the weights once). Parallel over the weight's rows.
+template <typename A>
+inline void multiply_few(std::int64_t m, const A* a, const Rows& rows, A* c, std::int64_t ldc) {
+  const std::int64_t length = rows.length, blocks = (rows.num_rows + kDotRows - 1) / kDotRows;
+  parallel_for(blocks, 8, [&](std::int64_t begin, std::int64_t end) {
+    with_storage<A>(rows.dtype, [&](auto storage) {
+      for (std::int64_t first = begin * kDotRows; first < std::min(end * kDotRows, rows.num_rows); first += kDotRows) {
+        const decltype(storage)* row[kDotRows];  // beyond the end, the last one again
+        for (int r = 0; r < kDotRows; ++r) {
+          row[r] = rows.row<decltype(storage)>(std::min(first + r, rows.num_rows - 1));
+        }
+        const int valid = static_cast<int>(std::min<std::int64_t>(kDotRows, rows.num_rows - first));
+        std::int64_t t = 0;
+        for (; t + 2 <= m; t += 2) dot_block<2>(length, row, valid, a + t * length, c + t * ldc + first, ldc);
+        if (t < m) dot_block<1>(length, row, valid, a + t * length, c + t * ldc + first, ldc);
+      }
+    });
+  });
+}
+
+}  // namespace mfx::MFX_ISA

@@ -1,0 +1,24 @@
+"""A dense layer that generation does not wait for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moduleformer_ext import ops
+from moduleformer_ext.ops.linear_decode import SERVES_CPU
+
+MOST_ROWS = 8
+"""Up to so many tokens :func:`moduleformer_ext.ops.linear_decode` is faster than a matrix product."""
+
+
+class Linear(nn.Linear):
+    """:class:`torch.nn.Linear`, whose products with a few rows on the CPU run at the speed of memory where no gradient
+    is asked for.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        few = input.device.type == "cpu" and input.numel() <= MOST_ROWS * self.in_features
+        if few and SERVES_CPU and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            return ops.linear_decode(input, self.weight, self.bias)
+        return super().forward(input)
