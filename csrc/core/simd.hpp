@@ -190,6 +190,40 @@ inline void store(Float16* p, VecF v) {
 #endif
 }
 
+// store() past the caches, for results that nobody reads soon: the line is not read first. p is aligned to what is
+// stored; stream_fence() before another thread reads it.
+inline void stream(float* p, VecF v) {
+#if defined(MFX_ISA_AVX512)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(MFX_ISA_AVX2)
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+inline void stream(double* p, VecD v) {
+  stream(reinterpret_cast<float*>(p), reinterpret_cast<VecF>(v));
+}
+template <typename Half>
+inline void stream(Half* p, VecF v) {
+#if defined(MFX_ISA_AVX512)
+  alignas(32) Half half[kWidth<float>];
+  store(half, v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(half));
+#elif defined(MFX_ISA_AVX2)
+  alignas(16) Half half[kWidth<float>];
+  store(half, v);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(half));
+#else
+  store(p, v);
+#endif
+}
+inline void stream_fence() {
+#if defined(MFX_ISA_AVX512) || defined(MFX_ISA_AVX2)
+  _mm_sfence();
+#endif
+}
+
 // The first n lanes (0 <= n <= width); the rest read as zero, or are left unwritten.
 template <typename T>
 inline Vec<Accumulate<T>> load_partial(const T* p, int n) {

@@ -19,11 +19,12 @@
 
 namespace mfx::MFX_ISA {
 
-inline constexpr std::int64_t kBlockRows = 256;       // positions of one expert that share a pass over its matrix
-inline constexpr std::int64_t kPanelBytes = 1 << 18;  // of one packed panel: a quarter of a second-level cache
-inline constexpr std::int64_t kSlabBytes = 1 << 19;   // of what multiply_experts packs at once
-inline constexpr std::int64_t kSumBytes = 1 << 20;    // of its sums: half of a second-level cache
-inline constexpr std::int64_t kMaxDepth = 256;        // of one product in accumulate_experts
+inline constexpr std::int64_t kBlockRows = 256;        // positions of one expert that share a pass over its matrix
+inline constexpr std::int64_t kPanelBytes = 1 << 18;   // of one packed panel: a quarter of a second-level cache
+inline constexpr std::int64_t kSlabBytes = 1 << 19;    // of what multiply_experts packs at once
+inline constexpr std::int64_t kSumBytes = 1 << 20;     // of its sums: half of a second-level cache
+inline constexpr std::int64_t kMaxDepth = 256;         // of one product in accumulate_experts
+inline constexpr std::int64_t kStreamBytes = 1 << 25;  // of dW: more than caches hold until somebody reads it
 
 // Consecutive positions of one expert. `padded` is the first position when every block is padded to kPad.
 struct ExpertBlock {
@@ -280,6 +281,8 @@ void accumulate_experts(const RoutedLayout& layout, const RoutedRows& a, Scale s
   }
   Scratch<Op> packed_a(a_size), packed_b(b_size);
   const RowReader<T> a_row(a, layout), g_row(grad, layout);
+  const auto size = static_cast<std::int64_t>(sizeof(T));
+  const bool large = static_cast<std::int64_t>(experts.size()) * in_features * out_features * size >= kStreamBytes;
 
   parallel_tasks(static_cast<std::int64_t>(experts.size()) * (row_blocks + panels), [&](std::int64_t task) {
     const Expert& expert = experts[static_cast<std::size_t>(task / (row_blocks + panels))];
@@ -322,12 +325,19 @@ void accumulate_experts(const RoutedLayout& layout, const RoutedRows& a, Scale s
                     c + row * kPanel, kPanel, k0 > 0);
         });
       }
+      const bool streamed = large && columns == kPanel && out_features * size % 64 == 0 &&
+                            reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
       for (std::int64_t row = 0; row < height; ++row) {
-        for (int j = 0; j < columns; j += kWidth<Acc>) {
-          store_columns(out + row * out_features + n, j, columns, load(c + row * kPanel + j));
+        T* const to = out + row * out_features + n;
+        const Acc* const from = c + row * kPanel;
+        if (streamed) {
+          for (int j = 0; j < kPanel; j += kWidth<Acc>) stream(to + j, load(from + j));
+        } else {
+          for (int j = 0; j < columns; j += kWidth<Acc>) store_columns(to, j, columns, load(from + j));
         }
       }
     }
+    if (large) stream_fence();
   });
 }
 

@@ -407,3 +407,22 @@ def test_other_instruction_sets(environment):
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_features", [2048, 2040])
+def test_large_gradients_of_the_matrices(dtype, out_features):
+    """They are written past the caches, where whole lines allow it; an expert without rows still gets zeros."""
+    experts, features = 5, 2**25 // (4 * 2040 * dtype.itemsize)
+    layout = layout_of([[0], [2], [2], [4], [3]], experts)
+    x, weight = as_leaves(randn(5, features, dtype=dtype), randn(experts, features, out_features, dtype=dtype))
+    assert weight.nbytes >= 2**25
+    grad = randn(5, out_features, dtype=dtype)
+    (found,) = torch.autograd.grad(grouped_gemm(x, weight, layout), weight, grad)
+    rows = torch.zeros(experts, 5, dtype=torch.float64)
+    for position, slot in enumerate(layout.slot_order.tolist()):
+        rows[[0, 2, 2, 4, 3][slot], position] = 1
+    by_slot = x.detach().double()[layout.slot_order.long()]
+    exact = torch.einsum("ep,pi,po->eio", rows, by_slot, grad.double())
+    assert found[1].count_nonzero() == 0
+    torch.testing.assert_close(found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
