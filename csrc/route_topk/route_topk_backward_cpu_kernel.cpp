@@ -19,6 +19,9 @@ namespace {
 
 constexpr std::int64_t kRowBlock = 256;     // rows of a weight gradient per task
 constexpr std::int64_t kChunkTokens = 256;  // tokens per product of a weight gradient, whole tiles
+constexpr std::int64_t kRowsAhead = 16;     // of x, whose strips are read a row apart
+template <typename T>
+constexpr std::int64_t kLine = 64 / sizeof(T);  // elements of a cache line
 
 // d loss / d logits of a group of tokens, in lanes.
 template <typename A>
@@ -300,7 +303,12 @@ class Backward {
         const S* x = static_cast<const S*>(n_.x) + first * n_.dim + column;
         const auto row = [&](std::int64_t i) { return i < count ? x + i * n_.dim : nullptr; };
         constexpr std::int64_t kStep = std::is_same_v<Op, BFloat16> ? 2 : 1;
-        for (std::int64_t i = 0; i < round_up(count, kAlign); i += kStep) b.pack_rows(i, row(i), row(i + 1));
+        for (std::int64_t i = 0; i < round_up(count, kAlign); i += kStep) {
+          for (std::int64_t ahead = i + kRowsAhead; ahead < i + kRowsAhead + kStep; ++ahead) {
+            for (std::int64_t at = 0; at < kPanel; at += kLine<S>) prefetch_far(x + ahead * n_.dim + at);
+          }
+          b.pack_rows(i, row(i), row(i + 1));
+        }
       });
     };
     if (hidden_layer_) {

@@ -93,8 +93,16 @@ class PackedB {
     for (std::int64_t column = 0; column < padded(); column += w) {
       const std::int64_t start = column / kPanel * kPanel, n = width(start);
       const int valid = static_cast<int>(std::clamp<std::int64_t>(n_ - column, 0, w));
-      const auto values = row == nullptr ? Vec<Accumulate<Op>>{} : load_lanes_of(row + column, valid);
       Op* to = panel(start) + i * n;
+      if constexpr (kVnni && std::is_same_v<S, BFloat16>) {
+        if (row != nullptr && next != nullptr && valid == w) {  // the bits as they are
+          const VecU32 even = widen_u16(load_raw<VecU16>(row + column));
+          const VecU32 pairs = even | widen_u16(load_raw<VecU16>(next + column)) << 16;
+          std::memcpy(to + 2 * (column - start), &pairs, sizeof pairs);
+          continue;
+        }
+      }
+      const auto values = row == nullptr ? Vec<Accumulate<Op>>{} : load_lanes_of(row + column, valid);
       if constexpr (kVnni) {
         const VecF odd = next == nullptr ? VecF{} : load_lanes_of(next + column, valid);
         const VecU32 pairs = interleave_bf16(values, odd);
