@@ -110,4 +110,5 @@ def test_the_emulated_capture_refuses_what_a_gpu_refuses():
 
     with pytest.raises(cudasim.CudaSimError, match="captures do not allow"), cudasim.capture():
         assert cudasim.lib().cudaDeviceSynchronize() != 0
+    assert cudasim.lib().cudaGetLastError() == 0
     assert cudasim.lib().cudaMalloc(ctypes.byref(ctypes.c_void_p()), 16) == 0  # the failed capture is over

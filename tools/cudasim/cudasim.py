@@ -119,6 +119,7 @@ def capture():
         allocator.cudasim_hold_freed(0)
         code = lib().cudasim_capture_end(ctypes.byref(graph._handle))
     if code:
+        lib().cudaGetLastError()  # or the next launch would report it
         raise CudaSimError(code, "a call that captures do not allow")
 
 
