@@ -172,16 +172,18 @@ class Kernels:
     threads: dict[str, int]
     usage: dict[str, dict[str, Usage]]  # by architecture
     sass: dict[str, dict[str, int]]
+    sizes: dict[str, int]  # bytes of machine code by architecture, and of PTX
 
 
 def inspect(source: Path, nvdisasm: str) -> Kernels:
     ptx, cubin = WORK / f"{source.stem}.ptx", WORK / f"{source.stem}.cubin"
     run("nvcc", *FLAGS, "-arch=compute_80", "-ptx", source, "-o", ptx)
-    usage = {}
+    usage, sizes = {}, {"PTX": ptx.stat().st_size}
     for architecture in reversed(ARCHITECTURES):  # sm_80, whose machine code is read, comes last
         usage[architecture.name] = parse_ptxas(run("ptxas", "-v", f"-arch={architecture.name}", ptx, "-o", cubin))
+        sizes[architecture.name] = cubin.stat().st_size
     sass = parse_sass(run(nvdisasm, cubin))
-    return Kernels(source, parse_threads(ptx.read_text()), usage, sass)
+    return Kernels(source, parse_threads(ptx.read_text()), usage, sass, sizes)
 
 
 def readable(name: str) -> str:
@@ -217,6 +219,12 @@ def write_report(files: list[Kernels]) -> str:
             shared = f"{file.usage['sm_80'][kernel].shared_bytes}{' + d' if dynamic else ''}"
             lines.append(f"| `{readable(kernel)}` | {threads or ''} | {shared} | " + " | ".join(cells) + " |")
     if files:
+        sizes = [
+            f"{sum(file.sizes[name] for file in files) / 2**20:.1f} MiB of {'PTX' if name == 'PTX' else 'machine code'}"
+            + ("" if name == "PTX" else f" for {name}")
+            for name in (*(architecture.name for architecture in ARCHITECTURES), "PTX")
+        ]
+        lines += ["", f"All kernels together are {', '.join(sizes)}, before compression."]
         columns = ("all", "MMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "MUFU", "loop", "loop MMA")
         lines += ["", "SASS for sm_80: instructions in the listing, then those of the loop with the most tensor-core"]
         lines += ["products (all paths through it) and these products.", "", "| kernel | " + " | ".join(columns) + " |"]

@@ -89,3 +89,19 @@ def test_kernels_must_have_their_instructions(report):
     unaligned = "grouped_forward_bf16_64x128_unaligned_sm80"
     assert report.missing_instructions(unaligned, {**counts, "LDGSTS": 0, "STG.128": 0}) == []
     assert report.missing_instructions("grouped_forward_bf16_64x128_sm80", {**counts, "LDGSTS": 0}) == ["no LDGSTS"]
+
+
+def test_report_of_two_files(report, tmp_path):
+    architectures = [architecture.name for architecture in report.ARCHITECTURES]
+    (tmp_path / "x_cuda.cu").write_text("")
+
+    def kernels(name, spilled):
+        usage = {a: {name: report.Usage(registers=96, stack=0, spilled=spilled, shared_bytes=0)} for a in architectures}
+        sizes = dict.fromkeys((*architectures, "PTX"), 3 << 20)
+        return report.Kernels(tmp_path / "x_cuda.cu", {name: 128}, usage, {}, sizes)
+
+    text = report.write_report([kernels("clean", 0), kernels("spills", 8)])
+    assert "| `clean` | 128 | 0 | 96, 20/64 |" in text
+    assert "**stack 0, spilled 8**" in text
+    assert "All kernels together are 6.0 MiB of machine code for sm_80," in text
+    assert "6.0 MiB of PTX, before compression." in text
