@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .cells import BEST_PEER, OURS
 from .harness import CellResult
@@ -50,7 +50,9 @@ def speedups(cells: list[CellResult], title: str, path: Path) -> None:
                 axes.plot([bound, bound], [row - 0.4, row + 0.4], color=style["color"], linewidth=1.5, zorder=2)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
     axes.xaxis.set_major_formatter(FuncFormatter(_times))
+    axes.xaxis.set_minor_formatter(FuncFormatter(_times) if high < 10 * low else NullFormatter())
     axes.set_yticks(list(rows), [f"{cell.case}, {_thread_word(cell)}" for cell in cells], fontsize=7.5)
     axes.invert_yaxis()
     axes.grid(axis="x", which="both", color="0.9", linewidth=0.6)
