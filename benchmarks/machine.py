@@ -21,7 +21,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 @cache
 def _more_than_caches_hold() -> torch.Tensor:
-    return torch.ones(1 << 25)  # 128 MB
+    return torch.ones(1 << 25, device="cpu")  # 128 MB, whatever the default device
 
 
 def evict() -> None:
@@ -82,10 +82,14 @@ def cpu_name() -> str:
     return name
 
 
+def path_part(name: str) -> str:
+    """A device's name as part of a path."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def slug() -> str:
     """The machine's name as part of a path."""
-    words = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return f"{words}-{os.cpu_count()}cpu"
+    return f"{path_part(cpu_name())}-{os.cpu_count()}cpu"
 
 
 def clock(threads: int) -> Callable[[], float]:

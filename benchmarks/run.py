@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +102,15 @@ def _worker(section: str, directory: Path, arguments: argparse.Namespace, budget
     return None if code == 0 else "a check failed" if code == CHECK_FAILED else f"ended with status {code}"
 
 
+def chosen_sections(parser: argparse.ArgumentParser, only: str, known: Collection[str]) -> list[str]:
+    """The sections that ``--only`` names."""
+    sections = [name for name in only.split(",") if name]
+    unknown = [name for name in sections if name not in known]
+    if unknown:
+        parser.error(f"--only must name sections among {', '.join(known)}, got {', '.join(unknown)}")
+    return sections
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help="comma-separated sections (default: all)")
@@ -119,10 +128,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
     parser.add_argument("--worker", choices=SECTIONS, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
-    parsed.sections = [name for name in parsed.only.split(",") if name]
-    unknown = [name for name in parsed.sections if name not in SECTIONS]
-    if unknown:
-        parser.error(f"--only must name sections among {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    parsed.sections = chosen_sections(parser, parsed.only, SECTIONS)
     return parsed
 
 

@@ -16,11 +16,12 @@ import torch
 
 from ..cells import OURS, Cell
 from ..harness import CellResult, Effort, Meter, measure
+from ..machine import path_part
 from ..report import TITLES, table, write_table
 from ..results import Results
-from ..run import QUICK, RESULTS
+from ..run import QUICK, RESULTS, chosen_sections
 from .cells import SECTIONS, usable
-from .device import clocks, describe, slug
+from .device import clocks, describe
 from .meter import CudaMeter
 
 EFFORT = Effort(seconds=0.5, min_rounds=10, max_rounds=50)
@@ -87,15 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
     parser.add_argument("--out", type=Path, help="results folder (default: benchmarks/results/<date>-<gpu>)")
     options = parser.parse_args(arguments)
-    sections = [name for name in options.only.split(",") if name]
-    unknown = [name for name in sections if name not in SECTIONS]
-    if unknown:
-        parser.error(f"--only must name sections among {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    sections = chosen_sections(parser, options.only, SECTIONS)
     if not torch.cuda.is_available():
         parser.error("this torch sees no GPU")
 
     machine = describe()
-    name = f"{datetime.date.today().isoformat()}-{slug(str(machine['gpu']))}" + ("-quick" if options.quick else "")
+    name = f"{datetime.date.today().isoformat()}-{path_part(str(machine['gpu']))}" + ("-quick" if options.quick else "")
     directory = (options.out or RESULTS / name).resolve()
     passed = run_sections(sections, options.quick, Results(machine), directory, CudaMeter(), "cuda")
     print(f"\n{directory / 'table.md'}")

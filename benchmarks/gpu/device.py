@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import shutil
 import subprocess
 
@@ -56,8 +55,3 @@ def describe() -> dict[str, object]:
         "peers": versions(),
         "before": clocks(),
     }
-
-
-def slug(name: str) -> str:
-    """A device's name as part of a path."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

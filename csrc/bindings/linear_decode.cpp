@@ -2,7 +2,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -65,17 +64,11 @@ at::Tensor linear_decode(const at::Tensor& x, const at::Tensor& weight, const Op
   return y;
 }
 
-// Like stick_attention_decode: inference alone.
 at::Tensor linear_decode_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-  const auto check = [](const char* name, const at::Tensor& tensor) {
-    MFX_CHECK_ARG(!(at::GradMode::is_enabled() && tensor.requires_grad()), kOp, name,
-                  "not require grad: decoding has no backward. Use torch.no_grad(), or torch.nn.functional.linear to "
-                  "train",
-                  "requires_grad=True");
-  };
-  check("x", x);
-  check("weight", weight);
-  if (bias) check("bias", *bias);
+  constexpr const char* kInstead = "torch.nn.functional.linear";
+  check_no_grad(kOp, "x", x, kInstead);
+  check_no_grad(kOp, "weight", weight, kInstead);
+  if (bias) check_no_grad(kOp, "bias", *bias, kInstead);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("moduleformer_ext::linear_decode", "")
                              .typed<decltype(linear_decode)>();

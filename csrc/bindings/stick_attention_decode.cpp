@@ -1,7 +1,6 @@
 #include "moduleformer_ext/stick_attention_decode.hpp"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -180,19 +179,14 @@ Outputs redispatch(const at::Tensor& q, const at::Tensor& k_cache, const Optiona
   return op.call(q, k_cache, v_cache, cache_lengths, scale, attend_current, key_padding_mask, stick_epsilon);
 }
 
-// Decoding is inference: asking for a gradient is a mistake to hear about, not to run into a detached result.
 Outputs stick_attention_decode_autograd(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
                                         const at::Tensor& cache_lengths, std::optional<double> scale,
                                         bool attend_current, const OptionalTensor& key_padding_mask,
                                         std::optional<double> stick_epsilon) {
-  const auto check = [](const char* name, const at::Tensor& tensor) {
-    MFX_CHECK_ARG(!(at::GradMode::is_enabled() && tensor.requires_grad()), kOp, name,
-                  "not require grad: decoding has no backward. Use torch.no_grad(), or stick_attention to train",
-                  "requires_grad=True");
-  };
-  check("q", q);
-  check("k_cache", k_cache);
-  if (v_cache) check("v_cache", *v_cache);
+  constexpr const char* kInstead = "stick_attention";
+  check_no_grad(kOp, "q", q, kInstead);
+  check_no_grad(kOp, "k_cache", k_cache, kInstead);
+  if (v_cache) check_no_grad(kOp, "v_cache", *v_cache, kInstead);
   const at::AutoDispatchBelowADInplaceOrView below;
   return redispatch(q, k_cache, v_cache, cache_lengths, scale, attend_current, key_padding_mask, stick_epsilon);
 }

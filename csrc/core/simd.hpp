@@ -224,6 +224,12 @@ inline void stream_fence() {
 #endif
 }
 
+// Pairs (even[i], odd[i]) of 16-bit values as they are, even in the low half.
+template <typename Half>
+inline VecU32 interleave_halves(const Half* even, const Half* odd) {
+  return widen_u16(load_raw<VecU16>(even)) | (widen_u16(load_raw<VecU16>(odd)) << 16);
+}
+
 // The first n lanes (0 <= n <= width); the rest read as zero, or are left unwritten.
 template <typename T>
 inline Vec<Accumulate<T>> load_partial(const T* p, int n) {

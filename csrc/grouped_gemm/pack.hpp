@@ -87,7 +87,7 @@ inline void pack_pairs(const BFloat16* even, const BFloat16* odd, int columns, i
     even = even_tail, odd = odd_tail;
   }
   for (int c = 0; c < width; c += w) {
-    const VecU32 pairs = widen_u16(load_raw<VecU16>(even + c)) | (widen_u16(load_raw<VecU16>(odd + c)) << 16);
+    const VecU32 pairs = interleave_halves(even + c, odd + c);
     std::memcpy(out + 2 * c, &pairs, sizeof pairs);
   }
 }
@@ -103,7 +103,7 @@ inline void pack_panel(Row row, std::int64_t k, std::int64_t k_padded, int colum
       for (; l + 2 <= k; l += 2, out += 2 * kPanel) {
         const BFloat16 *even = row(l), *odd = row(l + 1);
         for (int c = 0; c < kPanel; c += w) {
-          const VecU32 pairs = widen_u16(load_raw<VecU16>(even + c)) | (widen_u16(load_raw<VecU16>(odd + c)) << 16);
+          const VecU32 pairs = interleave_halves(even + c, odd + c);
           std::memcpy(out + 2 * c, &pairs, sizeof pairs);
         }
       }

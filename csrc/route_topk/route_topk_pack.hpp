@@ -96,8 +96,7 @@ class PackedB {
       Op* to = panel(start) + i * n;
       if constexpr (kVnni && std::is_same_v<S, BFloat16>) {
         if (row != nullptr && next != nullptr && valid == w) {  // the bits as they are
-          const VecU32 even = widen_u16(load_raw<VecU16>(row + column));
-          const VecU32 pairs = even | widen_u16(load_raw<VecU16>(next + column)) << 16;
+          const VecU32 pairs = interleave_halves(row + column, next + column);
           std::memcpy(to + 2 * (column - start), &pairs, sizeof pairs);
           continue;
         }

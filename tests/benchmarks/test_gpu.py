@@ -15,7 +15,7 @@ from benchmarks.gpu import device, peers
 from benchmarks.gpu.cells import SECTIONS, usable
 from benchmarks.gpu.meter import CudaMeter
 from benchmarks.inputs import attention_inputs, expert_weights, normal, random_gates
-from benchmarks.machine import CpuMeter
+from benchmarks.machine import CpuMeter, path_part
 from benchmarks.results import Results
 from moduleformer_ext import ops
 
@@ -118,7 +118,7 @@ def test_unknown_section_and_no_gpu(capsys, monkeypatch) -> None:
 
 
 def test_device_slug() -> None:
-    assert device.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert path_part("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 @needs_gpu
