@@ -113,18 +113,24 @@ __device__ inline SharedAddress b_rows(SharedAddress tile) {
   return tile + swizzled_offset<kRowBytes>((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
 }
 
-// acc [16, 8 kTiles] += A [16, kRowBytes] B^T, where column n of acc belongs to row n of the tile. `a_at(step, a)`
-// loads the fragments of A.
-template <typename Op, int kRowBytes, int kTiles, typename LoadA>
+// Which row of a tile a column of a product, or an element of its inner dimension, belongs to: here n to row n. Of the
+// next sixteen the lanes' addresses are kRowsOf16 rows further on; `bits` are those that the swizzle knows.
+struct RowOrder {
+  static constexpr int kRowsOf16 = 16;
+  static constexpr int bits(int step, int /*sixteen*/) { return step_bits(step); }
+};
+
+// acc [16, 8 kTiles] += A [16, kRowBytes] B^T, where columns of acc belong to rows of the tile. `a_at(step, a)` loads
+// the fragments of A.
+template <typename Op, int kRowBytes, typename Order = RowOrder, int kTiles, typename LoadA>
 __device__ inline void multiply_rows(float (&acc)[kTiles][4], LoadA&& a_at, SharedAddress rows) {
   static_assert(kTiles % 2 == 0, "two tiles of 8 columns per ldmatrix");
   static_for<kRowBytes / 32>([&](auto step) {
     FragmentA a;
     a_at(step, a);
-    const SharedAddress at = rows ^ step_bits(step);
     static_for<kTiles / 2>([&](auto pair) {
       std::uint32_t b[4];
-      ldmatrix_x4<step_offset(step) + pair * 16 * kRowBytes>(b, at);
+      ldmatrix_x4<step_offset(step) + pair * Order::kRowsOf16 * kRowBytes>(b, rows ^ Order::bits(step, pair));
       multiply_step<Op>(acc[2 * pair], a, b[0], b[1], acc[2 * pair]);
       multiply_step<Op>(acc[2 * pair + 1], a, b[2], b[3], acc[2 * pair + 1]);
     });
@@ -166,25 +172,25 @@ __device__ inline SharedAddress b_columns(SharedAddress tile) {
   return tile + swizzled_offset<kRowBytes>(row, column >> 2) + (column & 3) * 4;
 }
 
-// acc [16, 8 kTiles] += A B, where inner element i belongs to row i of the tile and column n of acc to its column n.
-template <typename Op, int kRowBytes, int kTiles, int kSteps>
+// acc [16, 8 kTiles] += A B, where inner elements belong to rows of the tile and column n of acc to its column n.
+template <typename Op, int kRowBytes, typename Order = RowOrder, int kTiles, int kSteps>
 __device__ inline void multiply_columns(float (&acc)[kTiles][4], const FragmentA (&a)[kSteps], SharedAddress columns) {
   if constexpr (kIs16Bit<Op>) {
     static_for<kTiles / 2>([&](auto pair) {
-      const SharedAddress at = columns ^ step_bits(pair);
       static_for<kSteps>([&](auto step) {
         std::uint32_t b[4];
-        ldmatrix_x4_trans<step_offset(pair) + step * 16 * kRowBytes>(b, at);
+        ldmatrix_x4_trans<step_offset(pair) + step * Order::kRowsOf16 * kRowBytes>(b, columns ^ Order::bits(pair, step));
         multiply_step<Op>(acc[2 * pair], a[step], b[0], b[1], acc[2 * pair]);
         multiply_step<Op>(acc[2 * pair + 1], a[step], b[2], b[3], acc[2 * pair + 1]);
       });
     });
   } else {
     static_for<kTiles>([&](auto tile) {
-      const SharedAddress even = columns ^ step_bits(tile), odd = even ^ 16;  // odd rows have their chunks exchanged
       static_for<kSteps>([&](auto step) {
-        const std::uint32_t b0 = load_shared_32<step_offset(tile) + step * 8 * kRowBytes>(even);
-        const std::uint32_t b1 = load_shared_32<step_offset(tile) + (step * 8 + 1) * kRowBytes>(odd);
+        constexpr int kBits = Order::bits(tile, step / 2), kRow = step * (Order::kRowsOf16 / 2);
+        const std::uint32_t b0 = load_shared_32<step_offset(tile) + kRow * kRowBytes>(columns ^ kBits);
+        // Odd rows have their chunks exchanged.
+        const std::uint32_t b1 = load_shared_32<step_offset(tile) + (kRow + 1) * kRowBytes>(columns ^ (kBits ^ 16));
         multiply_step<Op>(acc[tile], a[step], b0, b1, acc[tile]);
       });
     });

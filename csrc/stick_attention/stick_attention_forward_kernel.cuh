@@ -76,9 +76,11 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
   StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
                                                           launch.v_aligned);
-  device::SharedAddress key_rows = device::b_rows<kRowBytes>(ring);
-  device::SharedAddress value_columns = device::b_columns<Op, kRowBytes>(walk.k_is_v ? ring : ring + Tiles::kTileBytes);
+  const std::uint32_t value_tile = walk.k_is_v ? 0 : Tiles::kTileBytes;  // behind that of keys
+  // The tile's place in the ring, and this lane's in the tile.
   device::SharedAddress target = ring;
+  device::SharedAddress key_rows = stick_key_rows<kRowBytes, kKeys / 4>(ring);
+  device::SharedAddress value_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(ring + value_tile);
   int to_other = (kStages - 1) * 2 * Tiles::kTileBytes;  // from a tile's place in the ring to the next one's
   if constexpr (kStages > 1) walk.next(target, key_tile >= 0);
   keep.load(key_tile * kKeys);
@@ -91,6 +93,7 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     // The tile is there for all, all are done with the one before, and its place is free. Are all sticks used up?
     if (device::barrier_all_at_most(stick[0], stick[1], epsilon)) break;
+    const device::SharedAddress place = target;
     if constexpr (kStages == 1) {
       walk.next(target, true);
       device::cp_async_wait<0>();
@@ -100,20 +103,26 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
       walk.next(target, key_tile > 0);
     }
     const int first_key = key_tile * kKeys;
-    const std::uint32_t kept = keep.run(first_key - kKeys);
+    const auto kept = keep.bits(first_key - kKeys);
     if (warp_newest >= first_key) {
-      float scores[kKeyTiles][4] = {};
-      device::multiply_rows<Op, kRowBytes>(scores, q, key_rows);
-      if (keep.all() && warp_oldest >= first_key + kKeys - 1) {
-        stick_scan_forward<false>(scores, odds, {}, kStickWeightUnit<Op>, stick);
-      } else {
-        const std::uint32_t visible[2] = {stick_visible<kKeys>(newest[0] - first_key, kept),
-                                          stick_visible<kKeys>(newest[1] - first_key, kept)};
-        stick_scan_forward<true>(scores, odds, visible, kStickWeightUnit<Op>, stick);
-      }
-      device::FragmentA weights[device::steps_of_tiles<Op>(kKeyTiles)];
-      device::pack_a<Op>(weights, scores);
-      device::multiply_columns<Op, kRowBytes>(o, weights, value_columns);
+      stick_take_oldest<kKeyTiles>(warp_newest - first_key, 1, [&](auto tiles) {
+        constexpr bool kWhole = tiles == kKeyTiles;
+        constexpr int kRun = 2 * tiles;
+        float scores[tiles][4] = {};
+        device::multiply_rows<Op, kRowBytes, StickKeyOrder>(
+            scores, q, kWhole ? key_rows : stick_key_rows<kRowBytes, kRun>(place));
+        if (kWhole && keep.all() && warp_oldest >= first_key + kKeys - 1) {
+          stick_scan_forward<false>(scores, odds, {}, kStickWeightUnit<Op>, stick);
+        } else {
+          const std::uint32_t visible[2] = {stick_visible<kRun>(newest[0] - first_key, kept),
+                                            stick_visible<kRun>(newest[1] - first_key, kept)};
+          stick_scan_forward<true>(scores, odds, visible, kStickWeightUnit<Op>, stick);
+        }
+        device::FragmentA weights[device::steps_of_tiles<Op>(tiles)];
+        device::pack_a<Op>(weights, scores);
+        device::multiply_columns<Op, kRowBytes, StickKeyOrder>(
+            o, weights, kWhole ? value_columns : stick_key_columns<Op, kRowBytes, kRun>(place + value_tile));
+      });
     }
     key_rows += to_other;
     value_columns += to_other;

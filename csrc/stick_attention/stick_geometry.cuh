@@ -7,6 +7,7 @@
 #include "device/static_for.cuh"
 #include "device/tile_product.cuh"
 #include "device/vector_memory.cuh"
+#include "stick_attention/stick_key_tile.cuh"
 #include "stick_attention/stick_launch.hpp"
 #include "stick_attention/stick_scan.cuh"
 
@@ -27,6 +28,11 @@ struct StickSequence {
     const int queries = packed ? p.cu_seqlens_q[index + 1] - q_begin : static_cast<int>(p.tokens_q);
     history = keys - queries;
     rows = queries * static_cast<int>(p.group);
+  }
+
+  // The first row that sees a key; not above 0 if all do.
+  __device__ int first_row(const StickAttentionProblem& p, int key) const {
+    return (key - history + (p.attend_current ? 0 : 1)) * static_cast<int>(p.group);
   }
 
   // The newest key that a row sees; negative if none.
@@ -173,15 +179,17 @@ struct StickTileCopy {
   static constexpr int kRowsAtOnce = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0, "a thread keeps its column");
 
-  int row, column;       // of this thread
-  std::uint32_t bytes;   // of a chunk in its column: 16 or, beyond the head dimension, 0
-  std::uint32_t offset;  // of its first chunk in a tile
+  int row, column;           // of this thread
+  std::uint32_t bytes;       // of a chunk in its column: 16 or, beyond the head dimension, 0
+  std::uint32_t offset;      // of its first chunk in a tile
+  std::uint32_t key_offset;  // the same in a tile of keys
 
   __device__ explicit StickTileCopy(std::int64_t head_dim)
       : row(static_cast<int>(threadIdx.x) / kChunks),
         column(static_cast<int>(threadIdx.x) % kChunks * (16 / static_cast<int>(sizeof(T)))),
         bytes(column < head_dim ? 16 : 0),
-        offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)) {
+        offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)),
+        key_offset(stick_key_offset<kRowBytes>(row, threadIdx.x % kChunks)) {
     device::keep(bytes);
   }
 
@@ -232,24 +240,43 @@ struct StickTileCopy {
     rows<kRows>(tile, all, aligned, lane(all, aligned));
   }
 
-  // A tile of kKeys in the order of stick_key_of_slot. `source` is this thread's first chunk.
+  // This thread's chunk of the last round of a tile of kKeys that begins at `first`.
   template <int kKeys>
-  __device__ void whole_keys(device::SharedAddress tile, const T* source, std::int64_t stride) const {
+  __device__ const std::uint8_t* newest_key(const T* first, std::int64_t stride) const {
+    return reinterpret_cast<const std::uint8_t*>(first + (kKeys - kRowsAtOnce + row) * stride + column);
+  }
+  // Bytes from round to round.
+  __device__ static std::int64_t key_step(std::int64_t stride) {
+    return kRowsAtOnce * stride * static_cast<std::int64_t>(sizeof(T));
+  }
+
+  // Copies a tile of kKeys, kOffset bytes behind `tile`, and moves `newest` to the tile before. `each` copies a chunk.
+  template <int kKeys, typename Each>
+  __device__ void each_key(device::SharedAddress tile, const std::uint8_t*& newest, std::int64_t step,
+                           Each&& each) const {
     static_assert(kKeys % kRowsAtOnce == 0, "whole rounds");
-    device::static_for<kKeys / kRowsAtOnce>([&](auto round) {
-      constexpr std::int64_t key = stick_key_of_slot<kKeys>(round * kRowsAtOnce);
-      chunk<round>(tile, source + key * stride, bytes, true);
+    constexpr int kRounds = kKeys / kRowsAtOnce;
+    const device::SharedAddress own = tile + key_offset;
+    device::static_for<kRounds>([&](auto i) {
+      constexpr std::integral_constant<int, (kRounds - 1 - i) * kRowsAtOnce> kRow;
+      each(kRow, own ^ stick_key_swizzle(kRow) << 4, reinterpret_cast<const T*>(newest));
+      newest -= step;
+    });
+  }
+  template <int kKeys, int kOffset = 0>
+  __device__ void whole_keys(device::SharedAddress tile, const std::uint8_t*& newest, std::int64_t step) const {
+    each_key<kKeys>(tile, newest, step, [&](auto key, device::SharedAddress to, const T* from) {
+      device::cp_async<16, kOffset + key * kRowBytes>(to, from, bytes);
     });
   }
 
   // The same where only `keys` are there, or addresses are not aligned.
-  template <int kKeys>
-  __device__ void keys(device::SharedAddress tile, const T* source, std::int64_t stride, int keys, bool aligned) const {
-    if (keys >= kKeys && aligned) return whole_keys<kKeys>(tile, source, stride);
-    const int first = stick_key_of_slot<kKeys>(row);
-    device::static_for<kKeys / kRowsAtOnce>([&](auto round) {
-      constexpr int key = stick_key_of_slot<kKeys>(round * kRowsAtOnce);
-      chunk<round>(tile, source + key * stride, first + key < keys ? bytes : 0, aligned);
+  template <int kKeys, int kOffset = 0>
+  __device__ void keys(device::SharedAddress tile, const std::uint8_t*& newest, std::int64_t step, int keys,
+                       bool aligned) const {
+    if (keys >= kKeys && aligned) return whole_keys<kKeys, kOffset>(tile, newest, step);
+    each_key<kKeys>(tile, newest, step, [&](auto key, device::SharedAddress to, const T* from) {
+      stick_copy_chunk<kOffset + key * kRowBytes>(to, from, row + key < keys ? bytes : 0, aligned);
     });
   }
 };
@@ -283,41 +310,43 @@ class StickKeyWalk {
                           const StickSequence& s, std::int64_t head, int tile, bool k_aligned, bool v_aligned)
       : k_is_v(p.k == p.v && p.k_strides.token == p.v_strides.token && p.k_strides.head == p.v_strides.head),
         copy_(copy),
-        k_stride_(p.k_strides.token),
-        v_stride_(p.v_strides.token),
+        k_step_(copy.key_step(p.k_strides.token)),
+        v_step_(copy.key_step(p.v_strides.token)),
         keys_(s.keys - tile * kKeys),
         k_aligned_(k_aligned),
         v_aligned_(v_aligned),
         easy_(k_aligned && v_aligned && keys_ >= kKeys) {
-    const std::int64_t first = std::int64_t{tile} * kKeys + stick_key_of_slot<kKeys>(copy.row);
-    k_ = stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head, first) + copy.column;
-    v_ = stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head, first) + copy.column;
+    const std::int64_t first = std::int64_t{tile} * kKeys;
+    k_ = copy.template newest_key<kKeys>(stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head, first),
+                                         p.k_strides.token);
+    v_ = copy.template newest_key<kKeys>(stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head, first),
+                                         p.v_strides.token);
     device::keep(k_);
     device::keep(v_);
+    device::keep(k_step_);
+    device::keep(v_step_);
   }
 
   // Copies the next tile, if it is wanted; a group of copies in any case.
   __device__ void next(device::SharedAddress to, bool wanted) {
     if (wanted) {
       if (easy_) {
-        copy_.template whole_keys<kKeys>(to, k_, k_stride_);
-        if (!k_is_v) copy_.template whole_keys<kKeys>(to + kTileBytes, v_, v_stride_);
+        copy_.template whole_keys<kKeys>(to, k_, k_step_);
+        if (!k_is_v) copy_.template whole_keys<kKeys, kTileBytes>(to, v_, v_step_);
       } else {
-        copy_.template keys<kKeys>(to, k_, k_stride_, keys_, k_aligned_);
-        if (!k_is_v) copy_.template keys<kKeys>(to + kTileBytes, v_, v_stride_, keys_, v_aligned_);
+        copy_.template keys<kKeys>(to, k_, k_step_, keys_, k_aligned_);
+        if (!k_is_v) copy_.template keys<kKeys, kTileBytes>(to, v_, v_step_, keys_, v_aligned_);
         keys_ = kKeys;  // older tiles are whole
         easy_ = k_aligned_ && v_aligned_;
       }
-      k_ -= kKeys * k_stride_;
-      v_ -= kKeys * v_stride_;
     }
     device::cp_async_commit();
   }
 
  private:
   const StickTileCopy<T, kRowBytes, kThreads>& copy_;
-  const T *k_, *v_;
-  const std::int64_t k_stride_, v_stride_;
+  const std::uint8_t *k_, *v_;    // this thread's newest chunk of the next tile
+  std::int64_t k_step_, v_step_;  // bytes from chunk to chunk
   int keys_;  // from the next tile on
   const bool k_aligned_, v_aligned_;
   bool easy_;
@@ -328,6 +357,8 @@ class StickKeyWalk {
 template <int kKeys>
 class StickKeep {
  public:
+  using Bits = std::conditional_t<kKeys <= 32, std::uint32_t, std::uint64_t>;
+
   __device__ StickKeep(const StickAttentionProblem& p, const StickSequence& s)
       : mask_(p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k), keys_(s.keys) {}
 
@@ -342,27 +373,24 @@ class StickKeep {
     }
   }
 
-  // Of this lane's run in the tile that was loaded last.
-  __device__ std::uint32_t run() const {
-    if (mask_ == nullptr) return kAll;
-    std::uint32_t words[kWords];
+  // Of the tile that was loaded last.
+  __device__ Bits bits() const {
+    if (mask_ == nullptr) return ~Bits{0};
+    Bits bits = 0;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = __ballot_sync(device::kAllLanes, kept_[i]);
-    const int first = static_cast<int>(threadIdx.x & 3) * kRun;
-    return (kWords == 1 || first < 32 ? words[0] : words[kWords - 1]) >> (first & 31) & kAll;
+    for (int i = kWords - 1; i >= 0; --i) bits = bits << 31 << 1 | __ballot_sync(device::kAllLanes, kept_[i]);
+    return bits;
   }
 
   // The same, and loads the tile that is met next.
-  __device__ std::uint32_t run(int next_first_key) {
-    if (mask_ == nullptr) return kAll;
-    const std::uint32_t kept = run();
+  __device__ Bits bits(int next_first_key) {
+    const Bits kept = bits();
     load(next_first_key);
     return kept;
   }
 
  private:
-  static constexpr int kWords = (kKeys + 31) / 32, kRun = kKeys / 4;
-  static constexpr std::uint32_t kAll = (1u << kRun) - 1;
+  static constexpr int kWords = (kKeys + 31) / 32;
   const bool* mask_;
   int keys_;
   bool kept_[kWords] = {};

@@ -5,6 +5,8 @@
 //   memory
 //   2. each warp, for 16 keys and its part of D:    dV += weights^T dO, dK += dS^T Q
 //
+// Where 16 rows see none of 16 keys, step 2 leaves them out, and step 1 need not.
+//
 // Shared memory: K and V, kStages of Q and dO, weights and dS.
 #pragma once
 
@@ -13,49 +15,38 @@
 namespace mfx {
 
 // Weights and score gradients between the two halves of a step: [rows, keys] in natural order. A lane writes its run of
-// keys; rows are rotated so that eight lanes of a store, two rows of four runs, and eight rows of a load hit all banks.
-// A lane's addresses differ by XOR in the 128 bytes that hold a chunk, else by immediate offsets.
-template <typename Op, int kSpan, int kRowBytes>
+// keys; chunks of a row are exchanged so that the lanes of a store (two rows of four runs of 16 or 32 bytes, four rows
+// of 8) and those of a load (eight rows of a chunk, four of two) hit all banks. A lane's addresses differ by XOR in the
+// 128 bytes that hold a chunk, else by immediate offsets.
+template <typename Op, int kRowBytes>
 struct StickExchange {
-  static constexpr int kRunBytes = kSpan / 4 * static_cast<int>(sizeof(Op));
-  static_assert(kRunBytes <= 32, "at most two chunks, an even one first");
-  static constexpr int kTurn = kRunBytes == 32 ? 0 : kRunBytes == 16 ? 2 : 1;
-
-  __device__ static constexpr std::uint32_t turned(std::uint32_t row) {
-    return ((row & 7) << kTurn | (row & 7) >> (3 - kTurn)) & 7;
-  }
+  __device__ static constexpr std::uint32_t turned(std::uint32_t row) { return (row ^ row << 2) & 7; }
   __device__ static std::uint32_t offset(std::uint32_t row, std::uint32_t chunk) {
     return row * kRowBytes + ((chunk ^ turned(row)) << 4);
   }
 
-  // Where this lane stores: its run of a warp's [16, kSpan], row g.
+  // Where this lane stores its run of row g of 16 rows.
+  template <int kRun>
   __device__ static device::SharedAddress store_lane(device::SharedAddress tile, int first_row, int first_key) {
-    const int lane = threadIdx.x & 31, byte = first_key * static_cast<int>(sizeof(Op)) + lane % 4 * kRunBytes;
+    constexpr int kBytes = static_cast<int>(sizeof(Op));
+    const int lane = threadIdx.x & 31, byte = (first_key + lane % 4 * kRun) * kBytes;
     return tile + offset(first_row + lane / 4, byte / 16) + byte % 16;
   }
 
-  // Stores a warp's [16, kSpan], keys in slots, kOffset bytes behind the tile that `to` is in.
+  // Stores the runs of rows g and g + 8, kOffset bytes behind the tile that `to` is in.
   template <int kOffset, int kTiles>
-  __device__ static void store(device::SharedAddress to, const float (&x)[kTiles][4]) {
+  __device__ static void store(device::SharedAddress to, const StickRuns<Op, kTiles>& runs) {
+    constexpr int kOfPair = sizeof(Op) / 2, kWords = kTiles * kOfPair;
     device::static_for<2>([&](auto half) {
       constexpr int kHalf = kOffset + half * 8 * kRowBytes;
-      std::uint32_t words[kRunBytes / 4];
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if constexpr (sizeof(Op) == 2) {
-          words[tile] = device::pack_pair<Op>(x[tile][2 * half], x[tile][2 * half + 1]);
-        } else {
-          words[2 * tile] = __float_as_uint(x[tile][2 * half]);
-          words[2 * tile + 1] = __float_as_uint(x[tile][2 * half + 1]);
-        }
-      }
-      if constexpr (kRunBytes == 8) {
-        device::store_shared_64<kHalf>(to, uint2{words[0], words[1]});
+      const auto word = [&](int i) { return runs[half][i / kOfPair].words[i % kOfPair]; };
+      if constexpr (kWords == 2) {
+        device::store_shared_64<kHalf>(to, {word(0), word(1)});
       } else {
+        static_assert(kWords == 4 || kWords == 8, "at most two chunks, an even one first");
 #pragma unroll
-        for (int i = 0; i < kRunBytes / 16; ++i) {
-          device::store_shared_128<kHalf>(to ^ (16 * i),
-                                          {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
+        for (int i = 0; i < kWords; i += 4) {
+          device::store_shared_128<kHalf>(to ^ (4 * i), {word(i), word(i + 1), word(i + 2), word(i + 3)});
         }
       }
     });
@@ -68,19 +59,17 @@ struct StickExchange {
     return tile + offset(lane % 4 * 2, chunk + lane / 16) + lane / 4 % 4 * 4;
   }
 
-  // The transpose as A fragments: 16 keys, inner dimension the rows.
-  template <int kOffset, int kSteps>
-  __device__ static void load(device::FragmentA (&a)[kSteps], device::SharedAddress from) {
-    device::static_for<kSteps>([&](auto step) {
-      if constexpr (sizeof(Op) == 2) {
-        device::ldmatrix_x4_trans<kOffset + step * 16 * kRowBytes>(a[step], from);
-      } else {
-        device::static_for<4>([&](auto i) {  // (key g or g + 8, row 2c or 2c + 1)
-          constexpr std::uint32_t kBits = i % 2 * 32 ^ turned(i / 2) * 16;
-          a[step][i] = device::load_shared_32<kOffset + (step * 8 + i / 2) * kRowBytes>(from ^ kBits);
-        });
-      }
-    });
+  // The transpose as an A fragment: 16 keys, inner dimension the rows, one step of them.
+  template <int kOffset, int kStep>
+  __device__ static void load(device::FragmentA& a, device::SharedAddress from) {
+    if constexpr (sizeof(Op) == 2) {
+      device::ldmatrix_x4_trans<kOffset + kStep * 16 * kRowBytes>(a, from);
+    } else {
+      device::static_for<4>([&](auto i) {  // (key g or g + 8, row 2c or 2c + 1)
+        constexpr std::uint32_t kBits = i % 2 * 32 ^ turned(i / 2) * 16;
+        a[i] = device::load_shared_32<kOffset + (kStep * 8 + i / 2) * kRowBytes>(from ^ kBits);
+      });
+    }
   }
 };
 
@@ -91,7 +80,7 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kSpan = Tiles::kSpan, kRows = Tiles::kRows;
   constexpr int kThreads = Tiles::kThreads, kStages = Tiles::kStages;
   constexpr int kPartTiles = kDim / 8 / Tiles::kParts, kSteps = kRows / device::kStepElements<Op>;
-  using Exchange = StickExchange<Op, kSpan, Tiles::kExchangeRowBytes>;
+  using Exchange = StickExchange<Op, Tiles::kExchangeRowBytes>;
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
@@ -108,13 +97,12 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const StickTileCopy<T, kRowBytes, kThreads> copy(p.head_dim);
   const auto copy_keys = [&](device::SharedAddress to, const void* tensor, const StickKeyStrides& strides,
                              bool aligned) {
-    const T* from =
-        stick_keys(static_cast<const T*>(tensor), strides, s, head, first_key + stick_key_of_slot<kSpan>(copy.row)) +
-        copy.column;
+    const std::int64_t step = copy.key_step(strides.token);
+    const std::uint8_t* newest = copy.template newest_key<kKeys>(
+        stick_keys(static_cast<const T*>(tensor), strides, s, head, first_key), strides.token);
 #pragma unroll
-    for (int i = 0; i < kKeys; i += kSpan) {
-      copy.template keys<kSpan>(to + i * kRowBytes, from, strides.token, s.keys - first_key - i, aligned);
-      from += kSpan * strides.token;
+    for (int i = kKeys - kSpan; i >= 0; i -= kSpan) {
+      copy.template keys<kSpan>(to + i * kRowBytes, newest, step, s.keys - first_key - i, aligned);
     }
   };
   copy_keys(key_tile, p.k, p.k_strides, launch.k_aligned);
@@ -141,15 +129,16 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const StickBeta beta{-launch.factor};
   StickKeep<kSpan> keep(p, s);
   keep.load(span_key);
-  const std::uint32_t kept = keep.run();
+  const auto kept = keep.bits();
   const int key_in_tile = warp % (kKeys / 16) * 16, part = warp / (kKeys / 16);
   float grad_k[kPartTiles][4] = {}, grad_v[kPartTiles][4] = {};
 
   // This lane's places in the tiles.
   device::SharedAddress query_lane = device::a_rows<kRowBytes>(ring + row_in_tile * kRowBytes);
-  device::SharedAddress key_lane = device::b_rows<kRowBytes>(key_tile + span_in_tile * kRowBytes);
+  const device::SharedAddress span_tile = key_tile + span_in_tile * kRowBytes;
+  device::SharedAddress key_lane = stick_key_rows<kRowBytes, kSpan / 4>(span_tile);
   device::SharedAddress column_lane = device::b_columns<Op, kRowBytes>(ring) ^ (part * (kRowBytes / Tiles::kParts));
-  device::SharedAddress store_lane = Exchange::store_lane(exchange, row_in_tile, span_in_tile);
+  device::SharedAddress store_lane = Exchange::template store_lane<kSpan / 4>(exchange, row_in_tile, span_in_tile);
   device::SharedAddress load_lane = Exchange::load_lane(exchange, key_in_tile);
   if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types fragments need the registers
     device::keep(query_lane);
@@ -158,56 +147,77 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
     device::keep(store_lane);
     device::keep(load_lane);
   }
-  const auto exchange_all = [&](const float (&weights)[kSpan / 8][4], const float (&grads)[kSpan / 8][4]) {
-    Exchange::template store<0>(store_lane, weights);
-    Exchange::template store<Tiles::kExchangeBytes>(store_lane, grads);
-  };
+  const int group = static_cast<int>(p.group);
+  const int span_row = s.first_row(p, span_key), own_row = s.first_row(p, first_key + key_in_tile);
 
-  const auto step = [&](int tile, device::SharedAddress stage) {
-    const int warp_row = tile * kRows + row_in_tile;
-    const int warp_newest = warp_row < s.rows ? s.newest_key(p, min(warp_row + 16, s.rows) - 1) : -1;
-    if (warp_newest < span_key) {
-      const float nothing[kSpan / 8][4] = {};
-      exchange_all(nothing, nothing);
-    } else {
-      float stick[2], older[2];
+  const auto scan = [&](int tile, device::SharedAddress stage) {
+    const int warp_row = tile * kRows + row_in_tile, last_row = min(warp_row + 16, s.rows) - 1;
+    if (warp_row >= s.rows || last_row < span_row) return;
+    float stick[2], older[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bool there = warp_row + lane / 4 + 8 * half < s.rows;
-        const std::int64_t at = place + tile * kRows + 8 * half;
-        stick[half] = there ? launch.sticks[at] : 0.0f;
-        older[half] = there ? launch.olders[at] : 0.0f;
-      }
-      const device::SharedAddress query_rows = query_lane + (stage - ring);
-      float scores[kSpan / 8][4] = {}, grads[kSpan / 8][4] = {};
-      device::multiply_rows<Op, kRowBytes>(
-          scores, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows); }, key_lane);
-      device::multiply_rows<Op, kRowBytes>(
+    for (int half = 0; half < 2; ++half) {
+      const bool there = warp_row + lane / 4 + 8 * half < s.rows;
+      const std::int64_t at = place + tile * kRows + 8 * half;
+      stick[half] = there ? launch.sticks[at] : 0.0f;
+      older[half] = there ? launch.olders[at] : 0.0f;
+    }
+    const device::SharedAddress query_rows = query_lane + (stage - ring);
+    stick_take_oldest<kSpan / 8>(last_row - span_row, group, [&](auto tiles) {
+      constexpr bool kWhole = tiles == kSpan / 8;
+      constexpr int kRun = 2 * tiles;
+      const device::SharedAddress key_rows = kWhole ? key_lane : stick_key_rows<kRowBytes, kRun>(span_tile);
+      float scores[tiles][4] = {}, grads[tiles][4] = {};
+      device::multiply_rows<Op, kRowBytes, StickKeyOrder>(
+          scores, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows); }, key_rows);
+      device::multiply_rows<Op, kRowBytes, StickKeyOrder>(
           grads, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows + Tiles::kQueryBytes); },
-          key_lane + Tiles::kKeyBytes);
-      const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
+          key_rows + Tiles::kKeyBytes);
+      StickRuns<Op, tiles> weights, grad_scores;
+      const auto scan_keys = [&](auto masked, const std::uint32_t (&visible)[2]) {
         stick_scan_backward<Op, masked>(
-            scores, grads, beta, visible, stick, [](int, const device::QuadScan&) {},
+            scores, grads, weights, beta, visible, stick, [](int, const device::QuadScan&) {},
             [&](int half, float) { return older[half]; }, [](int, const device::QuadScan&, float) {});
       };
-      if (keep.all() && s.newest_key(p, warp_row) >= span_key + kSpan - 1) {
-        scan(std::false_type{}, {});
+      if (kWhole && keep.all() && warp_row >= span_row + (kSpan - 1) * group) {
+        scan_keys(std::false_type{}, {});
       } else {
         const auto visible = [&](int row) {
-          return row < s.rows ? stick_visible<kSpan>(s.newest_key(p, row) - span_key, kept) : 0;
+          return row < s.rows ? stick_visible<kRun>(s.newest_key(p, row) - span_key, kept) : 0;
         };
-        scan(std::true_type{}, {visible(warp_row + lane / 4), visible(warp_row + lane / 4 + 8)});
+        scan_keys(std::true_type{}, {visible(warp_row + lane / 4), visible(warp_row + lane / 4 + 8)});
       }
-      exchange_all(scores, grads);
-    }
-    __syncthreads();
+#pragma unroll
+      for (int i = 0; i < tiles; ++i) {
+        grad_scores[0][i] = stick_pair<Op>(grads[i][0], grads[i][1]);
+        grad_scores[1][i] = stick_pair<Op>(grads[i][2], grads[i][3]);
+      }
+      const device::SharedAddress to =
+          kWhole ? store_lane : Exchange::template store_lane<kRun>(exchange, row_in_tile, span_in_tile);
+      Exchange::template store<0, tiles>(to, weights);
+      Exchange::template store<Tiles::kExchangeBytes, tiles>(to, grad_scores);
+    });
+  };
 
-    device::FragmentA a[kSteps];
+  const auto accumulate = [&](int tile, device::SharedAddress stage) {
     const device::SharedAddress columns = column_lane + (stage - ring);
-    Exchange::template load<0>(a, load_lane);
-    device::multiply_columns<Op, kRowBytes>(grad_v, a, columns + Tiles::kQueryBytes);
-    Exchange::template load<Tiles::kExchangeBytes>(a, load_lane);
-    device::multiply_columns<Op, kRowBytes>(grad_k, a, columns);
+    const int first_row = tile * kRows;
+    const auto multiply = [&](auto first, auto count) {  // steps
+      constexpr int kFirst = first * device::kStepElements<Op> * kRowBytes;
+      device::FragmentA a[count];
+      device::static_for<count>([&](auto i) { Exchange::template load<0, first + i>(a[i], load_lane); });
+      device::multiply_columns<Op, kRowBytes>(grad_v, a, columns + (Tiles::kQueryBytes + kFirst));
+      device::static_for<count>(
+          [&](auto i) { Exchange::template load<Tiles::kExchangeBytes, first + i>(a[i], load_lane); });
+      device::multiply_columns<Op, kRowBytes>(grad_k, a, columns + kFirst);
+    };
+    if (own_row < first_row + 16 && first_row + kRows - 16 < s.rows) {
+      multiply(std::integral_constant<int, 0>{}, std::integral_constant<int, kSteps>{});
+    } else {
+      device::static_for<kSteps>([&](auto step) {
+        const int rows = first_row + step * device::kStepElements<Op> / 16 * 16;
+        if (rows < s.rows && own_row < min(rows + 16, s.rows)) multiply(step, std::integral_constant<int, 1>{});
+      });
+    }
   };
 
   // Query tiles from the first that sees a key on, those that forward took to this tile: found kThreads at a time.
@@ -250,7 +260,9 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
         if (following < kThreads) copy_queries(chunk + following, next);
         device::cp_async_commit();
       }
-      step(chunk + tile, stage);
+      scan(chunk + tile, stage);
+      __syncthreads();
+      accumulate(chunk + tile, stage);
       if constexpr (kStages > 1) {
         const device::SharedAddress used = stage;
         stage = next;

@@ -5,63 +5,57 @@
 // Shared memory: Q and dO, and a ring of kStages of K and V; Q's place takes dQ at the end.
 #pragma once
 
+#include "device/row_products.cuh"
 #include "stick_attention/stick_backward.cuh"
 
 namespace mfx {
 
 // Per row of a warp: delta = do . o + dr r with o as it was before rounding, and what bounds sums of G: |sum of older
-// G|
-// <= stick * reach, with reach >= |do| max|v| + |dr|. Lanes (g, c) get those of rows g and g + 8; of rows behind the
+// G| <= stick * reach, with reach >= |do| max|v| + |dr|. Lanes (g, c) get those of rows g and g + 8; of rows behind the
 // sequence's end they mean nothing.
 template <typename T, int kRowBytes>
 __device__ inline void stick_row_sums(const StickBackwardLaunch& launch, const StickSequence& s, std::int64_t head,
                                       int first_row, device::SharedAddress grad_rows, float longest, float (&delta)[2],
                                       float (&reach)[2]) {
-  constexpr int kChunks = kRowBytes / 16, kLanes = kChunks < 32 ? kChunks : 32;  // that share a row
-  constexpr int kRowsAtOnce = 32 / kLanes, kRounds = 16 / kRowsAtOnce;
   constexpr int kElements = 16 / static_cast<int>(sizeof(T));
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
-  const int lane = threadIdx.x & 31, own_row = lane / kLanes;
-  const T* const o = static_cast<const T*>(params.o);
-  const StickRows<const T> rows(o, params.o_strides, p, s, head, first_row);
-  const std::int64_t stride = rows.count >= 16 ? rows.stride(kRowsAtOnce) : 0;
-  const T* const own = rows.at(own_row);
-  const auto read = [&](const T* from, float (&x)[kElements]) {
-    const uint4 words = launch.o_aligned ? device::load_global_128_constant(from) : stick_gather_chunk(from);
-    device::unpack_chunk<T>(words, x);
-  };
-  float sums[2 * kRounds] = {};  // of each row do . o and do . do, of this lane's columns
+  const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
+  const StickRows<const T> rows(static_cast<const T*>(params.o), params.o_strides, p, s, head, first_row);
+  const T* const own[2] = {rows.at(min(g, rows.count - 1)), rows.at(min(g + 8, rows.count - 1))};
+  // Odd rows take their chunks of 64 bytes in exchanged pairs, so that a load from shared memory meets no bank twice.
+  const device::SharedAddress grads = grad_rows + device::swizzled_offset<kRowBytes>(g, c + g % 2 * 4);
+  const int first_column = (c + g % 2 * 4) * kElements;
+  const auto read = [&](uint4(&x)[2], const void* tensor, int column) {
+    const std::int64_t other = static_cast<const T*>(tensor) - static_cast<const T*>(params.o);
 #pragma unroll
-  for (int round = 0; round < kRounds; ++round) {
-    const int row = round * kRowsAtOnce + own_row;
-    const T* const source = stride != 0 ? own + round * stride : rows.at(min(row, rows.count - 1));
-    for (int chunk = lane % kLanes; chunk < kChunks; chunk += kLanes) {
-      const int column = chunk * kElements;
-      if (column >= p.head_dim) break;
-      float value[kElements], grad[kElements];
-      read(source + column, value);
-      if (params.residual != nullptr) {
-        float lost[kElements];
-        read(static_cast<const T*>(params.residual) + (source - o) + column, lost);
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) value[i] += lost[i];
-      }
-      device::unpack_chunk<T>(device::load_shared_128(grad_rows + device::swizzled_offset<kRowBytes>(row, chunk)),
-                              grad);
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        sums[2 * round] += grad[i] * value[i];
-        sums[2 * round + 1] += grad[i] * grad[i];
-      }
+    for (int half = 0; half < 2; ++half) {
+      const T* const from = own[half] + other + column;
+      x[half] = column >= p.head_dim ? uint4{0, 0, 0, 0}
+                : launch.o_aligned   ? device::load_global_128_constant(from)
+                                     : stick_gather_chunk(from);
     }
-  }
-  device::sum_and_spread<kLanes, 2 * kRounds>(sums);  // lane 2 round + i of a row's lanes has sum i
+  };
+  device::RowProducts<T> with_o, squares;
+  device::static_for<kRowBytes / 64>([&](auto i) {
+    constexpr int kBits = i % 2 * 64, kOffset = i * 64 - kBits;
+    const int column = (first_column ^ i % 2 * 4 * kElements) + i / 2 * 8 * kElements;
+    const uint4 grad[2] = {device::load_shared_128<kOffset>(grads ^ kBits),
+                           device::load_shared_128<kOffset + 8 * kRowBytes>(grads ^ kBits)};
+    uint4 out[2];
+    read(out, params.o, column);
+    with_o.add(grad, out);
+    squares.add(grad, grad);
+    if (params.residual != nullptr) {
+      read(out, params.residual, column);
+      with_o.add(grad, out);
+    }
+  });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half, at = row % kRowsAtOnce * kLanes + row / kRowsAtOnce * 2;
-    delta[half] = __shfl_sync(device::kAllLanes, sums[0], at);
-    float most = 1.01f * sqrtf(__shfl_sync(device::kAllLanes, sums[0], at + 1) * longest);  // 1.01 for rounding
+    const int row = g + 8 * half;
+    delta[half] = with_o(half);
+    float most = 1.01f * sqrtf(squares(half) * longest);  // 1.01 for rounding
     if (params.grad_remainder != nullptr && row < rows.count) {
       const std::int64_t flat = stick_flat_row(p, s, head, first_row + row);
       const float grad = static_cast<const float*>(params.grad_remainder)[flat];
@@ -149,7 +143,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
       passed[half] = state.y;
     }
   }
-  const int warp_oldest = s.newest_key(p, warp_row);
+  const int warp_oldest = s.newest_key(p, warp_row), warp_newest = s.newest_key(p, min(warp_row + 16, s.rows) - 1);
   const StickBeta beta{-launch.factor};
   const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + row_in_tile * kRowBytes);
   const device::SharedAddress grad_rows = device::a_rows<kRowBytes>(grads + row_in_tile * kRowBytes);
@@ -182,9 +176,9 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
     });
   }
 
-  device::SharedAddress key_rows = device::b_rows<kRowBytes>(ring);
-  device::SharedAddress value_rows = walk.k_is_v ? key_rows : key_rows + Tiles::kTileBytes;
-  device::SharedAddress key_columns = device::b_columns<Op, kRowBytes>(ring);
+  const std::uint32_t value_tile = walk.k_is_v ? 0 : Tiles::kTileBytes;  // behind that of keys
+  device::SharedAddress key_rows = stick_key_rows<kRowBytes, kKeys / 4>(ring);
+  device::SharedAddress key_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(ring);
   // Where this lane leaves the state of row g at a span's edge; of row g + 8 eight further. Of the lanes of a span the
   // first leaves the sum of G over older keys, the last the stick.
   const bool notes_older = lane % kSpanLanes == 0, notes_stick = lane % kSpanLanes == kSpanLanes - 1;
@@ -195,6 +189,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   for (; key_tile * kKeys >= keys.begin; --key_tile) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     __syncthreads();  // the tile is there for all, all are done with the one before, and its place is free
+    const device::SharedAddress place = target;
     if constexpr (kStages == 1) {
       walk.next(target, true);
       device::cp_async_wait<0>();
@@ -204,14 +199,19 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
       walk.next(target, (key_tile - 1) * kKeys >= keys.begin);
     }
     const int first_key = key_tile * kKeys;
-    const std::uint32_t kept = keep.run(first_key - kKeys);
-    float scores[kKeyTiles][4] = {}, grad_weights[kKeyTiles][4] = {};
-    device::multiply_rows<Op, kRowBytes>(scores, q, key_rows);
-    device::multiply_rows<Op, kRowBytes>(grad_weights, grad_o, value_rows);
+    const auto kept = keep.bits(first_key - kKeys);
+    const auto take = [&](auto tiles) {
+    constexpr bool kWhole = tiles == kKeyTiles;
+    constexpr int kRun = 2 * tiles;
+    const device::SharedAddress rows = kWhole ? key_rows : stick_key_rows<kRowBytes, kRun>(place);
+    float scores[tiles][4] = {}, grad_weights[tiles][4] = {};
+    device::multiply_rows<Op, kRowBytes, StickKeyOrder>(scores, q, rows);
+    device::multiply_rows<Op, kRowBytes, StickKeyOrder>(grad_weights, grad_o, rows + value_tile);
+    StickRuns<Op, tiles> weights;
     float left[2];
     const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
       stick_scan_backward<Op, masked>(
-          scores, grad_weights, beta, visible, stick,
+          scores, grad_weights, weights, beta, visible, stick,
           [&](int half, const device::QuadScan& newer) {
             left[half] =
                 stick_left(newer, stick[half], [&] { return stick_sum(scores, half) * newer.later * stick[half]; });
@@ -228,18 +228,26 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
             stick[half] = left[half];
           });
     };
-    if (keep.all() && warp_oldest >= first_key + kKeys - 1) {
+    if (kWhole && keep.all() && warp_oldest >= first_key + kKeys - 1) {
       scan(std::false_type{}, {});
     } else {
       scan(std::true_type{},
-           {stick_visible<kKeys>(newest[0] - first_key, kept), stick_visible<kKeys>(newest[1] - first_key, kept)});
+           {stick_visible<kRun>(newest[0] - first_key, kept), stick_visible<kRun>(newest[1] - first_key, kept)});
     }
-    device::FragmentA grad_scores[device::steps_of_tiles<Op>(kKeyTiles)];
+    device::FragmentA grad_scores[device::steps_of_tiles<Op>(tiles)];
     device::pack_a<Op>(grad_scores, grad_weights);
-    device::multiply_columns<Op, kRowBytes>(grad_q, grad_scores, key_columns);
+    device::multiply_columns<Op, kRowBytes, StickKeyOrder>(
+        grad_q, grad_scores, kWhole ? key_columns : stick_key_columns<Op, kRowBytes, kRun>(place));
+    };
+    if (warp_newest >= first_key) {
+      if constexpr (kSpan == kKeys) {
+        stick_take_oldest<kKeyTiles>(warp_newest - first_key, 1, take);
+      } else {  // a span has the lanes that it has in whole tiles
+        take(std::integral_constant<int, kKeyTiles>{});
+      }
+    }
     note -= kKeys / kSpan * span_stride;
     key_rows += to_other;
-    value_rows += to_other;
     key_columns += to_other;
     to_other = -to_other;
   }

@@ -1,8 +1,7 @@
 // The stick scan over one tile of scores in mma accumulators, in registers.
 //
-// A quad's lane c holds columns 2c and 2c + 1 of every 8-column tile j. Keys are stored in shared memory so that slot
-// 8j + 2c + b is key c * (keys / 4) + 2j + b: lane c owns a contiguous run of keys, scans it serially, and one scan
-// over the quad finishes a row. Newest key first, with e = exp(scale s), u = 1 / (1 + e) = 1 - beta:
+// Lane c of a quad owns a run of consecutive keys (stick_key_tile.cuh), scans it serially, and one scan over the quad
+// finishes a row. Newest key first, with e = exp(scale s), u = 1 / (1 + e) = 1 - beta:
 //
 //   weight = e * (product of u from here to the newest key of the tile) * stick        since beta = e u
 //
@@ -16,12 +15,6 @@
 #include "device/warp.cuh"
 
 namespace mfx {
-
-// Key in its tile that a slot of shared memory holds. Linear over disjoint bits: key(a | b) = key(a) + key(b).
-template <int kKeys>
-__host__ __device__ constexpr int stick_key_of_slot(unsigned slot) {
-  return static_cast<int>((slot % 8 / 2) * (kKeys / 4) + slot / 8 * 2 + slot % 2);
-}
 
 // exp(scale * s) = 2^min(s * factor, limit). At the limit, a logit of 21.5, u is 5e-10, so that weights are 0 or 1 to
 // every digit that is kept, while the product of four 1 + e is in range.
@@ -43,13 +36,13 @@ struct StickBeta {
   }
 };
 
-// Which keys of a lane's run a row sees: bit i is key c * (keys / 4) + i.
-template <int kKeys>
-__device__ inline std::uint32_t stick_visible(int newest, std::uint32_t keep) {
-  constexpr int kRun = kKeys / 4;
+// Which keys of a lane's run a row sees: bit i is key c * kRun + i. `newest` is the newest key that it sees, `kept` those
+// that padding leaves, relative to the tile.
+template <int kRun, typename Bits>
+__device__ inline std::uint32_t stick_visible(int newest, Bits kept) {
   const int first = static_cast<int>(threadIdx.x & 3) * kRun;
-  const int count = min(max(newest + 1 - first, 0), kRun);  // newest key the row sees, relative to the tile
-  return keep & ((1u << count) - 1);
+  const int count = min(max(newest + 1 - first, 0), kRun);
+  return static_cast<std::uint32_t>(kept >> first) & ((1u << count) - 1);
 }
 
 // Weights lie in [0, 1]; in units of 2^-12 half precision keeps small ones (2^-24 is its smallest number).
@@ -124,29 +117,47 @@ __device__ inline void stick_scan_forward(float (&scores)[kTiles][4], const Stic
   }
 }
 
-// Two weights, times their unit, as they are rounded for a product. Of float there is nothing to round.
+// Two neighbours rounded to operand type, as they lie in memory.
 template <typename Op>
-__device__ inline float2 stick_rounded(float x, float y) {
+struct StickPair {
+  std::uint32_t words[sizeof(Op) / 2];
+};
+
+template <typename Op>
+__device__ inline StickPair<Op> stick_pair(float x, float y) {
   if constexpr (sizeof(Op) == 2) {
-    const std::uint32_t pair = device::pack_pair<Op>(x, y);
-    return {device::low_of_pair<Op>(pair), device::high_of_pair<Op>(pair)};
+    return {device::pack_pair<Op>(x, y)};
   } else {
-    return {x, y};
+    return {__float_as_uint(x), __float_as_uint(y)};
   }
 }
+
+template <typename Op>
+__device__ inline float2 stick_rounded(const StickPair<Op>& pair) {
+  if constexpr (sizeof(Op) == 2) {
+    return {device::low_of_pair<Op>(pair.words[0]), device::high_of_pair<Op>(pair.words[0])};
+  } else {
+    return {__uint_as_float(pair.words[0]), __uint_as_float(pair.words[1])};
+  }
+}
+
+// A lane's runs of keys of rows g and g + 8.
+template <typename Op, int kTiles>
+using StickRuns = StickPair<Op>[2][kTiles];
 
 // Backward meets the same weights. With G = weight * dp and u = 1 - beta,
 //
 //   ds / scale = u G - beta * (sum of older G) = G - beta * (sum of G from here to the oldest key).
 //
 // Weights enter G as they were rounded for the product that made o. In: scores and dp. Out: rounded weights times their
-// unit, and ds / scale. On the way, for row g + 8 half: `left(half, newer)` may look at the weights without the shares
+// unit, ds / scale in the place of dp. On the way, for row g + 8 half: `left(half, newer)` may look at the weights without the shares
 // of newer lanes and tiles; `edge(half, mass)` gets the tile's sum of G and returns that of all keys older than the
 // tile; `note(half, newer, older)` gets the sum of G over the keys older than this lane's run.
 template <typename Op, bool kMasked, int kTiles, typename Left, typename Edge, typename Note>
 __device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&grads)[kTiles][4],
-                                           const StickBeta& beta_of, const std::uint32_t (&visible)[2],
-                                           const float (&stick)[2], Left&& left, Edge&& edge, Note&& note) {
+                                           StickRuns<Op, kTiles>& weights, const StickBeta& beta_of,
+                                           const std::uint32_t (&visible)[2], const float (&stick)[2], Left&& left,
+                                           Edge&& edge, Note&& note) {
   constexpr float kUnit = kStickWeightUnit<Op>;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -165,12 +176,10 @@ __device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&g
     float sum = 0.0f;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      float &first = scores[tile][2 * half], &second = scores[tile][2 * half + 1];
-      const float2 weights = stick_rounded<Op>(first * share, second * share);
-      first = weights.x;
-      second = weights.y;
-      grads[tile][2 * half] *= kUnit == 1.0f ? weights.x : weights.x * (1.0f / kUnit);
-      grads[tile][2 * half + 1] *= kUnit == 1.0f ? weights.y : weights.y * (1.0f / kUnit);
+      weights[half][tile] = stick_pair<Op>(scores[tile][2 * half] * share, scores[tile][2 * half + 1] * share);
+      const float2 rounded = stick_rounded(weights[half][tile]);
+      grads[tile][2 * half] *= kUnit == 1.0f ? rounded.x : rounded.x * (1.0f / kUnit);
+      grads[tile][2 * half + 1] *= kUnit == 1.0f ? rounded.y : rounded.y * (1.0f / kUnit);
       sum += grads[tile][2 * half];
       sum += grads[tile][2 * half + 1];
     }

@@ -192,7 +192,7 @@ template <typename Op, typename Edge>
 __device__ inline float2 stick_wide_gradients(const StickWideScan& scan, float stick, const float2& grad_weights,
                                               float2& weights, Edge&& edge) {
   constexpr float kUnit = kStickWeightUnit<Op>;
-  weights = stick_rounded<Op>(scan.weight[0] * (stick * kUnit), scan.weight[1] * (stick * kUnit));
+  weights = stick_rounded(stick_pair<Op>(scan.weight[0] * (stick * kUnit), scan.weight[1] * (stick * kUnit)));
   const float g0 = weights.x * (1.0f / kUnit) * grad_weights.x, g1 = weights.y * (1.0f / kUnit) * grad_weights.y;
   const int lane = threadIdx.x & 7;
   float sum = g0 + g1;  // of this lane's keys and, step by step, older ones
