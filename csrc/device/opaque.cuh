@@ -9,5 +9,9 @@ namespace mfx::device {
 __device__ inline void make_opaque(std::uint32_t& x) {
   asm volatile("" : "+r"(x));
 }
+template <typename T>
+__device__ inline void make_opaque(const T*& x) {
+  asm volatile("" : "+l"(x));
+}
 
 }  // namespace mfx::device

@@ -37,7 +37,7 @@ class RowProducts {
     if constexpr (kIs16Bit<T>) {
       const int lane = threadIdx.x & 31, g = lane / 4;
       const float own = g % 2 == 0 ? acc_[half][2 * half] : acc_[half][2 * half + 1];
-      return __shfl_sync(kAllLanes, own, lane / 4 * 4 + g / 2);
+      return of_lane(own, g * 4 + g / 2);
     } else {
       return lanes_sum<kQuad>((acc_[half][0] + acc_[half][1]) + (acc_[half][2] + acc_[half][3]));
     }

@@ -179,7 +179,8 @@ __device__ inline void multiply_columns(float (&acc)[kTiles][4], const FragmentA
     static_for<kTiles / 2>([&](auto pair) {
       static_for<kSteps>([&](auto step) {
         std::uint32_t b[4];
-        ldmatrix_x4_trans<step_offset(pair) + step * Order::kRowsOf16 * kRowBytes>(b, columns ^ Order::bits(pair, step));
+        ldmatrix_x4_trans<step_offset(pair) + step * Order::kRowsOf16 * kRowBytes>(b,
+                                                                                   columns ^ Order::bits(pair, step));
         multiply_step<Op>(acc[2 * pair], a[step], b[0], b[1], acc[2 * pair]);
         multiply_step<Op>(acc[2 * pair + 1], a[step], b[2], b[3], acc[2 * pair + 1]);
       });

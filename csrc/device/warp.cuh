@@ -16,6 +16,13 @@ __device__ inline float exchange(float x) {
   return y;
 }
 
+// What lane `lane` has. PTX ISA, "shfl.sync".
+__device__ inline float of_lane(float x, int lane) {
+  float y;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(y) : "f"(x), "r"(lane));
+  return y;
+}
+
 template <int kWidth = kWarp>
 __device__ inline float lanes_sum(float x) {
   if constexpr (kWidth > 1) {

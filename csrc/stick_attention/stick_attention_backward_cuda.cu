@@ -25,7 +25,7 @@ struct Instance {
   DType dtype;
   bool tf32;
   int most_head_dim;
-  int forward_keys, query_rows, keys, span;
+  int forward_keys, query_rows, keys, keys_per_note;
   Kernel lengths, query, key;
 };
 
@@ -44,7 +44,7 @@ extern "C" __global__ void stick_bwd_lengths_fp32(const __grid_constant__ StickB
 #define MFX_STICK_BACKWARD_KERNELS(name, dtype, op, dim)                                           \
   extern "C" __global__ void __launch_bounds__(StickQueryGradTiles<op, dim>::kThreads, 1)          \
       stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) { \
-    stick_query_grad<op, dim, StickKeyGradTiles<op, dim>::kSpan>(launch);                          \
+    stick_query_grad<op, dim>(launch);                                                             \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(StickKeyGradTiles<op, dim>::kThreads, 1)            \
       stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) {   \
@@ -80,7 +80,7 @@ constexpr Instance instance(DType dtype, const char* query_name, void (*query)(S
           kWide ? StickWide<Op>::kKeys : StickForwardTiles<Op, kDim>::kKeys,
           Query::kRows,
           Key::kKeys,
-          Key::kSpan,
+          kWide ? Key::kKeys : Query::kKeys / kStickRuns,
           {nullptr, lengths, 128, 0},
           {query_name, query, Query::kThreads, Query::kSharedBytes},
           {key_name, key, Key::kThreads, Key::kSharedBytes}};
@@ -109,7 +109,7 @@ const Instance* find(const StickAttentionProblem& p) {
 
 // Where the parts of the workspace begin, in bytes. See StickBackwardLaunch.
 struct Workspace {
-  std::int64_t rows, length_slots, olders, states, sums, lengths, bytes;
+  std::int64_t rows, length_slots, states, sums, lengths, bytes;
 
   Workspace(const Instance& instance, const StickAttentionProblem& p)
       : rows(p.tokens_q * p.group * (p.cu_seqlens_q == nullptr ? p.sequences : 1)),
@@ -118,8 +118,7 @@ struct Workspace {
     const std::int64_t all_rows = p.heads * rows;
     const bool windows = p.tokens_k > kStickWindow;
     const auto aligned = [](std::int64_t n) { return (n + 15) / 16 * 16; };
-    olders = aligned(keys / instance.span * all_rows * 4);
-    states = 2 * olders;
+    states = aligned(keys / instance.keys_per_note * all_rows * static_cast<int>(sizeof(StickNote)));
     sums = states + (windows ? aligned(all_rows * 8) : 0);
     lengths = sums + (windows ? aligned(all_rows * p.head_dim * 4) : 0);
     bytes = lengths + p.heads * length_slots * 4;
@@ -169,8 +168,7 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
       .newest_window = true,
       .rows = workspace.rows,
       .length_slots = workspace.length_slots,
-      .sticks = reinterpret_cast<float*>(memory),
-      .olders = reinterpret_cast<float*>(memory + workspace.olders),
+      .notes = reinterpret_cast<StickNote*>(memory),
       .states = reinterpret_cast<float2*>(memory + workspace.states),
       .sums = reinterpret_cast<float*>(memory + workspace.sums),
       .lengths = reinterpret_cast<float*>(memory + workspace.lengths),

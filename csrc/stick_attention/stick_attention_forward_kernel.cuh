@@ -77,12 +77,14 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
                                                           launch.v_aligned);
   const std::uint32_t value_tile = walk.k_is_v ? 0 : Tiles::kTileBytes;  // behind that of keys
-  // The tile's place in the ring, and this lane's in the tile.
-  device::SharedAddress target = ring;
-  device::SharedAddress key_rows = stick_key_rows<kRowBytes, kKeys / 4>(ring);
-  device::SharedAddress value_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(ring + value_tile);
-  int to_other = (kStages - 1) * 2 * Tiles::kTileBytes;  // from a tile's place in the ring to the next one's
-  if constexpr (kStages > 1) walk.next(target, key_tile >= 0);
+  std::uint32_t key_rows = stick_key_rows<kRowBytes, kKeys / 4>(lane);
+  std::uint32_t value_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(lane) + value_tile;
+  device::keep(key_rows);
+  device::keep(value_columns);
+  device::SharedAddress next = ring;                                      // place of the tile that is met next
+  std::uint32_t both = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // places of the ring, added up
+  device::keep(both);
+  if constexpr (kStages > 1) walk.next(next, key_tile >= 0);
   keep.load(key_tile * kKeys);
   if constexpr (kKeepQueries) {
     device::cp_async_wait<0>();
@@ -93,14 +95,14 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     // The tile is there for all, all are done with the one before, and its place is free. Are all sticks used up?
     if (device::barrier_all_at_most(stick[0], stick[1], epsilon)) break;
-    const device::SharedAddress place = target;
+    const device::SharedAddress place = next;
     if constexpr (kStages == 1) {
-      walk.next(target, true);
+      walk.next(place, true);
       device::cp_async_wait<0>();
       __syncthreads();
     } else {
-      target += to_other;
-      walk.next(target, key_tile > 0);
+      next = both - place;
+      walk.next(next, key_tile > 0);
     }
     const int first_key = key_tile * kKeys;
     const auto kept = keep.bits(first_key - kKeys);
@@ -110,23 +112,20 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
         constexpr int kRun = 2 * tiles;
         float scores[tiles][4] = {};
         device::multiply_rows<Op, kRowBytes, StickKeyOrder>(
-            scores, q, kWhole ? key_rows : stick_key_rows<kRowBytes, kRun>(place));
+            scores, q, place + (kWhole ? key_rows : stick_key_rows<kRowBytes, kRun>(stick_lane())));
         if (kWhole && keep.all() && warp_oldest >= first_key + kKeys - 1) {
           stick_scan_forward<false>(scores, odds, {}, kStickWeightUnit<Op>, stick);
         } else {
-          const std::uint32_t visible[2] = {stick_visible<kRun>(newest[0] - first_key, kept),
-                                            stick_visible<kRun>(newest[1] - first_key, kept)};
+          const StickVisible visible = stick_visible<kRun>(newest[0] - first_key, newest[1] - first_key, kept);
           stick_scan_forward<true>(scores, odds, visible, kStickWeightUnit<Op>, stick);
         }
         device::FragmentA weights[device::steps_of_tiles<Op>(tiles)];
         device::pack_a<Op>(weights, scores);
         device::multiply_columns<Op, kRowBytes, StickKeyOrder>(
-            o, weights, kWhole ? value_columns : stick_key_columns<Op, kRowBytes, kRun>(place + value_tile));
+            o, weights,
+            place + (kWhole ? value_columns : stick_key_columns<Op, kRowBytes, kRun>(stick_lane()) + value_tile));
       });
     }
-    key_rows += to_other;
-    value_columns += to_other;
-    to_other = -to_other;
   }
   device::cp_async_wait_all();
 

@@ -2,20 +2,21 @@
 // locks.
 //
 //   query kernel   a block per query tile walks its key tiles from the newest to the oldest, exactly those that forward
-//                  visited, and owns dQ. It leaves, per row and span of keys, the stick at the span's newer edge and
-//                  the sum of G over all keys older than the span.
+//                  visited, and owns dQ. It leaves notes: per row and run of keys, the stick at the run's newer edge
+//                  and the sum of G over all keys older than the run.
 //   key kernel     a block per key tile walks the query tiles that visited it and owns dK and dV. With what the query
-//                  kernel left it scans each span on its own.
+//                  kernel left it scans each run on its own.
 //
 // Both run once per window of kStickWindow keys, newest window first, so that the workspace is linear in the number of
 // tokens; rows whose walk goes on in an older window hand over stick, sum and dQ in binary32.
 #pragma once
 
+#include "device/row_products.cuh"
 #include "stick_attention/stick_store.cuh"
 
 namespace mfx {
 
-inline constexpr int kStickWindow = 2048;    // keys
+inline constexpr int kStickWindow = 1024;    // keys
 inline constexpr int kStickLengthKeys = 64;  // keys per bound of |v|
 
 struct StickBackwardLaunch {
@@ -26,32 +27,36 @@ struct StickBackwardLaunch {
   bool newest_window;
   std::int64_t rows;          // of all sequences, per head
   std::int64_t length_slots;  // of all sequences, per head
-  float* sticks;              // [window / span, heads, rows]
-  float* olders;              // the same
+  StickNote* notes;           // [window / span, heads, rows, runs of a span]
   float2* states;             // [heads, rows], where there are several windows: stick, sum of G
   float* sums;                // [heads, rows, D]: dQ / scale
   float* lengths;             // [heads, length_slots]: greatest |v|^2
   bool q_aligned, k_aligned, v_aligned, grad_o_aligned, o_aligned, grad_q_aligned, grad_k_aligned, grad_v_aligned;
 };
 
+// Keys that a warp scans at once, in both kernels: a span. Each lane of a quad has a run of them.
+constexpr int stick_span(int row_bytes) {
+  return row_bytes <= 128 ? 64 : row_bytes <= 256 ? 32 : 16;
+}
+inline constexpr int kStickRuns = 4;
+
 template <typename Op, int kDim>
 struct StickQueryGradTiles {
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Op));
   static constexpr int kRows = kRowBytes <= 512 ? 64 : 32;
-  static constexpr int kKeys = kRowBytes <= 128 ? 64 : kDim <= 128 ? 32 : 16;
+  static constexpr int kKeys = stick_span(kRowBytes);
   static constexpr int kStages = kRowBytes <= 256 ? 2 : 1;
   static constexpr int kThreads = 2 * kRows;
   static constexpr int kQueryBytes = kRows * kRowBytes;
   static constexpr int kTileBytes = kKeys * kRowBytes;
-  static constexpr int kTilesBytes = 2 * kQueryBytes + kStages * 2 * kTileBytes;
-  static constexpr int kSharedBytes = kTilesBytes + 128;  // and a word per warp
+  static constexpr int kSharedBytes = 2 * kQueryBytes + kStages * 2 * kTileBytes;
 };
 
 template <typename Op, int kDim>
 struct StickKeyGradTiles {
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Op));
   static constexpr int kKeys = sizeof(Op) == 2 ? (kDim <= 128 ? 64 : 32) : (kDim <= 128 ? 32 : 16);
-  static constexpr int kSpan = kRowBytes <= 128 ? 64 : kRowBytes <= 256 ? 32 : 16;  // keys that a warp scans
+  static constexpr int kSpan = stick_span(kRowBytes);
   static constexpr int kRows = kRowBytes <= 256 ? 64 : 32;
   static constexpr int kThreads = 32 * (kRows / 16) * (kKeys / kSpan);
   static constexpr int kParts = kThreads / 32 / (kKeys / 16);  // of the head dimension, per 16 keys
@@ -135,7 +140,7 @@ struct StickKeyTile {
         any(first_key < s.keys && first_key < launch.window_end) {}
 };
 
-// lengths[slot] = greatest |v|^2 of 64 keys: a warp each, eight lanes per key.
+// lengths[slot] = greatest |v|^2 of 64 keys: a warp each.
 template <typename T>
 __device__ inline void stick_value_lengths(const StickBackwardLaunch& launch) {
   constexpr int kElements = 16 / static_cast<int>(sizeof(T));
@@ -145,28 +150,37 @@ __device__ inline void stick_value_lengths(const StickBackwardLaunch& launch) {
   const std::int64_t head = at / launch.length_slots, slot = at % launch.length_slots;
   const auto [sequence, tile] = stick_find_slot(p.cu_seqlens_k, p.sequences, 1, p.tokens_k, kStickLengthKeys, slot);
   const StickSequence s(p, sequence);
-  const int lane = threadIdx.x & 31, keys = s.keys - tile * kStickLengthKeys;
-  const T* const from = stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head, tile * kStickLengthKeys);
+  const int lane = threadIdx.x & 31, row = lane / 4, own_column = lane % 4 * kElements;
+  const int keys = s.keys - tile * kStickLengthKeys, columns = static_cast<int>(p.head_dim);
+  const T* from =
+      stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head, tile * kStickLengthKeys + row) + own_column;
+  const std::int64_t half_stride = 8 * p.v_strides.token;
   float longest = 0.0f;
-#pragma unroll 1
-  for (int first = lane / 8; first < kStickLengthKeys; first += 32) {
-    float squares[8] = {};  // of keys first, first + 4, ...
-    for (int column = lane % 8 * kElements; column < p.head_dim; column += 8 * kElements) {
-      const T* chunk = from + first * p.v_strides.token + column;
+  const auto measure = [&](auto whole) {  // whether every chunk is there and aligned
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (first + 4 * i < keys) {
-          float x[kElements];
-          device::unpack_chunk<T>(
-              launch.v_aligned ? device::load_global_128_constant(chunk) : stick_gather_chunk(chunk), x);
+    for (int first = 0; first < kStickLengthKeys; first += 16) {
+      device::RowProducts<T> squares;
+      for (int column = 0; column < columns; column += 4 * kElements) {
+        uint4 x[2] = {};
 #pragma unroll
-          for (int j = 0; j < kElements; ++j) squares[i] += x[j] * x[j];
+        for (int half = 0; half < 2; ++half) {
+          const T* const chunk = from + column + half * half_stride;
+          if (whole) {
+            x[half] = device::load_global_128_constant(chunk);
+          } else if (column + own_column < columns && first + row + 8 * half < keys) {
+            x[half] = launch.v_aligned ? device::load_global_128_constant(chunk) : stick_gather_chunk(chunk);
+          }
         }
-        chunk += 4 * p.v_strides.token;
+        squares.add(x, x);
       }
+      longest = device::max_nan(longest, device::max_nan(squares(0), squares(1)));
+      from += 2 * half_stride;
     }
-    device::sum_and_spread<8, 8>(squares);
-    longest = device::max_nan(longest, squares[0]);
+  };
+  if (launch.v_aligned && keys >= kStickLengthKeys && columns % (4 * kElements) == 0) {
+    measure(std::true_type{});
+  } else {
+    measure(std::false_type{});
   }
   longest = device::lanes_max(longest);
   if (lane == 0) launch.lengths[at] = longest;

@@ -45,7 +45,7 @@ struct StickSequence {
 __device__ inline std::int64_t stick_first_slot(const std::int32_t* cu_seqlens, std::int64_t group, std::int64_t tokens,
                                                 int tile_rows, std::int64_t sequence) {
   if (cu_seqlens != nullptr) return cu_seqlens[sequence] * group / tile_rows + sequence;
-  return sequence * ((tokens * group + tile_rows - 1) / tile_rows);
+  return sequence * ((static_cast<std::uint64_t>(tokens * group) + tile_rows - 1) / tile_rows);
 }
 
 struct StickSlot {
@@ -56,7 +56,8 @@ struct StickSlot {
 __device__ inline StickSlot stick_find_slot(const std::int32_t* cu_seqlens, std::int64_t sequences, std::int64_t group,
                                             std::int64_t tokens, int tile_rows, std::int64_t slot) {
   if (cu_seqlens == nullptr) {
-    const auto tiles = static_cast<std::uint32_t>((tokens * group + tile_rows - 1) / tile_rows);
+    const auto tiles =
+        static_cast<std::uint32_t>((static_cast<std::uint64_t>(tokens * group) + tile_rows - 1) / tile_rows);
     const auto index = static_cast<std::uint32_t>(slot);
     return {static_cast<int>(index / tiles), static_cast<int>(index % tiles)};
   }
@@ -185,16 +186,18 @@ struct StickTileCopy {
   std::uint32_t key_offset;  // the same in a tile of keys
 
   __device__ explicit StickTileCopy(std::int64_t head_dim)
-      : row(static_cast<int>(threadIdx.x) / kChunks),
-        column(static_cast<int>(threadIdx.x) % kChunks * (16 / static_cast<int>(sizeof(T)))),
+      : row(static_cast<int>(threadIdx.x / kChunks)),
+        column(static_cast<int>(threadIdx.x % kChunks * (16 / sizeof(T)))),
         bytes(column < head_dim ? 16 : 0),
         offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)),
         key_offset(stick_key_offset<kRowBytes>(row, threadIdx.x % kChunks)) {
     device::keep(bytes);
+    device::keep(offset);
+    device::keep(key_offset);
   }
 
   // One chunk, kRound rounds behind the first; `size` is `bytes` or, where it is not there, 0.
-  template <int kRound>
+  template <int kRound, int kOffset = 0>
   __device__ void chunk(device::SharedAddress tile, const T* from, std::uint32_t size, bool aligned) const {
     constexpr int kRow = kRound * kRowsAtOnce;
     // Eight rows further on the swizzle is the same.
@@ -202,38 +205,44 @@ struct StickTileCopy {
         kRow % 8 == 0 ? tile + offset
                       : tile + device::swizzled_offset<kRowBytes>(kRow % 8 + row, threadIdx.x % kChunks);
     constexpr int kBehind = kRow / 8 * 8 * kRowBytes;
-    stick_copy_chunk<kBehind>(to, from, size, aligned);
+    stick_copy_chunk<kOffset + kBehind>(to, from, size, aligned);
   }
 
-  // This thread's chunk of the first round of a tile, and elements from round to round; 0 where rows must be found one
-  // by one.
+  // This thread's chunk of the first round of a tile, and bytes from round to round; 0 where rows must be found one by
+  // one.
   struct Lane {
-    const T* own;
-    std::int64_t stride;
+    const std::uint8_t* own;
+    std::int64_t step;
   };
   __device__ Lane lane(const StickRows<const T>& rows, bool aligned) const {
-    return {rows.at(row) + column, aligned ? rows.stride(kRowsAtOnce) : 0};
+    return {reinterpret_cast<const std::uint8_t*>(rows.at(row) + column),
+            aligned ? rows.stride(kRowsAtOnce) * static_cast<int>(sizeof(T)) : 0};
   }
 
-  // Copies the tile that is `index` tiles of kRows behind the first of `all`, whose lane() is `lane`.
+  // Copies the tile that is `index` tiles of kRows behind the first of those whose lane() is `lane`, kOffset bytes
+  // behind `tile`. It is whole.
+  template <int kRows, int kOffset = 0>
+  __device__ void whole_rows(device::SharedAddress tile, const Lane& lane, int index = 0) const {
+    static_assert(kRows % kRowsAtOnce == 0, "whole rounds");
+    constexpr int kRounds = kRows / kRowsAtOnce;
+    const std::uint8_t* from = lane.own + index * kRounds * lane.step;
+    device::static_for<kRounds>([&](auto round) {
+      chunk<round, kOffset>(tile, reinterpret_cast<const T*>(from), bytes, true);
+      if constexpr (round + 1 < kRounds) from += lane.step;
+      device::make_opaque(from);  // one step in registers, not its multiples
+    });
+  }
+
+  // The same of `all`, of which only some may be there.
   template <int kRows>
   __device__ void rows(device::SharedAddress tile, const StickRows<const T>& all, bool aligned, const Lane& lane,
                        int index = 0) const {
-    static_assert(kRows % kRowsAtOnce == 0, "whole rounds");
-    constexpr int kRounds = kRows / kRowsAtOnce;
-    if (lane.stride != 0 && (index + 1) * kRows <= all.count) {
-      const T* from = lane.own + index * kRounds * lane.stride;
-      device::static_for<kRounds>([&](auto round) {
-        chunk<round>(tile, from, bytes, true);
-        from += lane.stride;
-      });
-    } else {
-      device::static_for<kRounds>([&](auto round) {
-        const int at = index * kRows + round * kRowsAtOnce + row;
-        const bool there = at < all.count;
-        chunk<round>(tile, all.at(there ? at : 0) + column, there ? bytes : 0, aligned);
-      });
-    }
+    if (lane.step != 0 && (index + 1) * kRows <= all.count) return whole_rows<kRows>(tile, lane, index);
+    device::static_for<kRows / kRowsAtOnce>([&](auto round) {
+      const int at = index * kRows + round * kRowsAtOnce + row;
+      const bool there = at < all.count;
+      chunk<round>(tile, all.at(there ? at : 0) + column, there ? bytes : 0, aligned);
+    });
   }
   template <int kRows>
   __device__ void rows(device::SharedAddress tile, const StickRows<const T>& all, bool aligned) const {
@@ -245,9 +254,9 @@ struct StickTileCopy {
   __device__ const std::uint8_t* newest_key(const T* first, std::int64_t stride) const {
     return reinterpret_cast<const std::uint8_t*>(first + (kKeys - kRowsAtOnce + row) * stride + column);
   }
-  // Bytes from round to round.
+  // Bytes from round to round, towards older keys.
   __device__ static std::int64_t key_step(std::int64_t stride) {
-    return kRowsAtOnce * stride * static_cast<std::int64_t>(sizeof(T));
+    return -kRowsAtOnce * static_cast<std::int64_t>(sizeof(T)) * stride;
   }
 
   // Copies a tile of kKeys, kOffset bytes behind `tile`, and moves `newest` to the tile before. `each` copies a chunk.
@@ -260,7 +269,8 @@ struct StickTileCopy {
     device::static_for<kRounds>([&](auto i) {
       constexpr std::integral_constant<int, (kRounds - 1 - i) * kRowsAtOnce> kRow;
       each(kRow, own ^ stick_key_swizzle(kRow) << 4, reinterpret_cast<const T*>(newest));
-      newest -= step;
+      newest += step;
+      device::make_opaque(newest);  // one step in registers, not its multiples
     });
   }
   template <int kKeys, int kOffset = 0>
@@ -323,8 +333,10 @@ class StickKeyWalk {
                                          p.v_strides.token);
     device::keep(k_);
     device::keep(v_);
-    device::keep(k_step_);
-    device::keep(v_step_);
+    if constexpr (sizeof(T) == 2) {  // of 32-bit types fragments need the registers
+      device::keep(k_step_);
+      device::keep(v_step_);
+    }
   }
 
   // Copies the next tile, if it is wanted; a group of copies in any case.
@@ -347,7 +359,7 @@ class StickKeyWalk {
   const StickTileCopy<T, kRowBytes, kThreads>& copy_;
   const std::uint8_t *k_, *v_;    // this thread's newest chunk of the next tile
   std::int64_t k_step_, v_step_;  // bytes from chunk to chunk
-  int keys_;  // from the next tile on
+  int keys_;                      // from the next tile on
   const bool k_aligned_, v_aligned_;
   bool easy_;
 };

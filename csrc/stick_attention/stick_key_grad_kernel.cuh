@@ -112,20 +112,33 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const StickRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
   const StickRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
   // Found once where registers allow.
+  constexpr bool kOnce = device::kIs16Bit<Op>;
   const auto q_lane = copy.lane(q, launch.q_aligned), grad_lane = copy.lane(grad_o, launch.grad_o_aligned);
+  std::int32_t easy = q_lane.step != 0 && grad_lane.step != 0;
+  device::keep(easy);
   const auto copy_queries = [&](int tile, device::SharedAddress to) {
-    constexpr bool kOnce = device::kIs16Bit<Op>;
-    copy.template rows<kRows>(to, q, launch.q_aligned, kOnce ? q_lane : copy.lane(q, launch.q_aligned), tile);
-    copy.template rows<kRows>(to + Tiles::kQueryBytes, grad_o, launch.grad_o_aligned,
-                              kOnce ? grad_lane : copy.lane(grad_o, launch.grad_o_aligned), tile);
+    const auto q_now = kOnce ? q_lane : copy.lane(q, launch.q_aligned);
+    const auto grad_now = kOnce ? grad_lane : copy.lane(grad_o, launch.grad_o_aligned);
+    if (easy != 0 && (tile + 1) * kRows <= s.rows) {
+      copy.template whole_rows<kRows>(to, q_now, tile);
+      copy.template whole_rows<kRows, Tiles::kQueryBytes>(to, grad_now, tile);
+    } else {
+      copy.template rows<kRows>(to, q, launch.q_aligned, q_now, tile);
+      copy.template rows<kRows>(to + Tiles::kQueryBytes, grad_o, launch.grad_o_aligned, grad_now, tile);
+    }
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int row_in_tile = warp % (kRows / 16) * 16, span_in_tile = warp / (kRows / 16) * kSpan;
   const int span_key = first_key + span_in_tile;
-  // Of row g of the head's first 16 rows, at this span.
-  const std::int64_t place = std::int64_t{(span_key - launch.window_begin) / kSpan} * (p.heads * launch.rows) +
-                             stick_workspace_row(launch, s, head, row_in_tile + lane / 4);
+  // This lane's of the head's first row.
+  const int lane_row = row_in_tile + lane / 4;
+  const StickNote* notes_of =
+      launch.notes +
+      ((span_key - launch.window_begin) / kSpan * (p.heads * launch.rows) + stick_workspace_row(launch, s, head, 0)) *
+          kStickRuns +
+      lane % 4;
+  device::keep(notes_of);
   const StickBeta beta{-launch.factor};
   StickKeep<kSpan> keep(p, s);
   keep.load(span_key);
@@ -134,10 +147,10 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   float grad_k[kPartTiles][4] = {}, grad_v[kPartTiles][4] = {};
 
   // This lane's places in the tiles.
-  device::SharedAddress query_lane = device::a_rows<kRowBytes>(ring + row_in_tile * kRowBytes);
+  device::SharedAddress query_lane = device::a_rows<kRowBytes>(row_in_tile * kRowBytes);
   const device::SharedAddress span_tile = key_tile + span_in_tile * kRowBytes;
-  device::SharedAddress key_lane = stick_key_rows<kRowBytes, kSpan / 4>(span_tile);
-  device::SharedAddress column_lane = device::b_columns<Op, kRowBytes>(ring) ^ (part * (kRowBytes / Tiles::kParts));
+  device::SharedAddress key_lane = span_tile + stick_key_rows<kRowBytes, kSpan / 4>(lane);
+  device::SharedAddress column_lane = device::b_columns<Op, kRowBytes>(0) ^ (part * (kRowBytes / Tiles::kParts));
   device::SharedAddress store_lane = Exchange::template store_lane<kSpan / 4>(exchange, row_in_tile, span_in_tile);
   device::SharedAddress load_lane = Exchange::load_lane(exchange, key_in_tile);
   if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types fragments need the registers
@@ -148,24 +161,23 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
     device::keep(load_lane);
   }
   const int group = static_cast<int>(p.group);
-  const int span_row = s.first_row(p, span_key), own_row = s.first_row(p, first_key + key_in_tile);
+  const int span_row = s.first_row(p, span_key), key_row = s.first_row(p, first_key + key_in_tile);  // that see them
 
   const auto scan = [&](int tile, device::SharedAddress stage) {
     const int warp_row = tile * kRows + row_in_tile, last_row = min(warp_row + 16, s.rows) - 1;
+    const int own_row = tile * kRows + lane_row;
     if (warp_row >= s.rows || last_row < span_row) return;
-    float stick[2], older[2];
+    // Of rows that are not there the last one's notes: they see nothing, and need finite numbers.
+    StickNote notes[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool there = warp_row + lane / 4 + 8 * half < s.rows;
-      const std::int64_t at = place + tile * kRows + 8 * half;
-      stick[half] = there ? launch.sticks[at] : 0.0f;
-      older[half] = there ? launch.olders[at] : 0.0f;
-    }
-    const device::SharedAddress query_rows = query_lane + (stage - ring);
+    for (int half = 0; half < 2; ++half)
+      notes[half] = notes_of[min(own_row + 8 * half, s.rows - 1) * std::int64_t{kStickRuns}];
+    const device::SharedAddress query_rows = stage + query_lane;
     stick_take_oldest<kSpan / 8>(last_row - span_row, group, [&](auto tiles) {
       constexpr bool kWhole = tiles == kSpan / 8;
       constexpr int kRun = 2 * tiles;
-      const device::SharedAddress key_rows = kWhole ? key_lane : stick_key_rows<kRowBytes, kRun>(span_tile);
+      const device::SharedAddress key_rows =
+          kWhole ? key_lane : span_tile + stick_key_rows<kRowBytes, kRun>(stick_lane());
       float scores[tiles][4] = {}, grads[tiles][4] = {};
       device::multiply_rows<Op, kRowBytes, StickKeyOrder>(
           scores, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows); }, key_rows);
@@ -173,23 +185,12 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
           grads, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows + Tiles::kQueryBytes); },
           key_rows + Tiles::kKeyBytes);
       StickRuns<Op, tiles> weights, grad_scores;
-      const auto scan_keys = [&](auto masked, const std::uint32_t (&visible)[2]) {
-        stick_scan_backward<Op, masked>(
-            scores, grads, weights, beta, visible, stick, [](int, const device::QuadScan&) {},
-            [&](int half, float) { return older[half]; }, [](int, const device::QuadScan&, float) {});
-      };
-      if (kWhole && keep.all() && warp_row >= span_row + (kSpan - 1) * group) {
-        scan_keys(std::false_type{}, {});
+      if (kWhole && keep.all() && warp_row >= span_row + (kSpan - 1) * group && warp_row + 16 <= s.rows) {
+        stick_scan_runs<Op, false>(scores, grads, weights, grad_scores, beta, {}, notes);
       } else {
-        const auto visible = [&](int row) {
-          return row < s.rows ? stick_visible<kRun>(s.newest_key(p, row) - span_key, kept) : 0;
-        };
-        scan_keys(std::true_type{}, {visible(warp_row + lane / 4), visible(warp_row + lane / 4 + 8)});
-      }
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-        grad_scores[0][i] = stick_pair<Op>(grads[i][0], grads[i][1]);
-        grad_scores[1][i] = stick_pair<Op>(grads[i][2], grads[i][3]);
+        const auto newest = [&](int row) { return row < s.rows ? s.newest_key(p, row) - span_key : -1; };
+        stick_scan_runs<Op, true>(scores, grads, weights, grad_scores, beta,
+                                  stick_visible<kRun>(newest(own_row), newest(own_row + 8), kept), notes);
       }
       const device::SharedAddress to =
           kWhole ? store_lane : Exchange::template store_lane<kRun>(exchange, row_in_tile, span_in_tile);
@@ -199,7 +200,7 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   };
 
   const auto accumulate = [&](int tile, device::SharedAddress stage) {
-    const device::SharedAddress columns = column_lane + (stage - ring);
+    const device::SharedAddress columns = stage + column_lane;
     const int first_row = tile * kRows;
     const auto multiply = [&](auto first, auto count) {  // steps
       constexpr int kFirst = first * device::kStepElements<Op> * kRowBytes;
@@ -210,20 +211,19 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
           [&](auto i) { Exchange::template load<Tiles::kExchangeBytes, first + i>(a[i], load_lane); });
       device::multiply_columns<Op, kRowBytes>(grad_k, a, columns + kFirst);
     };
-    if (own_row < first_row + 16 && first_row + kRows - 16 < s.rows) {
+    if (key_row < first_row + 16 && first_row + kRows - 16 < s.rows) {
       multiply(std::integral_constant<int, 0>{}, std::integral_constant<int, kSteps>{});
     } else {
       device::static_for<kSteps>([&](auto step) {
         const int rows = first_row + step * device::kStepElements<Op> / 16 * 16;
-        if (rows < s.rows && own_row < min(rows + 16, s.rows)) multiply(step, std::integral_constant<int, 1>{});
+        if (rows < s.rows && key_row < min(rows + 16, s.rows)) multiply(step, std::integral_constant<int, 1>{});
       });
     }
   };
 
   // Query tiles from the first that sees a key on, those that forward took to this tile: found kThreads at a time.
   auto* const live = reinterpret_cast<std::uint32_t*>(shared + Tiles::kTilesBytes);
-  const int first_position = first_key - s.history + (p.attend_current ? 0 : 1);
-  const int first_tile = static_cast<int>(max(std::int64_t{first_position}, std::int64_t{0}) * p.group / kRows);
+  const int first_tile = max(s.first_row(p, first_key), 0) / kRows;
   const int end_tile = (s.rows + kRows - 1) / kRows;
   for (int chunk = first_tile; chunk < end_tile; chunk += kThreads) {
     const int mine = chunk + static_cast<int>(threadIdx.x);
@@ -234,16 +234,19 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
     __syncthreads();
     int at = 0;
     std::uint32_t bits = live[0];
+    const int words = (min(end_tile - chunk, kThreads) + 31) / 32;
     const auto next_live = [&] {  // kThreads if there is none
       while (bits == 0) {
-        if (++at == kThreads / 32) return kThreads;
+        if (++at >= words) return kThreads;
         bits = live[at];
       }
       const int tile = 32 * at + __ffs(static_cast<int>(bits)) - 1;
       bits &= bits - 1;
       return tile;
     };
-    device::SharedAddress stage = ring, next = ring + (kStages - 1) * (2 * Tiles::kQueryBytes);
+    device::SharedAddress stage = ring;
+    std::uint32_t both = 2 * ring + (kStages - 1) * 2 * Tiles::kQueryBytes;  // places of the ring, added up
+    device::keep(both);
     int tile = next_live();
     if (kStages > 1 && tile < kThreads) copy_queries(chunk + tile, stage);
     device::cp_async_commit();
@@ -257,17 +260,13 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
       device::cp_async_wait<0>();
       __syncthreads();
       if constexpr (kStages > 1) {
-        if (following < kThreads) copy_queries(chunk + following, next);
+        if (following < kThreads) copy_queries(chunk + following, both - stage);
         device::cp_async_commit();
       }
       scan(chunk + tile, stage);
       __syncthreads();
       accumulate(chunk + tile, stage);
-      if constexpr (kStages > 1) {
-        const device::SharedAddress used = stage;
-        stage = next;
-        next = used;
-      }
+      stage = both - stage;
       tile = following;
     }
   }
@@ -275,14 +274,15 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   __syncthreads();
 
   const bool both = params.grad_v == nullptr;  // K is V
+  const auto each = [&](auto&& change) {
 #pragma unroll
-  for (int t = 0; t < kPartTiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      grad_v[t][i] *= 1.0f / kStickWeightUnit<Op>;
-      grad_k[t][i] = grad_k[t][i] * launch.scale + (both ? grad_v[t][i] : 0.0f);
-    }
-  }
+    for (int i = 0; i < 4 * kPartTiles; ++i) change(grad_k[i / 4][i % 4], grad_v[i / 4][i % 4]);
+  };
+  each([&](float& of_k, float& of_v) {
+    of_k *= launch.scale;
+    of_v *= 1.0f / kStickWeightUnit<Op>;
+  });
+  if (both) each([](float& of_k, float of_v) { of_k += of_v; });
   const device::SharedAddress scratch = ring + warp * (16 * stick_store_bytes<T>(kPartTiles));
   const int first_column = part * (kDim / Tiles::kParts);
   const StickKeyTile done = StickKeyTile::again(launch, kKeys);

@@ -17,7 +17,6 @@ template <typename Op>
 struct StickWideKeyGrad : StickWide<Op> {
   using Wide = StickWide<Op>;
   static constexpr int kRows = 16;
-  static constexpr int kSpan = Wide::kKeys;
   static constexpr bool kOne = sizeof(Op) == 4;  // K is V
   static constexpr int kTilesBytes = Wide::kWarps * 2 * Wide::kTileBytes;
   static constexpr int kPartsBytes = Wide::kWarps * 2 * Wide::kPart * 4;
@@ -106,10 +105,10 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
                               stick_workspace_row(launch, s, head, first_row + row);
       const StickWideSight sees(p, s, first_key, there ? s.newest_key(p, first_row + row) : -1);
       const bool visited = there && s.newest_key(p, min(first_row + kRows, s.rows) - 1) >= first_key;
-      const float stick = visited ? launch.sticks[at] : 0.0f, older = visited ? launch.olders[at] : 0.0f;
+      const StickNote note = visited ? launch.notes[at] : StickNote{0.0f, 0.0f};
       const StickWideScan scan(score, odds, sees.older, sees.newer);
       float2 weights;
-      float2 grad = stick_wide_gradients<Op>(scan, stick, grad_weight, weights, [&](float) { return older; });
+      float2 grad = stick_wide_gradients<Op>(scan, note.stick, grad_weight, weights, [&](float) { return note.older; });
       if constexpr (Wide::kOne) grad = {grad.x * launch.scale, grad.y * launch.scale};
       const int key = 2 * (lane % 8);
       stick_wide_put<Op>(weights_operand, key, row, weights.x);

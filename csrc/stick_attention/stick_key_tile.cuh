@@ -9,6 +9,7 @@
 // keys {0, 1} + {0, 1, 2, 3} * kRun that one phase of ldmatrix reads, whether kRun is 4, 8 or 16.
 #pragma once
 
+#include "device/opaque.cuh"
 #include "device/tile_product.cuh"
 
 namespace mfx {
@@ -29,21 +30,34 @@ struct StickKeyOrder {
   static constexpr int bits(int step, int sixteen) { return device::step_bits(step ^ sixteen); }
 };
 
-// Lane's address in a tile for multiply_rows().
-template <int kRowBytes, int kRun>
-__device__ inline device::SharedAddress stick_key_rows(device::SharedAddress tile) {
-  const std::uint32_t lane = threadIdx.x & 31;
-  return tile + stick_key_offset<kRowBytes>((lane >> 1 & 3) * kRun + (lane & 1) + (lane >> 4) * 2, lane >> 3 & 1);
+// This lane's index; what follows from it is computed where it is used, for most tiles do not need it.
+__device__ inline std::uint32_t stick_lane() {
+  std::uint32_t thread = threadIdx.x;
+  device::make_opaque(thread);
+  return thread & 31;
 }
 
-// Lane's address in a tile for multiply_columns().
+// Byte offset of chunk `chunk` of key (lane / 2 % 4) * kRun + lane % 2: of the keys {0, 1} + {0, 1, 2, 3} * kRun, those
+// that go with one of eight consecutive slots.
+template <int kRowBytes, int kRun>
+__device__ inline std::uint32_t stick_dealt_offset(std::uint32_t lane, std::uint32_t chunk) {
+  const std::uint32_t swizzle = kRun == 8 ? (lane & 1) + (lane & 2) * 2 + (lane >> 1 & 2) : lane & 7;
+  return (lane & 6) * (kRun / 2 * kRowBytes) + (lane & 1) * kRowBytes + ((chunk ^ swizzle) << 4);
+}
+
+// Lane's offset in a tile for multiply_rows().
+template <int kRowBytes, int kRun>
+__device__ inline std::uint32_t stick_key_rows(std::uint32_t lane) {
+  return stick_dealt_offset<kRowBytes, kRun>(lane, lane >> 3 & 1) + (lane & 16) * (kRowBytes / 8);
+}
+
+// Lane's offset in a tile for multiply_columns().
 template <typename Op, int kRowBytes, int kRun>
-__device__ inline device::SharedAddress stick_key_columns(device::SharedAddress tile) {
-  const std::uint32_t lane = threadIdx.x & 31;
+__device__ inline std::uint32_t stick_key_columns(std::uint32_t lane) {
   if constexpr (device::kIs16Bit<Op>) {
-    return tile + stick_key_offset<kRowBytes>((lane >> 1 & 3) * kRun + (lane & 1) + (lane >> 3 & 1) * 2, lane >> 4);
+    return stick_dealt_offset<kRowBytes, kRun>(lane, lane >> 4) + (lane & 8) * (kRowBytes / 4);
   }
-  return tile + stick_key_offset<kRowBytes>((lane & 3) * kRun, lane >> 4) + (lane >> 2 & 3) * 4;
+  return stick_key_offset<kRowBytes>((lane & 3) * kRun, lane >> 4) + (lane >> 2 & 3) * 4;
 }
 
 // Calls take(n), n a constant, with the smallest of kTiles / 4, kTiles / 2 and kTiles tiles of 8 keys, the oldest of a

@@ -5,7 +5,6 @@
 // Shared memory: Q and dO, and a ring of kStages of K and V; Q's place takes dQ at the end.
 #pragma once
 
-#include "device/row_products.cuh"
 #include "stick_attention/stick_backward.cuh"
 
 namespace mfx {
@@ -17,45 +16,51 @@ template <typename T, int kRowBytes>
 __device__ inline void stick_row_sums(const StickBackwardLaunch& launch, const StickSequence& s, std::int64_t head,
                                       int first_row, device::SharedAddress grad_rows, float longest, float (&delta)[2],
                                       float (&reach)[2]) {
-  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
   const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
   const StickRows<const T> rows(static_cast<const T*>(params.o), params.o_strides, p, s, head, first_row);
-  const T* const own[2] = {rows.at(min(g, rows.count - 1)), rows.at(min(g + 8, rows.count - 1))};
+  const auto bytes_of = [](const void* tensor) { return static_cast<const std::uint8_t*>(tensor); };
+  const std::uint8_t* const own[2] = {bytes_of(rows.at(min(g, rows.count - 1))),
+                                      bytes_of(rows.at(min(g + 8, rows.count - 1)))};
+  const std::int64_t residual = bytes_of(params.residual) - bytes_of(params.o);
   // Odd rows take their chunks of 64 bytes in exchanged pairs, so that a load from shared memory meets no bank twice.
   const device::SharedAddress grads = grad_rows + device::swizzled_offset<kRowBytes>(g, c + g % 2 * 4);
-  const int first_column = (c + g % 2 * 4) * kElements;
-  const auto read = [&](uint4(&x)[2], const void* tensor, int column) {
-    const std::int64_t other = static_cast<const T*>(tensor) - static_cast<const T*>(params.o);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const T* const from = own[half] + other + column;
-      x[half] = column >= p.head_dim ? uint4{0, 0, 0, 0}
-                : launch.o_aligned   ? device::load_global_128_constant(from)
-                                     : stick_gather_chunk(from);
-    }
-  };
+  const std::uint32_t first_byte = (c + g % 2 * 4) * 16;
   device::RowProducts<T> with_o, squares;
-  device::static_for<kRowBytes / 64>([&](auto i) {
-    constexpr int kBits = i % 2 * 64, kOffset = i * 64 - kBits;
-    const int column = (first_column ^ i % 2 * 4 * kElements) + i / 2 * 8 * kElements;
-    const uint4 grad[2] = {device::load_shared_128<kOffset>(grads ^ kBits),
-                           device::load_shared_128<kOffset + 8 * kRowBytes>(grads ^ kBits)};
-    uint4 out[2];
-    read(out, params.o, column);
-    with_o.add(grad, out);
+  const auto add = [&](auto whole, std::uint32_t i) {  // chunk i of this lane
+    const std::uint32_t bits = i % 2 * 64, offset = i / 2 * 128, byte = (first_byte ^ bits) + offset;
+    const auto read = [&](uint4(&x)[2], std::int64_t at) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const T* const from = reinterpret_cast<const T*>(own[half] + at);
+        x[half] = whole || launch.o_aligned ? device::load_global_128_constant(from) : stick_gather_chunk(from);
+      }
+    };
+    const device::SharedAddress at = (grads ^ bits) + offset;
+    const uint4 grad[2] = {device::load_shared_128(at), device::load_shared_128<8 * kRowBytes>(at)};
     squares.add(grad, grad);
-    if (params.residual != nullptr) {
-      read(out, params.residual, column);
-      with_o.add(grad, out);
+    uint4 out[2] = {}, lost[2] = {};
+    if (whole || byte < p.head_dim * sizeof(T)) {
+      read(out, byte);
+      if (params.residual != nullptr) read(lost, byte + residual);
     }
-  });
+    with_o.add(grad, out);
+    if (params.residual != nullptr) with_o.add(grad, lost);
+  };
+  constexpr std::uint32_t kChunks = kRowBytes / 64;
+  if (launch.o_aligned && p.head_dim * sizeof(T) == kRowBytes) {
+#pragma unroll 4
+    for (std::uint32_t i = 0; i < kChunks; ++i) add(std::true_type{}, i);
+  } else {
+#pragma unroll 1
+    for (std::uint32_t i = 0; i < kChunks; ++i) add(std::false_type{}, i);
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = g + 8 * half;
     delta[half] = with_o(half);
-    float most = 1.01f * sqrtf(squares(half) * longest);  // 1.01 for rounding
+    float most = sqrtf(squares(half) * (1.03f * longest));  // 1.03 for rounding
     if (params.grad_remainder != nullptr && row < rows.count) {
       const std::int64_t flat = stick_flat_row(p, s, head, first_row + row);
       const float grad = static_cast<const float*>(params.grad_remainder)[flat];
@@ -67,26 +72,19 @@ __device__ inline void stick_row_sums(const StickBackwardLaunch& launch, const S
   }
 }
 
-// The greatest |v|^2 of key tiles up to the newest, in all threads.
-template <int kThreads>
-__device__ inline float stick_longest(const float* lengths, int count, float* of_warps) {
+// The greatest |v|^2 of key tiles up to the newest, in all lanes.
+__device__ inline float stick_longest(const float* lengths, int count) {
   float longest = 0.0f;
-  for (int i = threadIdx.x; i < count; i += kThreads) longest = fmaxf(longest, lengths[i]);
-  longest = device::lanes_max(longest);
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = longest;
-  __syncthreads();
-  for (int i = 0; i < kThreads / 32; ++i) longest = fmaxf(longest, of_warps[i]);
-  return longest;
+  for (int i = threadIdx.x & 31; i < count; i += 32) longest = fmaxf(longest, lengths[i]);
+  return device::lanes_max(longest);
 }
 
-template <typename Op, int kDim, int kSpan>
+template <typename Op, int kDim>
 __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   using T = typename StickStorage<Op>::Type;
   using Tiles = StickQueryGradTiles<Op, kDim>;
   constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kStages = Tiles::kStages, kRows = Tiles::kRows;
   constexpr int kKeyTiles = kKeys / 8;
-  constexpr int kSpanLanes = 4 * kSpan / kKeys;  // lanes of a quad that share a span
-  static_assert(kSpan <= kKeys, "spans end where tiles do");
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
@@ -111,24 +109,25 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   int key_tile = keys.newest_tile(kKeys);
   StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
                                                           launch.v_aligned);
-  device::SharedAddress target = ring;
-  int to_other = (kStages - 1) * 2 * Tiles::kTileBytes;  // from a tile's place in the ring to the next one's
-  if constexpr (kStages > 1) walk.next(target, keys.begin < keys.end);
+  device::SharedAddress next = ring;                                      // place of the tile that is met next
+  std::uint32_t both = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // places of the ring, added up
+  device::keep(both);
+  if constexpr (kStages > 1) walk.next(next, keys.begin < keys.end);
   StickKeep<kKeys> keep(p, s);
   keep.load(key_tile * kKeys);
 
   const int lane = threadIdx.x & 31, row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
   const int warp_row = first_row + row_in_tile;
-  const float longest = stick_longest<Tiles::kThreads>(
-      launch.lengths + head * launch.length_slots + stick_length_slot(p, tile.slot.sequence),
-      keys.newest_key < 0 ? 0 : keys.newest_key / kStickLengthKeys + 1,
-      reinterpret_cast<float*>(shared + Tiles::kTilesBytes));
+  const float longest =
+      stick_longest(launch.lengths + head * launch.length_slots + stick_length_slot(p, tile.slot.sequence),
+                    keys.newest_key < 0 ? 0 : keys.newest_key / kStickLengthKeys + 1);
   device::cp_async_wait<kStages - 1>();
   __syncthreads();
   float delta[2], reach[2];
   stick_row_sums<T, kRowBytes>(launch, s, head, warp_row, grads + row_in_tile * kRowBytes, longest, delta, reach);
 
   // This lane's two rows, and its warp's first. A row behind the sequence's end has no stick.
+  const std::int64_t workspace_row = stick_workspace_row(launch, s, head, warp_row + lane / 4);
   int newest[2];
   float stick[2], passed[2];
 #pragma unroll
@@ -138,7 +137,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
     stick[half] = row < s.rows ? 1.0f : 0.0f;
     passed[half] = 0.0f;
     if (row < s.rows && !keys.starts) {
-      const float2 state = launch.states[stick_workspace_row(launch, s, head, row)];
+      const float2 state = launch.states[workspace_row + 8 * half];
       stick[half] = state.x;
       passed[half] = state.y;
     }
@@ -177,79 +176,70 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   }
 
   const std::uint32_t value_tile = walk.k_is_v ? 0 : Tiles::kTileBytes;  // behind that of keys
-  device::SharedAddress key_rows = stick_key_rows<kRowBytes, kKeys / 4>(ring);
-  device::SharedAddress key_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(ring);
-  // Where this lane leaves the state of row g at a span's edge; of row g + 8 eight further. Of the lanes of a span the
-  // first leaves the sum of G over older keys, the last the stick.
-  const bool notes_older = lane % kSpanLanes == 0, notes_stick = lane % kSpanLanes == kSpanLanes - 1;
-  const std::int64_t spans = std::int64_t{(key_tile * kKeys - launch.window_begin) / kSpan + lane % 4 / kSpanLanes};
-  const std::int64_t span_stride = p.heads * launch.rows;
-  float* note = (notes_older ? launch.olders : launch.sticks) + spans * span_stride +
-                stick_workspace_row(launch, s, head, warp_row + lane / 4);
+  std::uint32_t key_rows = stick_key_rows<kRowBytes, kKeys / 4>(lane);
+  std::uint32_t key_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(lane);
+  if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types fragments need the registers
+    device::keep(key_rows);
+    device::keep(key_columns);
+  }
+  // This lane's note of row g; that of row g + 8 is eight rows further.
+  std::int64_t span_bytes = -kStickRuns * static_cast<int>(sizeof(StickNote)) * (p.heads * launch.rows);
+  if constexpr (device::kIs16Bit<Op>) device::keep(span_bytes);
+  StickNote* note = launch.notes + (key_tile - launch.window_begin / kKeys) * (p.heads * launch.rows * kStickRuns) +
+                    workspace_row * kStickRuns + lane % 4;
   for (; key_tile * kKeys >= keys.begin; --key_tile) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     __syncthreads();  // the tile is there for all, all are done with the one before, and its place is free
-    const device::SharedAddress place = target;
+    const device::SharedAddress place = next;
     if constexpr (kStages == 1) {
-      walk.next(target, true);
+      walk.next(place, true);
       device::cp_async_wait<0>();
       __syncthreads();
     } else {
-      target += to_other;
-      walk.next(target, (key_tile - 1) * kKeys >= keys.begin);
+      next = both - place;
+      walk.next(next, (key_tile - 1) * kKeys >= keys.begin);
     }
     const int first_key = key_tile * kKeys;
     const auto kept = keep.bits(first_key - kKeys);
     const auto take = [&](auto tiles) {
-    constexpr bool kWhole = tiles == kKeyTiles;
-    constexpr int kRun = 2 * tiles;
-    const device::SharedAddress rows = kWhole ? key_rows : stick_key_rows<kRowBytes, kRun>(place);
-    float scores[tiles][4] = {}, grad_weights[tiles][4] = {};
-    device::multiply_rows<Op, kRowBytes, StickKeyOrder>(scores, q, rows);
-    device::multiply_rows<Op, kRowBytes, StickKeyOrder>(grad_weights, grad_o, rows + value_tile);
-    StickRuns<Op, tiles> weights;
-    float left[2];
-    const auto scan = [&](auto masked, const std::uint32_t (&visible)[2]) {
-      stick_scan_backward<Op, masked>(
-          scores, grad_weights, weights, beta, visible, stick,
-          [&](int half, const device::QuadScan& newer) {
-            left[half] =
-                stick_left(newer, stick[half], [&] { return stick_sum(scores, half) * newer.later * stick[half]; });
-          },
-          [&](int half, float mass) {
-            passed[half] += mass;
-            const float most = left[half] * reach[half];
-            return device::max_nan(-most, device::min_nan(most, delta[half] - passed[half]));
-          },
-          [&](int half, const device::QuadScan& newer, float older) {
-            const bool notes = notes_older || notes_stick;
-            const float value = notes_older ? older : stick[half] * newer.later;
-            if (notes && warp_row + lane / 4 + 8 * half < s.rows) note[8 * half] = value;
-            stick[half] = left[half];
-          });
-    };
-    if (kWhole && keep.all() && warp_oldest >= first_key + kKeys - 1) {
-      scan(std::false_type{}, {});
-    } else {
-      scan(std::true_type{},
-           {stick_visible<kRun>(newest[0] - first_key, kept), stick_visible<kRun>(newest[1] - first_key, kept)});
-    }
-    device::FragmentA grad_scores[device::steps_of_tiles<Op>(tiles)];
-    device::pack_a<Op>(grad_scores, grad_weights);
-    device::multiply_columns<Op, kRowBytes, StickKeyOrder>(
-        grad_q, grad_scores, kWhole ? key_columns : stick_key_columns<Op, kRowBytes, kRun>(place));
+      constexpr bool kWhole = tiles == kKeyTiles;
+      constexpr int kRun = 2 * tiles;
+      const device::SharedAddress rows = place + (kWhole ? key_rows : stick_key_rows<kRowBytes, kRun>(stick_lane()));
+      float scores[tiles][4] = {}, grad_weights[tiles][4] = {};
+      device::multiply_rows<Op, kRowBytes, StickKeyOrder>(scores, q, rows);
+      device::multiply_rows<Op, kRowBytes, StickKeyOrder>(grad_weights, grad_o, rows + value_tile);
+      float left[2];
+      const auto scan = [&](auto masked, const StickVisible& visible) {
+        stick_scan_backward<Op, masked>(
+            scores, grad_weights, beta, visible, stick,
+            [&](int half, const device::QuadScan& newer) {
+              left[half] =
+                  stick_left(newer, stick[half], [&] { return stick_sum(scores, half) * newer.later * stick[half]; });
+            },
+            [&](int half, float mass) {
+              passed[half] += mass;
+              const float most = left[half] * reach[half];
+              return device::max_nan(-most, device::min_nan(most, delta[half] - passed[half]));
+            },
+            [&](int half, const StickNote& run) {
+              if (warp_row + lane / 4 + 8 * half < s.rows) note[8 * half * kStickRuns] = run;
+              stick[half] = left[half];
+            });
+      };
+      if (kWhole && keep.all() && warp_oldest >= first_key + kKeys - 1) {
+        scan(std::false_type{}, {});
+      } else {
+        scan(std::true_type{}, stick_visible<kRun>(newest[0] - first_key, newest[1] - first_key, kept));
+      }
+      device::FragmentA grad_scores[device::steps_of_tiles<Op>(tiles)];
+      device::pack_a<Op>(grad_scores, grad_weights);
+      device::multiply_columns<Op, kRowBytes, StickKeyOrder>(
+          grad_q, grad_scores, place + (kWhole ? key_columns : stick_key_columns<Op, kRowBytes, kRun>(stick_lane())));
     };
     if (warp_newest >= first_key) {
-      if constexpr (kSpan == kKeys) {
-        stick_take_oldest<kKeyTiles>(warp_newest - first_key, 1, take);
-      } else {  // a span has the lanes that it has in whole tiles
-        take(std::integral_constant<int, kKeyTiles>{});
-      }
+      stick_take_oldest<kKeyTiles>(warp_newest - first_key, 1, take);
     }
-    note -= kKeys / kSpan * span_stride;
-    key_rows += to_other;
-    key_columns += to_other;
-    to_other = -to_other;
+    note = reinterpret_cast<StickNote*>(reinterpret_cast<std::uint8_t*>(note) + span_bytes);
   }
   device::cp_async_wait_all();
 

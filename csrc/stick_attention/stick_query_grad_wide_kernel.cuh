@@ -114,9 +114,10 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
   {
     auto* const sums = reinterpret_cast<float2*>(parts);
     stick_wide_row_sums<T>(launch, s, head, first_row, column, columns, sums + warp * kRows);
-    const float longest = stick_longest<Wide::kThreads>(
-        launch.lengths + head * launch.length_slots + stick_length_slot(p, tile.slot.sequence),
-        keys.newest_key < 0 ? 0 : keys.newest_key / kStickLengthKeys + 1, reinterpret_cast<float*>(states + kRows));
+    const float longest =
+        stick_longest(launch.lengths + head * launch.length_slots + stick_length_slot(p, tile.slot.sequence),
+                      keys.newest_key < 0 ? 0 : keys.newest_key / kStickLengthKeys + 1);
+    __syncthreads();  // the sums
     float delta = 0.0f, squares = 0.0f;
     for (int w = 0; w < Wide::kWarps; ++w) {
       delta += sums[w * kRows + row].x;
@@ -195,8 +196,7 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
         const float most = left * state.w;
         const float older = device::max_nan(-most, device::min_nan(most, state.z - passed));
         if (there && lane % 8 == 0) {
-          launch.sticks[place] = stick;
-          launch.olders[place] = older;
+          launch.notes[place] = {stick, older};
         }
         return older;
       });

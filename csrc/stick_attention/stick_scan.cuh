@@ -13,6 +13,7 @@
 #include "device/convert.cuh"
 #include "device/fast_math.cuh"
 #include "device/warp.cuh"
+#include "stick_attention/stick_key_tile.cuh"
 
 namespace mfx {
 
@@ -36,13 +37,18 @@ struct StickBeta {
   }
 };
 
-// Which keys of a lane's run a row sees: bit i is key c * kRun + i. `newest` is the newest key that it sees, `kept` those
-// that padding leaves, relative to the tile.
+// Which keys of a lane's runs rows g and g + 8 see: bit i is key c * kRun + i. `newest` are the newest keys that they
+// see, `kept` those that padding leaves, relative to the tile.
+struct StickVisible {
+  std::uint32_t of_row[2];
+};
+
 template <int kRun, typename Bits>
-__device__ inline std::uint32_t stick_visible(int newest, Bits kept) {
-  const int first = static_cast<int>(threadIdx.x & 3) * kRun;
-  const int count = min(max(newest + 1 - first, 0), kRun);
-  return static_cast<std::uint32_t>(kept >> first) & ((1u << count) - 1);
+__device__ inline StickVisible stick_visible(int newest, int newest_of_other, Bits kept) {
+  const int first = static_cast<int>(stick_lane() & 3) * kRun;
+  const auto kept_of_run = static_cast<std::uint32_t>(kept >> first);
+  const auto of_row = [&](int count) { return kept_of_run & ((1u << min(max(count, 0), kRun)) - 1); };
+  return {of_row(newest + 1 - first), of_row(newest_of_other + 1 - first)};
 }
 
 // Weights lie in [0, 1]; in units of 2^-12 half precision keeps small ones (2^-24 is its smallest number).
@@ -73,27 +79,25 @@ __device__ inline float stick_left(const device::QuadScan& newer, float stick, T
 // Scores of rows g and g + 8 become weights, times weight_unit; the sticks move to the tile's older edge.
 template <bool kMasked, int kTiles>
 __device__ inline void stick_scan_forward(float (&scores)[kTiles][4], const StickOdds& odds,
-                                          const std::uint32_t (&visible)[2], float weight_unit, float (&stick)[2]) {
+                                          const StickVisible& visible, float weight_unit, float (&stick)[2]) {
   constexpr int kShare = 4, kShares = 2 * kTiles / kShare;  // keys that share a reciprocal
   static_assert(2 * kTiles % kShare == 0, "whole shares");
   float left_of[2][kShares];  // the product of u down to a share's oldest key
   device::QuadScan newer[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float product = 1.0f;
-#pragma unroll
-    for (int share = kShares - 1; share >= 0; --share) {
-      float inverse = 1.0f;
-#pragma unroll
-      for (int i = kShare * (share + 1) - 1; i >= kShare * share; --i) {
-        float& e = scores[i / 2][2 * half + i % 2];
-        e = odds(e);
-        if (kMasked) e = visible[half] >> i & 1 ? e : 0.0f;
-        inverse = i == kShare * (share + 1) - 1 ? 1.0f + e : __fmaf_rn(inverse, e, inverse);
+    float product = 1.0f, inverse = 1.0f;
+    device::static_for<2 * kTiles>([&](auto older) {
+      constexpr int i = 2 * kTiles - 1 - older;
+      float& e = scores[i / 2][2 * half + i % 2];
+      e = odds(e);
+      if (kMasked) e = device::where_set<1u << i>(visible.of_row[half], e);
+      inverse = i % kShare == kShare - 1 ? 1.0f + e : __fmaf_rn(inverse, e, inverse);
+      if constexpr (i % kShare == 0) {
+        product *= device::reciprocal_approx(inverse);
+        left_of[half][i / kShare] = product;
       }
-      product *= device::reciprocal_approx(inverse);
-      left_of[half][share] = product;
-    }
+    });
     newer[half] = device::quad_suffix_product(product);
   }
 #pragma unroll
@@ -111,9 +115,18 @@ __device__ inline void stick_scan_forward(float (&scores)[kTiles][4], const Stic
       }
     }
   }
+  // As stick_left(), of both rows at once.
+  const bool small[2] = {newer[0].all > 0.5f, newer[1].all > 0.5f};
+  const float left[2] = {stick[0] * newer[0].all, stick[1] * newer[1].all};
+  if (__any_sync(device::kAllLanes, small[0] || small[1])) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    stick[half] = stick_left(newer[half], stick[half], [&] { return stick_sum(scores, half) * (1.0f / weight_unit); });
+    for (int half = 0; half < 2; ++half) {
+      const float taken = device::lanes_sum<device::kQuad>(stick_sum(scores, half)) * (1.0f / weight_unit);
+      stick[half] = small[half] ? stick[half] - taken : left[half];
+    }
+  } else {
+    stick[0] = left[0];
+    stick[1] = left[1];
   }
 }
 
@@ -149,35 +162,48 @@ using StickRuns = StickPair<Op>[2][kTiles];
 //
 //   ds / scale = u G - beta * (sum of older G) = G - beta * (sum of G from here to the oldest key).
 //
-// Weights enter G as they were rounded for the product that made o. In: scores and dp. Out: rounded weights times their
-// unit, ds / scale in the place of dp. On the way, for row g + 8 half: `left(half, newer)` may look at the weights without the shares
-// of newer lanes and tiles; `edge(half, mass)` gets the tile's sum of G and returns that of all keys older than the
-// tile; `note(half, newer, older)` gets the sum of G over the keys older than this lane's run.
+// The query kernel takes the sum of older G as what newer keys leave of the sum of all. There weights enter G as they
+// were rounded for the product that made o, or the difference would keep what rounding took. It leaves a note per row
+// and lane's run of keys, with which the key kernel scans every run on its own.
+struct alignas(8) StickNote {
+  float stick, older;  // at the run's newer edge; the sum of G over all keys older than the run
+};
+
+// Scores of a lane's run of row g + 8 half become weights, newest first, each a part beta of what is left of `rest`.
+template <bool kMasked, int kTiles>
+__device__ inline void stick_take(float (&scores)[kTiles][4], float (&beta)[2 * kTiles], float& rest, int half,
+                                  const StickBeta& beta_of, std::uint32_t visible) {
+  device::static_for<2 * kTiles>([&](auto older) {
+    constexpr int i = 2 * kTiles - 1 - older;
+    float& score = scores[i / 2][2 * half + i % 2];
+    beta[i] = beta_of(score);
+    if (kMasked) beta[i] = device::where_set<1u << i>(visible, beta[i]);
+    score = beta[i] * rest;
+    rest -= score;
+  });
+}
+
+// The scan of the query kernel. In: scores and dp. Out: ds / scale in the place of dp. On the way, for row g + 8 half:
+// `left(half, newer)` may look at the weights without the shares of newer lanes and tiles; `edge(half, mass)` gets the
+// tile's sum of G and returns that of all keys older than the tile; `note(half, note)` gets the note of this lane's
+// run.
 template <typename Op, bool kMasked, int kTiles, typename Left, typename Edge, typename Note>
 __device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&grads)[kTiles][4],
-                                           StickRuns<Op, kTiles>& weights, const StickBeta& beta_of,
-                                           const std::uint32_t (&visible)[2], const float (&stick)[2], Left&& left,
-                                           Edge&& edge, Note&& note) {
+                                           const StickBeta& beta_of, const StickVisible& visible,
+                                           const float (&stick)[2], Left&& left, Edge&& edge, Note&& note) {
   constexpr float kUnit = kStickWeightUnit<Op>;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float beta[2 * kTiles], rest = 1.0f;
-#pragma unroll
-    for (int i = 2 * kTiles - 1; i >= 0; --i) {
-      float& score = scores[i / 2][2 * half + i % 2];
-      beta[i] = beta_of(score);
-      if (kMasked) beta[i] = visible[half] >> i & 1 ? beta[i] : 0.0f;
-      score = beta[i] * rest;
-      rest -= score;
-    }
+    stick_take<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half]);
     const device::QuadScan newer = device::quad_suffix_product(rest);
     left(half, newer);
-    const float share = stick[half] * newer.later * kUnit;
+    const float run_stick = stick[half] * newer.later, share = run_stick * kUnit;
     float sum = 0.0f;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      weights[half][tile] = stick_pair<Op>(scores[tile][2 * half] * share, scores[tile][2 * half + 1] * share);
-      const float2 rounded = stick_rounded(weights[half][tile]);
+      const float2 rounded =
+          stick_rounded(stick_pair<Op>(scores[tile][2 * half] * share, scores[tile][2 * half + 1] * share));
       grads[tile][2 * half] *= kUnit == 1.0f ? rounded.x : rounded.x * (1.0f / kUnit);
       grads[tile][2 * half + 1] *= kUnit == 1.0f ? rounded.y : rounded.y * (1.0f / kUnit);
       sum += grads[tile][2 * half];
@@ -185,13 +211,42 @@ __device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&g
     }
     const device::QuadPrefix older_lanes = device::quad_prefix_sum(sum);
     const float older = edge(half, older_lanes.all) + older_lanes.earlier;
-    note(half, newer, older);
+    note(half, StickNote{run_stick, older});
     float minus_sum = -older;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
       float& grad = grads[i / 2][2 * half + i % 2];
       minus_sum -= grad;
       grad = __fmaf_rn(beta[i], minus_sum, grad);
+    }
+  }
+}
+
+// The scan of the key kernel. In: scores and dp. Out: weights, times their unit, and ds / scale. Within a run weights
+// enter G unrounded; at its edge the note has the sums of the query kernel.
+template <typename Op, bool kMasked, int kTiles>
+__device__ inline void stick_scan_runs(float (&scores)[kTiles][4], float (&grads)[kTiles][4],
+                                       StickRuns<Op, kTiles>& weights, StickRuns<Op, kTiles>& grad_scores,
+                                       const StickBeta& beta_of, const StickVisible& visible,
+                                       const StickNote (&notes)[2]) {
+  constexpr float kUnit = kStickWeightUnit<Op>;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float beta[2 * kTiles], rest = notes[half].stick * kUnit;
+    stick_take<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half]);
+    float minus_sum = -notes[half].older;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      weights[half][tile] = stick_pair<Op>(scores[tile][2 * half], scores[tile][2 * half + 1]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float weight = scores[tile][2 * half + i];
+        float& grad = grads[tile][2 * half + i];
+        grad *= kUnit == 1.0f ? weight : weight * (1.0f / kUnit);
+        minus_sum -= grad;
+        grad = __fmaf_rn(beta[2 * tile + i], minus_sum, grad);
+      }
+      grad_scores[half][tile] = stick_pair<Op>(grads[tile][2 * half], grads[tile][2 * half + 1]);
     }
   }
 }

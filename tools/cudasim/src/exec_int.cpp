@@ -614,6 +614,7 @@ OpcodeEntry eNot({"not", "cnot"}, [](Decoder& d) {
   }
   emit1(d, d.p->op[0] == "not" ? PICK8(t, unary, Not) : PICK8(t, unary, CNot), t, t);
 });
+// op: d, a, b, c. sub: lookup table.
 void lop3H(Warp& w, const Inst& I) {
   const int lut = I.sub;
   uint32_t t[8];
@@ -623,12 +624,29 @@ void lop3H(Warp& w, const Inst& I) {
            (t[2] & ~a & b & ~c) | (t[1] & ~a & ~b & c) | (t[0] & ~a & ~b & ~c);
   });
 }
+// And p = (d != 0) and / or q. op: d, a, b, c, p, q. sub2: and.
+void lop3PredH(Warp& w, const Inst& I) {
+  lop3H(w, I);
+  const uint32_t* d = w.reg<uint32_t>(I.op[0]);
+  uint32_t set = 0;
+  eachLane(w.m, [&](int i) { set |= (uint32_t)(d[i] != 0) << i; });
+  w.setPred(I.op[4], I.sub2 ? set & w.pred(I.op[5]) : set | w.pred(I.op[5]));
+}
 OpcodeEntry eLop3({"lop3"}, [](Decoder& d) {
-  d.allow({});
+  d.allow({"and", "or"});
   Operand a = d.src(d.arg(1), Ty::B32), b = d.src(d.arg(2), Ty::B32), c = d.src(d.arg(3), Ty::B32);
   if (d.arg(4).kind != PtxOperand::Imm) d.fail("the lookup table must be an immediate");
   uint8_t lut = (uint8_t)d.arg(4).bits;
-  d.emit(lop3H, Cls::Int, {d.dst(d.arg(0), Ty::B32), a, b, c}).sub = lut;
+  if (!d.has("and") && !d.has("or")) {
+    d.emit(lop3H, Cls::Int, {d.dst(d.arg(0), Ty::B32), a, b, c}).sub = lut;
+    return;
+  }
+  if (!d.arg(0).pipe) d.fail("lop3 with a boolean operator needs d|p");
+  Operand q = d.predSrc(d.arg(5)), x = d.dst(d.arg(0).list[0], Ty::B32), p = d.predDst(d.arg(0).list[1]);
+  p.present = true;
+  Inst& in = d.emit(lop3PredH, Cls::Int, {x, a, b, c, p, q});
+  in.sub = lut;
+  in.sub2 = d.has("and");
 });
 
 // Shift amounts beyond the width clamp.

@@ -227,6 +227,14 @@ def test_prmt_lop3():
             if lut >> k & 1:
                 want |= (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
         assert (got == want).all()
+    # With a predicate of the result being other than zero, combined with another one; both results or the second alone.
+    small = [x & np.uint32(3) for x in (a, b, c)]
+    code = "{ .reg .pred p, q; .reg .b32 x; setp.ne.u32 q, %%s2, 0; lop3.%s.b32 %s|p, %%s0, %%s1, 0, 0xC0, %s; selp.b32 %%d, 1, 0, p; }"
+    for op, sink, q in (("or", "_", "0"), ("or", "x", "q"), ("and", "x", "q"), ("and", "_", "!q")):
+        got = run(code % (op, sink, q), "b32", ["b32"] * 3, *small)
+        other = {"0": np.zeros(N, bool), "q": small[2] != 0, "!q": small[2] == 0}[q]
+        set_ = (small[0] & small[1]) != 0
+        assert (got == (set_ | other if op == "or" else set_ & other)).all(), (op, sink, q)
 
 
 def test_dp4a():
