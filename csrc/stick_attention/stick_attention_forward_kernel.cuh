@@ -81,9 +81,9 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   std::uint32_t value_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(lane) + value_tile;
   device::keep(key_rows);
   device::keep(value_columns);
-  device::SharedAddress next = ring;                                      // place of the tile that is met next
-  std::uint32_t both = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // places of the ring, added up
-  device::keep(both);
+  device::SharedAddress next = ring;                                        // place of the tile that is met next
+  std::uint32_t places = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // of the ring, added up
+  device::keep(places);
   if constexpr (kStages > 1) walk.next(next, key_tile >= 0);
   keep.load(key_tile * kKeys);
   if constexpr (kKeepQueries) {
@@ -101,7 +101,7 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
       device::cp_async_wait<0>();
       __syncthreads();
     } else {
-      next = both - place;
+      next = places - place;
       walk.next(next, key_tile > 0);
     }
     const int first_key = key_tile * kKeys;

@@ -30,9 +30,9 @@ struct StickSequence {
     rows = queries * static_cast<int>(p.group);
   }
 
-  // The first row that sees a key; not above 0 if all do.
+  // The first row that sees a key; not above 0 if all do, and of keys that all rows see by 64 keys no less.
   __device__ int first_row(const StickAttentionProblem& p, int key) const {
-    return (key - history + (p.attend_current ? 0 : 1)) * static_cast<int>(p.group);
+    return max(key - history + (p.attend_current ? 0 : 1), -64) * static_cast<int>(p.group);
   }
 
   // The newest key that a row sees; negative if none.
@@ -192,8 +192,10 @@ struct StickTileCopy {
         offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)),
         key_offset(stick_key_offset<kRowBytes>(row, threadIdx.x % kChunks)) {
     device::keep(bytes);
-    device::keep(offset);
-    device::keep(key_offset);
+    if constexpr (sizeof(T) == 2) {  // of 32-bit types fragments need the registers
+      device::keep(offset);
+      device::keep(key_offset);
+    }
   }
 
   // One chunk, kRound rounds behind the first; `size` is `bytes` or, where it is not there, 0.

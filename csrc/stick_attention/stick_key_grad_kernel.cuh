@@ -111,11 +111,10 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
 
   const StickRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
   const StickRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
-  // Found once where registers allow.
-  constexpr bool kOnce = device::kIs16Bit<Op>;
+  constexpr bool kOnce = device::kIs16Bit<Op>;  // find it once: of 32-bit types fragments need the registers
   const auto q_lane = copy.lane(q, launch.q_aligned), grad_lane = copy.lane(grad_o, launch.grad_o_aligned);
   std::int32_t easy = q_lane.step != 0 && grad_lane.step != 0;
-  device::keep(easy);
+  if constexpr (kOnce) device::keep(easy);
   const auto copy_queries = [&](int tile, device::SharedAddress to) {
     const auto q_now = kOnce ? q_lane : copy.lane(q, launch.q_aligned);
     const auto grad_now = kOnce ? grad_lane : copy.lane(grad_o, launch.grad_o_aligned);
@@ -129,16 +128,16 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const int row_in_tile = warp % (kRows / 16) * 16, span_in_tile = warp / (kRows / 16) * kSpan;
+  const int row_in_tile = warp % (kRows / 16) * 16, span_in_tile = kSpan == kKeys ? 0 : warp / (kRows / 16) * kSpan;
   const int span_key = first_key + span_in_tile;
-  // This lane's of the head's first row.
   const int lane_row = row_in_tile + lane / 4;
+  // This lane's note of the head's first row.
   const StickNote* notes_of =
       launch.notes +
       ((span_key - launch.window_begin) / kSpan * (p.heads * launch.rows) + stick_workspace_row(launch, s, head, 0)) *
           kStickRuns +
       lane % 4;
-  device::keep(notes_of);
+  if constexpr (kOnce) device::keep(notes_of);
   const StickBeta beta{-launch.factor};
   StickKeep<kSpan> keep(p, s);
   keep.load(span_key);
@@ -153,7 +152,7 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   device::SharedAddress column_lane = device::b_columns<Op, kRowBytes>(0) ^ (part * (kRowBytes / Tiles::kParts));
   device::SharedAddress store_lane = Exchange::template store_lane<kSpan / 4>(exchange, row_in_tile, span_in_tile);
   device::SharedAddress load_lane = Exchange::load_lane(exchange, key_in_tile);
-  if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types fragments need the registers
+  if constexpr (kOnce) {
     device::keep(query_lane);
     device::keep(key_lane);
     device::keep(column_lane);
@@ -170,8 +169,9 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
     // Of rows that are not there the last one's notes: they see nothing, and need finite numbers.
     StickNote notes[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half) {
       notes[half] = notes_of[min(own_row + 8 * half, s.rows - 1) * std::int64_t{kStickRuns}];
+    }
     const device::SharedAddress query_rows = stage + query_lane;
     stick_take_oldest<kSpan / 8>(last_row - span_row, group, [&](auto tiles) {
       constexpr bool kWhole = tiles == kSpan / 8;
@@ -211,14 +211,15 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
           [&](auto i) { Exchange::template load<Tiles::kExchangeBytes, first + i>(a[i], load_lane); });
       device::multiply_columns<Op, kRowBytes>(grad_k, a, columns + kFirst);
     };
-    if (key_row < first_row + 16 && first_row + kRows - 16 < s.rows) {
-      multiply(std::integral_constant<int, 0>{}, std::integral_constant<int, kSteps>{});
-    } else {
-      device::static_for<kSteps>([&](auto step) {
-        const int rows = first_row + step * device::kStepElements<Op> / 16 * 16;
-        if (rows < s.rows && key_row < min(rows + 16, s.rows)) multiply(step, std::integral_constant<int, 1>{});
-      });
+    if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types one product after the other is long enough a code
+      if (key_row < first_row + 16 && first_row + kRows - 16 < s.rows) {
+        return multiply(std::integral_constant<int, 0>{}, std::integral_constant<int, kSteps>{});
+      }
     }
+    device::static_for<kSteps>([&](auto step) {
+      const int rows = first_row + step * device::kStepElements<Op> / 16 * 16;
+      if (rows < s.rows && key_row < min(rows + 16, s.rows)) multiply(step, std::integral_constant<int, 1>{});
+    });
   };
 
   // Query tiles from the first that sees a key on, those that forward took to this tile: found kThreads at a time.
@@ -245,8 +246,8 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
       return tile;
     };
     device::SharedAddress stage = ring;
-    std::uint32_t both = 2 * ring + (kStages - 1) * 2 * Tiles::kQueryBytes;  // places of the ring, added up
-    device::keep(both);
+    std::uint32_t places = 2 * ring + (kStages - 1) * 2 * Tiles::kQueryBytes;  // of the ring, added up
+    device::keep(places);
     int tile = next_live();
     if (kStages > 1 && tile < kThreads) copy_queries(chunk + tile, stage);
     device::cp_async_commit();
@@ -260,13 +261,13 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
       device::cp_async_wait<0>();
       __syncthreads();
       if constexpr (kStages > 1) {
-        if (following < kThreads) copy_queries(chunk + following, both - stage);
+        if (following < kThreads) copy_queries(chunk + following, places - stage);
         device::cp_async_commit();
       }
       scan(chunk + tile, stage);
       __syncthreads();
       accumulate(chunk + tile, stage);
-      stage = both - stage;
+      if constexpr (kStages > 1) stage = places - stage;
       tile = following;
     }
   }

@@ -109,9 +109,9 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   int key_tile = keys.newest_tile(kKeys);
   StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
                                                           launch.v_aligned);
-  device::SharedAddress next = ring;                                      // place of the tile that is met next
-  std::uint32_t both = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // places of the ring, added up
-  device::keep(both);
+  device::SharedAddress next = ring;                                        // place of the tile that is met next
+  std::uint32_t places = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // of the ring, added up
+  device::keep(places);
   if constexpr (kStages > 1) walk.next(next, keys.begin < keys.end);
   StickKeep<kKeys> keep(p, s);
   keep.load(key_tile * kKeys);
@@ -196,7 +196,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
       device::cp_async_wait<0>();
       __syncthreads();
     } else {
-      next = both - place;
+      next = places - place;
       walk.next(next, (key_tile - 1) * kKeys >= keys.begin);
     }
     const int first_key = key_tile * kKeys;

@@ -1,7 +1,7 @@
 """What the kernels of stick_attention execute, counted on the emulated device: upper bounds, a regression fails.
 
-Counts are of PTX and per causal score (bf16, one head, stick_epsilon 0). They are what the kernels reach now; the goals
-are 18.2 and 23.6 lane instructions forward, 59 and 88 backward (head dim 64 and 128).
+Counts are of PTX and per causal score (bf16, one head, stick_epsilon 0). The goals were 18.2 and 23.6 lane instructions
+forward, 59 and 88 backward (head dim 64 and 128).
 """
 
 import pytest
@@ -30,7 +30,7 @@ def launches(t, dim):
     return plain, backward, t * (t + 1) / 2
 
 
-@pytest.mark.parametrize(("dim", "most_forward", "most_backward"), [(64, 19.0, 71.5), (128, 23.6, 106.0)])
+@pytest.mark.parametrize(("dim", "most_forward", "most_backward"), [(64, 18.1, 59.0), (128, 22.6, 86.5)])
 def test_instructions_per_score(dim, most_forward, most_backward):
     forward, backward, scores = launches(512, dim)
     assert forward["thread_instructions"] / scores <= most_forward
@@ -45,8 +45,8 @@ def test_traffic_and_flops(dim):
     t = 1024
     forward, backward, scores = launches(t, dim)
     useful = 2 * dim * scores  # of one product
-    assert forward["mma_flops"] <= 1.25 * 2 * useful
-    assert sum(s["mma_flops"] for s in backward) <= 1.25 * 7 * useful  # S and dP in both kernels, dQ, dK, dV
+    assert forward["mma_flops"] <= 1.03 * 2 * useful
+    assert sum(s["mma_flops"] for s in backward) <= 1.05 * 7 * useful  # S and dP in both kernels, dQ, dK, dV
     sectors = dim * 2 // 32
     tiles = t // 64 * (t // 64 + 1) // 2
     least_read = (t + tiles * 2 * 64) * sectors  # Q once, K and V once per pair of tiles

@@ -81,7 +81,7 @@ def test_long_rows(dtype, mean, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_walks_through_several_windows(dtype, device):
-    # dQ and the sticks go through the workspace from one window of 2048 keys to the next.
+    # dQ and the sticks go through the workspace from one window of 1024 keys to the next.
     q, k, v = inputs(1, 40, 4200, 1, 1, 16, dtype, mean=-7.0, gain=0.5)
     check(q, k, v, device, stick_epsilon=0.0, floor=4e-5)
     check(*inputs(1, 40, 2100, 1, 2, 16, dtype), device)  # and all sticks end in the newest
