@@ -172,6 +172,12 @@ __device__ inline void stick_copy_chunk(device::SharedAddress to, const T* from,
   }
 }
 
+// keep() of what loops reuse, for 16-bit elements: of 32-bit ones fragments need the registers.
+template <typename T, typename... Values>
+__device__ inline void stick_keep(Values&... values) {
+  if constexpr (sizeof(T) == 2) (device::keep(values), ...);
+}
+
 // Copies rows of a problem's tensors into swizzled tiles with all kThreads threads of the block, each thread one column
 // of chunks. Columns from head_dim on are filled with zeros, and so are rows that are not there.
 template <typename T, int kRowBytes, int kThreads>
@@ -192,10 +198,7 @@ struct StickTileCopy {
         offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)),
         key_offset(stick_key_offset<kRowBytes>(row, threadIdx.x % kChunks)) {
     device::keep(bytes);
-    if constexpr (sizeof(T) == 2) {  // of 32-bit types fragments need the registers
-      device::keep(offset);
-      device::keep(key_offset);
-    }
+    stick_keep<T>(offset, key_offset);
   }
 
   // One chunk, kRound rounds behind the first; `size` is `bytes` or, where it is not there, 0.
@@ -335,10 +338,7 @@ class StickKeyWalk {
                                          p.v_strides.token);
     device::keep(k_);
     device::keep(v_);
-    if constexpr (sizeof(T) == 2) {  // of 32-bit types fragments need the registers
-      device::keep(k_step_);
-      device::keep(v_step_);
-    }
+    stick_keep<T>(k_step_, v_step_);
   }
 
   // Copies the next tile, if it is wanted; a group of copies in any case.

@@ -114,7 +114,7 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   constexpr bool kOnce = device::kIs16Bit<Op>;  // find it once: of 32-bit types fragments need the registers
   const auto q_lane = copy.lane(q, launch.q_aligned), grad_lane = copy.lane(grad_o, launch.grad_o_aligned);
   std::int32_t easy = q_lane.step != 0 && grad_lane.step != 0;
-  if constexpr (kOnce) device::keep(easy);
+  stick_keep<T>(easy);
   const auto copy_queries = [&](int tile, device::SharedAddress to) {
     const auto q_now = kOnce ? q_lane : copy.lane(q, launch.q_aligned);
     const auto grad_now = kOnce ? grad_lane : copy.lane(grad_o, launch.grad_o_aligned);
@@ -137,7 +137,7 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
       ((span_key - launch.window_begin) / kSpan * (p.heads * launch.rows) + stick_workspace_row(launch, s, head, 0)) *
           kStickRuns +
       lane % 4;
-  if constexpr (kOnce) device::keep(notes_of);
+  stick_keep<T>(notes_of);
   const StickBeta beta{-launch.factor};
   StickKeep<kSpan> keep(p, s);
   keep.load(span_key);
@@ -152,13 +152,7 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   device::SharedAddress column_lane = device::b_columns<Op, kRowBytes>(0) ^ (part * (kRowBytes / Tiles::kParts));
   device::SharedAddress store_lane = Exchange::template store_lane<kSpan / 4>(exchange, row_in_tile, span_in_tile);
   device::SharedAddress load_lane = Exchange::load_lane(exchange, key_in_tile);
-  if constexpr (kOnce) {
-    device::keep(query_lane);
-    device::keep(key_lane);
-    device::keep(column_lane);
-    device::keep(store_lane);
-    device::keep(load_lane);
-  }
+  stick_keep<T>(query_lane, key_lane, column_lane, store_lane, load_lane);
   const int group = static_cast<int>(p.group);
   const int span_row = s.first_row(p, span_key), key_row = s.first_row(p, first_key + key_in_tile);  // that see them
 

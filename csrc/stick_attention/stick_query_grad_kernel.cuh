@@ -178,13 +178,10 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   const std::uint32_t value_tile = walk.k_is_v ? 0 : Tiles::kTileBytes;  // behind that of keys
   std::uint32_t key_rows = stick_key_rows<kRowBytes, kKeys / 4>(lane);
   std::uint32_t key_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(lane);
-  if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types fragments need the registers
-    device::keep(key_rows);
-    device::keep(key_columns);
-  }
+  stick_keep<T>(key_rows, key_columns);
   // This lane's note of row g; that of row g + 8 is eight rows further.
   std::int64_t span_bytes = -kStickRuns * static_cast<int>(sizeof(StickNote)) * (p.heads * launch.rows);
-  if constexpr (device::kIs16Bit<Op>) device::keep(span_bytes);
+  stick_keep<T>(span_bytes);
   StickNote* note = launch.notes + (key_tile - launch.window_begin / kKeys) * (p.heads * launch.rows * kStickRuns) +
                     workspace_row * kStickRuns + lane % 4;
   for (; key_tile * kKeys >= keys.begin; --key_tile) {
@@ -236,9 +233,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
       device::multiply_columns<Op, kRowBytes, StickKeyOrder>(
           grad_q, grad_scores, place + (kWhole ? key_columns : stick_key_columns<Op, kRowBytes, kRun>(stick_lane())));
     };
-    if (warp_newest >= first_key) {
-      stick_take_oldest<kKeyTiles>(warp_newest - first_key, 1, take);
-    }
+    if (warp_newest >= first_key) stick_take_oldest<kKeyTiles>(warp_newest - first_key, 1, take);
     note = reinterpret_cast<StickNote*>(reinterpret_cast<std::uint8_t*>(note) + span_bytes);
   }
   device::cp_async_wait_all();

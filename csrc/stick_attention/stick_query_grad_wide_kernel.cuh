@@ -18,7 +18,7 @@ struct StickWideQueryGrad : StickWide<Op> {
   static constexpr bool kOne = sizeof(Op) == 4;  // K is V, and dO in the other tile: registers do not hold it
   static constexpr int kTilesBytes = Wide::kWarps * 2 * Wide::kTileBytes;
   static constexpr int kPartsBytes = Wide::kWarps * 2 * Wide::kPart * 4;
-  static constexpr int kSharedBytes = kTilesBytes + kPartsBytes + Wide::kOperandBytes + kRows * 16 + 128;
+  static constexpr int kSharedBytes = kTilesBytes + kPartsBytes + Wide::kOperandBytes + kRows * 16;
 };
 
 // One warp's share of do . o, with o as it was before rounding, and of |do|^2, of 16 rows.
