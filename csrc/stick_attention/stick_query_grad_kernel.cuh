@@ -210,8 +210,8 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
         stick_scan_backward<Op, masked>(
             scores, grad_weights, beta, visible, stick,
             [&](int half, const device::QuadScan& newer) {
-              left[half] =
-                  stick_left(newer, stick[half], [&] { return stick_sum(scores, half) * newer.later * stick[half]; });
+              const auto taken = [&](int) { return stick_sum(scores, half) * newer.later * stick[half]; };
+              left[half] = stick_left<1>({newer}, {stick[half]}, taken).of_row[0];
             },
             [&](int half, float mass) {
               passed[half] += mass;

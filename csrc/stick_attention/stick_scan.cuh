@@ -64,16 +64,32 @@ __device__ inline float stick_sum(const float (&weights)[kTiles][4], int half) {
   return sum;
 }
 
-// What is left of a row's stick after a tile: where the tile took less than half, the stick less what was taken, for a
-// product of many factors just below 1 would lose the sum of their small differences from it; else the product.
-// `taken()` is what the keys of this lane took.
-template <typename Taken>
-__device__ inline float stick_left(const device::QuadScan& newer, float stick, Taken&& taken) {
-  const bool small = newer.all > 0.5f;
-  const float left = stick * newer.all;
-  if (!__any_sync(device::kAllLanes, small)) return left;
-  const float all_taken = device::lanes_sum<device::kQuad>(taken());
-  return small ? stick - all_taken : left;
+// What a tile leaves of the sticks of rows: where it took less than half, the stick less what was taken, for a product
+// of many factors just below 1 would lose the sum of their small differences from it; else the product. `taken(row)` is
+// what the keys of this lane took.
+template <int kRows>
+struct StickLeft {
+  float of_row[kRows];
+};
+
+template <int kRows, typename Taken>
+__device__ inline StickLeft<kRows> stick_left(const device::QuadScan (&newer)[kRows], const float (&stick)[kRows],
+                                              Taken&& taken) {
+  StickLeft<kRows> left;
+  bool small[kRows], any = false;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    small[row] = newer[row].all > 0.5f;
+    left.of_row[row] = stick[row] * newer[row].all;
+    any = any || small[row];
+  }
+  if (!__any_sync(device::kAllLanes, any)) return left;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const float all_taken = device::lanes_sum<device::kQuad>(taken(row));
+    if (small[row]) left.of_row[row] = stick[row] - all_taken;
+  }
+  return left;
 }
 
 // Scores of rows g and g + 8 become weights, times weight_unit; the sticks move to the tile's older edge.
@@ -115,19 +131,10 @@ __device__ inline void stick_scan_forward(float (&scores)[kTiles][4], const Stic
       }
     }
   }
-  // As stick_left(), of both rows at once.
-  const bool small[2] = {newer[0].all > 0.5f, newer[1].all > 0.5f};
-  const float left[2] = {stick[0] * newer[0].all, stick[1] * newer[1].all};
-  if (__any_sync(device::kAllLanes, small[0] || small[1])) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float taken = device::lanes_sum<device::kQuad>(stick_sum(scores, half)) * (1.0f / weight_unit);
-      stick[half] = small[half] ? stick[half] - taken : left[half];
-    }
-  } else {
-    stick[0] = left[0];
-    stick[1] = left[1];
-  }
+  const StickLeft<2> left =
+      stick_left(newer, stick, [&](int half) { return stick_sum(scores, half) * (1.0f / weight_unit); });
+  stick[0] = left.of_row[0];
+  stick[1] = left.of_row[1];
 }
 
 // Two neighbours rounded to operand type, as they lie in memory.
