@@ -22,6 +22,11 @@ help:
 	@echo 'make asan    the tests of ops and core on an AddressSanitizer and UBSan build of the CPU kernels'
 	@echo 'make build   only the native extension, in place'
 
+# One that was copied here with its folder is made anew.
+ifneq ($(filter-out $(realpath $(VENV)),$(file <$(VENV)/.made-by-make_venv)),)
+.PHONY: $(STAMP)
+endif
+
 $(STAMP): requirements-dev.txt tools/make_venv.sh
 	PYTHON='$(PYTHON)' tools/make_venv.sh '$(VENV)'
 	@touch $@

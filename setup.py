@@ -1,6 +1,7 @@
 """Bridge from setuptools to CMake, which knows how to build the extension (CMakeLists.txt, docs/build.md)."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,20 @@ OPTIONS = (
     "MFX_CUDA",
     "MFX_CUDA_ARCHS",
     "MFX_CUDA_DISPATCH",
-    "MFX_CUTLASS_DIR",
     "MFX_CPU_ISAS",
     "MFX_SANITIZE",
     "MFX_WERROR",
 )
+
+
+def is_of_another_checkout(build: Path) -> bool:
+    """Whether a build folder was made elsewhere or for other sources, as in a copied checkout: CMake refuses it."""
+    cache = build / "CMakeCache.txt"
+    if not cache.exists():
+        return False
+    made_for = dict(re.findall(r"^(\w+):INTERNAL=(.*)$", cache.read_text(), re.MULTILINE))
+    here = {"CMAKE_HOME_DIRECTORY": ROOT, "CMAKE_CACHEFILE_DIR": build.resolve()}
+    return any(made_for.get(name) != path.as_posix() for name, path in here.items())
 
 
 class CMakeBuild(build_ext):
@@ -31,12 +41,17 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath("moduleformer_ext._C")).resolve().parent
         # A fixed build folder makes the next build incremental, editable or not.
         build = Path(os.environ.get("MFX_BUILD_DIR", ROOT / "build" / f"native-{sys.implementation.cache_tag}"))
-        options = [f"-D{name}={os.environ[name]}" for name in OPTIONS if name in os.environ]
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
+        # What is not set now returns to its default, whatever an earlier build was given.
+        options = [f"-D{name}={os.environ[name]}" if name in os.environ else f"-U{name}" for name in OPTIONS]
+        if shutil.which("ninja"):
+            options += ["-G", "Ninja"]
+        if is_of_another_checkout(build):
+            print(f"moduleformer_ext: {build} was made for another source folder; starting afresh", file=sys.stderr)
+            options += ["--fresh"]
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}", *options]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         try:
-            subprocess.run([*configure, *generator, *options], check=True)
+            subprocess.run(configure, check=True)
             subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
             subprocess.run([cmake, "--install", str(build), "--prefix", str(package)], check=True)
         except subprocess.CalledProcessError as error:

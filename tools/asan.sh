@@ -6,7 +6,7 @@ python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 shift
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
-tools/build_flavour.sh "$python" build-asan -DMFX_CUDA=OFF -DMFX_SANITIZE=address,undefined
+MFX_CUDA=OFF MFX_SANITIZE=address,undefined tools/build_flavour.sh "$python" build-asan
 
 [ $# -gt 0 ] || set -- tests/core tests/ops
 # The interpreter itself is not instrumented, so the runtimes come first; libstdc++ with them, or its exceptions pass

@@ -30,7 +30,6 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 
 # C++: folder -> pattern of includes that are forbidden there.
 TORCH = r"^(torch|ATen|c10|pybind11)/"
-CUTLASS = r"^(cutlass|cute)/"
 
 
 def python_imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -68,12 +67,11 @@ def cpp_rules(path: Path) -> Iterator[tuple[str, str]]:
         yield TORCH, "only csrc/bindings and csrc/core/aten_*.cpp may see torch"
         yield r"^bindings/", "nothing but the bindings includes bindings"
     if parts[0] == "include":
-        yield CUTLASS, "public headers are free of CUTLASS"
         yield r"^(?!moduleformer_ext/)[a-z_]+/", "public headers include public headers only"
     if parts[:2] == ("csrc", "core"):
         yield r"^(?!core/|moduleformer_ext/common|ATen/|c10/|sys/)[a-z_0-9]+/", "core stands on core alone"
     if parts[:2] == ("csrc", "device"):
-        yield r"^(?!device/|moduleformer_ext/common|cuda|cute/|cutlass/)[a-z_0-9]+/", "device stands on device alone"
+        yield r"^(?!device/|moduleformer_ext/common|cuda)[a-z_0-9]+/", "device stands on device alone"
 
 
 def check_cpp() -> Iterator[str]:

@@ -12,8 +12,8 @@ if ! command -v "${CUDACXX:-nvcc}" >/dev/null; then
   echo 'emulated tests: skipped, no nvcc was found to compile the CUDA kernels with'
   exit 0
 fi
-tools/build_flavour.sh "$python" build-emulated -DMFX_CUDA=ON -DMFX_CUDA_DISPATCH=CPU -DMFX_CUDA_ARCHS=80-virtual \
-  -DMFX_CPU_ISAS=baseline -DCMAKE_CUDA_FLAGS=--no-compress
+MFX_CUDA=ON MFX_CUDA_DISPATCH=CPU MFX_CUDA_ARCHS=80-virtual MFX_CPU_ISAS=baseline CUDAFLAGS=--no-compress \
+  tools/build_flavour.sh "$python" build-emulated
 
 export CUDASIM_ARCH=80
 emulator=$(tools/cudasim/run)

@@ -53,14 +53,16 @@ make_environment() {
     [ -n "$uv" ] && "$uv" venv --clear --seed --python "${python:-3.12}" "$venv" ||
       stop 'No usable Python >= 3.10. On Debian: apt-get install python3-venv python3-dev  (or install uv), then again.'
   fi
-  touch "$venv/.made-by-make_venv"
+  realpath "$venv" >"$venv/.made-by-make_venv"
   echo "Made $venv with $("$venv/bin/python" --version)"
 }
 
-# What an earlier run made is brought up to date, or made anew if it no longer works; VENV may also name an environment
-# that somebody else cares for.
+# What an earlier run made is brought up to date, or made anew if it no longer works or was copied here with its folder:
+# its scripts still name the original. VENV may also name an environment that somebody else cares for.
 if [ -e "$venv/.made-by-make_venv" ]; then
-  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_environment
+  if grep -qvxF "$(realpath "$venv")" "$venv/.made-by-make_venv" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    make_environment
+  fi
 elif [ -e "$venv" ] && [ -n "$(ls -A "$venv")" ]; then
   stop "$venv exists and was not made by tools/make_venv.sh; remove it, or set VENV to another directory."
 else
@@ -69,7 +71,6 @@ fi
 
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 $pip install -q ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$root/requirements-dev.txt"
-# CUTLASS headers for the CUDA kernels (the dependencies of its Python side are not wanted), and a reader of SASS.
 if command -v nvcc >/dev/null 2>&1; then
-  $pip install -q --no-deps nvidia-cutlass==4.2.0.0 nvidia-cuda-nvdisasm
+  $pip install -q --no-deps nvidia-cuda-nvdisasm  # a reader of SASS, for tools/cuda_report.py
 fi

@@ -1,0 +1,59 @@
+"""A folder of sources that was copied with its build folder and environment builds as a fresh one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def fake_cmake(tmp_path: Path) -> Path:
+    """A folder whose cmake writes its arguments down, a call a line, to `calls` beside it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "cmake"
+    script.write_text(f'#!/bin/sh\necho "$@" >>{folder}/calls\n')
+    script.chmod(0o755)
+    return folder
+
+
+def configure(fake_cmake: Path, build: Path, home: Path, cache_folder: Path) -> str:
+    """How setup.py configures a build folder that was made in `cache_folder` for the sources in `home`."""
+    build.mkdir(exist_ok=True)
+    (build / "CMakeCache.txt").write_text(
+        f"//For build in directory: {cache_folder}\nCMAKE_CACHEFILE_DIR:INTERNAL={cache_folder}\n"
+        f"CMAKE_HOME_DIRECTORY:INTERNAL={home}\n"
+    )
+    env = {**os.environ, "PATH": f"{fake_cmake}:{os.environ['PATH']}", "MFX_BUILD_DIR": str(build)}
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "-b", str(build)], cwd=ROOT, env=env, check=True)
+    return (fake_cmake / "calls").read_text().splitlines()[0]
+
+
+def test_a_build_folder_of_other_sources_is_configured_afresh(fake_cmake, tmp_path):
+    build = tmp_path / "build"
+    assert "--fresh" in configure(fake_cmake, build, Path("/elsewhere"), build).split()
+
+
+def test_a_build_folder_made_elsewhere_is_configured_afresh(fake_cmake, tmp_path):
+    build = tmp_path / "build"
+    assert "--fresh" in configure(fake_cmake, build, ROOT, Path("/elsewhere/build")).split()
+
+
+def test_a_build_folder_of_these_sources_is_kept(fake_cmake, tmp_path):
+    build = tmp_path / "build"
+    assert "--fresh" not in configure(fake_cmake, build, ROOT, build).split()
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_copied_environment_is_made_anew(tmp_path, copied):
+    venv = tmp_path / ".venv"
+    venv.mkdir()
+    (venv / ".made-by-make_venv").write_text(f"{tmp_path / 'elsewhere' if copied else venv}\n")
+    (venv / ".installed").touch()
+    command = ["make", "--dry-run", f"VENV={venv}", str(venv / ".installed")]
+    plan = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert ("tools/make_venv.sh" in plan) == copied
