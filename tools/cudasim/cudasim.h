@@ -49,6 +49,8 @@ void cudasim_set_seed(uint64_t seed);
 void cudasim_set_slice(int n);
 /* Look for races between the warps of a block in global memory, too. */
 void cudasim_set_race_global(int on);
+/* Whether tensor cores truncate their sums, as hardware does. Returns the setting before. */
+int cudasim_set_tensor_truncate(int on);
 /* Workers that run independent blocks. */
 void cudasim_set_threads(int n);
 

@@ -221,6 +221,11 @@ def set_race_warp(on):
     lib().cudasim_set_race_warp(int(on))
 
 
+def set_tensor_truncate(on):
+    """Whether tensor cores truncate their sums, as hardware does; returns the setting before."""
+    return bool(lib().cudasim_set_tensor_truncate(int(on)))
+
+
 def set_threads(n):
     lib().cudasim_set_threads(n)
 

@@ -31,6 +31,7 @@ Config& config() {
     x->raceGlobal = num("CUDASIM_RACE_GLOBAL", 0) != 0;
     x->raceWarp = num("CUDASIM_RACE_WARP", 0) != 0;
     x->threads = (int)num("CUDASIM_THREADS", 1);
+    x->tensorTruncate = num("CUDASIM_TENSOR_TRUNCATE", 1) != 0;
     if (const char* s = getenv("CUDASIM_STATS")) x->statsFile = s;
     return x;
   }();
@@ -105,6 +106,9 @@ void cudasim_set_slice(int n) {
 }
 void cudasim_set_race_global(int on) {
   config().raceGlobal = on != 0;
+}
+int cudasim_set_tensor_truncate(int on) {
+  return std::exchange(config().tensorTruncate, on != 0);
 }
 void cudasim_set_threads(int n) {
   config().threads = n;

@@ -243,10 +243,11 @@ struct Config {
   std::string statsFile;
   uint64_t maxInstructions = 4000000000ull;  // warp instructions per launch
   bool verbose = false;
-  int threads = 1;          // workers that run independent blocks
-  int slice = 192;          // instructions a warp runs before the next one gets its turn
-  bool raceWarp = false;    // also look for races between the lanes of a warp
-  bool raceGlobal = false;  // also look for races of one block in global memory
+  int threads = 1;             // workers that run independent blocks
+  int slice = 192;             // instructions a warp runs before the next one gets its turn
+  bool raceWarp = false;       // also look for races between the lanes of a warp
+  bool raceGlobal = false;     // also look for races of one block in global memory
+  bool tensorTruncate = true;  // tensor cores add as tensor_sum.cpp says
 };
 Config& config();
 

@@ -102,16 +102,6 @@ int32_t unpackInt(Elem e, uint32_t reg, int i) {
     default: return reg >> i & 1;
   }
 }
-void multiplyAccumulate(const float* a, const float* b, float* c, int m, int n, int k, int ldb, int ldc) {
-  for (int i = 0; i < m; i++) {
-    float* __restrict ci = c + i * ldc;
-    for (int kk = 0; kk < k; kk++) {
-      const float x = a[i * k + kk];
-      const float* __restrict bk = b + kk * ldb;
-      for (int j = 0; j < n; j++) ci[j] = __builtin_fmaf(x, bk[j], ci[j]);
-    }
-  }
-}
 
 namespace {
 
@@ -164,7 +154,7 @@ void mmaFloat(Warp& w, const Inst& I, const MmaInfo& f) {
         v = w.reg<float>(rc[e])[l];
       C[row * 8 + col] = v;
     }
-  multiplyAccumulate(A, B, C, f.m, 8, f.k, 8, 8);
+  multiplyAccumulate(f.a, A, B, C, f.m, 8, f.k);
   for (int e = 0; e < accs; e++)
     for (int l = 0; l < 32; l++) {
       int row, col;

@@ -115,7 +115,7 @@ void performInt(Warp& w, const PendingWgmma& p, const float* A, const float* B) 
   auto& f = *(const WgmmaInfo*)I.aux;
   static thread_local float C[16 * 256];
   memset(C, 0, sizeof(float) * 16 * f.n);
-  multiplyAccumulate(A, B, C, 16, f.n, f.k, f.n, f.n);
+  multiplyAccumulate(f.a, A, B, C, 16, f.n, f.k);
   for (int j = 0; j < f.n / 8; j++)
     for (int e = 0; e < 4; e++) {
       int32_t* acc = w.reg<int32_t>(I.ext[4 * j + e]);
@@ -165,7 +165,7 @@ void perform(Warp& w, const PendingWgmma& p, int reader, uint32_t epoch) {
         C[(l / 4 + 8 * (e >> 1)) * f.n + 8 * j + (l % 4) * 2 + (e & 1)] = v;
       }
     }
-  multiplyAccumulate(A, B, C, 16, f.n, f.k, f.n, f.n);
+  multiplyAccumulate(f.a, A, B, C, 16, f.n, f.k);
   for (int j = 0; j < f.n / 8; j++)
     for (int e = 0; e < 4; e++) {
       const Operand& o = half ? acc[2 * j + e / 2] : acc[4 * j + e];

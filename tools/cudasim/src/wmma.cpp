@@ -3,6 +3,7 @@
 // fragments open; here element e of lane l is number e * 32 + l of the matrix
 // in row-major order, and repeats when the fragment has room for more.
 #include <algorithm>
+#include <vector>
 
 #include "decoder.h"
 #include "exec_memory.h"
@@ -96,9 +97,15 @@ void wmmaH(Warp& w, const Inst& I) {
   gather(f.b, B);
   gather(f.c, C);
   const int m = f.a.rows, k = f.a.cols, n = f.b.cols;
-  for (int i = 0; i < m; i++)
-    for (int kk = 0; kk < k; kk++)
-      for (int j = 0; j < n; j++) C[i * n + j] = __builtin_fma(A[i * k + kk], B[kk * n + j], C[i * n + j]);
+  if (f.d.elem == Elem::F64 || f.d.elem == Elem::S32) {
+    for (int i = 0; i < m; i++)
+      for (int kk = 0; kk < k; kk++)
+        for (int j = 0; j < n; j++) C[i * n + j] = __builtin_fma(A[i * k + kk], B[kk * n + j], C[i * n + j]);
+  } else {
+    std::vector<float> a(A, A + m * k), b(B, B + k * n), c(C, C + m * n);
+    multiplyAccumulate(f.a.elem, a.data(), b.data(), c.data(), m, n, k);
+    std::copy(c.begin(), c.end(), C);
+  }
   w.st->mmaFlops += 2ull * m * n * k;
   for (int e = 0; e < f.d.perLane(); e++)
     for (int l = 0; l < 32; l++) {

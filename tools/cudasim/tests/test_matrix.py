@@ -1,5 +1,9 @@
 """mma.sync, ldmatrix, stmatrix and movmatrix against numpy."""
 
+import math
+import os
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from conftest import Buffer, from_bf16, to_bf16
@@ -103,6 +107,66 @@ def test_mma_tf32(k):
     D = launch_mma("m16n8k%d" % k, "f32.tf32.tf32.f32", pick(A, ia), pick(B, ib), pick(C, ic), ic)
     cut = lambda x: (x.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
     np.testing.assert_allclose(D, cut(A) @ cut(B) + C, atol=1e-5)
+
+
+def tensor_core_sum(a, b, c, terms, extra, min_exponent):
+    """c + a . b as src/tensor_sum.cpp describes it, in exact arithmetic."""
+    exponent = lambda x, least: max(math.frexp(x)[1] - 1, least)
+    for t in range(0, len(a), terms):
+        pairs = [(x, y) for x, y in zip(a[t : t + terms], b[t : t + terms], strict=True) if x and y]
+        top = [exponent(x, min_exponent) + exponent(y, min_exponent) for x, y in pairs] + [exponent(c, -126)] * bool(c)
+        if not top:
+            return 0.0
+        unit = Fraction(2) ** (max(top) - 23 - extra)
+        total = sum(int(Fraction(x) * Fraction(y) / unit) for x, y in pairs) + int(Fraction(c) / unit)
+        bits = max(abs(total).bit_length() - 24, 0)
+        total = (abs(total) >> bits << bits) * (1 if total > 0 else -1)
+        c = float(total * unit)
+    return c
+
+
+@pytest.mark.parametrize("spread", [0, 8, 40])
+@pytest.mark.parametrize("t", ["f16", "bf16", "tf32"])
+def test_sums_are_truncated_bit_by_bit(t, spread):
+    hopper = int(os.environ.get("CUDASIM_ARCH", "90")) >= 90
+    k = 8 if t == "tf32" else 16
+    terms, least = (16 if hopper else 8) * k // 16, -14 if t == "f16" else -126
+    scale = lambda s: 2.0 ** rng.integers(-spread, spread // 4 + 1, s)
+    A, B = rng.standard_normal((16, k)) * scale((16, k)), rng.standard_normal((k, 8)) * scale((k, 8))
+    C = (rng.standard_normal((16, 8)) * scale((16, 8))).astype(np.float32)
+    C[::3], B[::4] = 0, 0
+    bits = 32 if t == "tf32" else 16
+    cut = lambda x: (x.astype(np.float32).view(np.uint32) & 0xFFFFE000).view(np.float32)
+    enc = {"f16": lambda x: x.astype(np.float16), "bf16": to_bf16, "tf32": cut}[t]
+    dec = from_bf16 if t == "bf16" else lambda x: x.astype(np.float64)
+    ia, ib, ic = fragments(bits, 16, 8, k)
+    a, b = (np.ascontiguousarray(pick(enc(x), i)).view(np.uint32) for x, i in ((A, ia), (B, ib)))
+    D = launch_mma(f"m16n8k{k}", f"f32.{t}.{t}.f32", a, b, pick(C, ic), ic)
+    A, B = dec(enc(A)), dec(enc(B))
+    for i, j in np.ndindex(16, 8):
+        want = tensor_core_sum(A[i].tolist(), B[:, j].tolist(), float(C[i, j]), terms, 2 if hopper else 1, least)
+        assert D[i, j] == want, (i, j)
+
+
+def test_a_nan_or_infinity_reaches_its_own_elements_alone():
+    A, B, C = (rng.standard_normal(s).astype(np.float32) for s in ((16, 8), (8, 8), (16, 8)))
+    ia, ib, ic = fragments(32, 16, 8, 8)
+    run = lambda: launch_mma("m16n8k8", "f32.tf32.tf32.f32", pick(A, ia), pick(B, ib), pick(C, ic), ic)
+    clean = run()
+    A[3, 5], B[2, 6], C[9, 1] = np.nan, np.inf, -np.inf
+    D = run()
+    assert np.isnan(D[3]).all() and D[9, 1] == -np.inf and not np.isfinite(D[:, 6]).any()
+    D[3], D[:, 6], D[9, 1] = clean[3], clean[:, 6], clean[9, 1]
+    assert (D == clean).all()
+
+
+@pytest.mark.parametrize(("factor", "sum_of_16"), [(63, np.inf), (-75, 2.0**-146), (-80, 0.0)])
+def test_sums_overflow_and_underflow(factor, sum_of_16):
+    ia, ib, ic = fragments(16, 16, 8, 16)
+    x = to_bf16(np.full((16, 16), 2.0**factor))
+    a, b = (np.ascontiguousarray(pick(m, i)).view(np.uint32) for m, i in ((x, ia), (x[:, :8], ib)))
+    D = launch_mma("m16n8k16", "f32.bf16.bf16.f32", a, b, pick(np.zeros((16, 8), np.float32), ic), ic)
+    assert (D == np.float32(sum_of_16)).all()
 
 
 @pytest.mark.parametrize("k", [16, 32])
