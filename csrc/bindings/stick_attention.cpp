@@ -12,6 +12,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings/attention.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
 
@@ -169,6 +170,7 @@ struct Problem {
         .q = q.const_data_ptr(),
         .k = k.const_data_ptr(),
         .v = v.const_data_ptr(),
+        .k_is_v = is_same_memory(k, v),
         .q_strides = query_strides(q, packed, group),
         .k_strides = key_strides(k, packed),
         .v_strides = key_strides(v, packed),

@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings/attention.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
 
@@ -140,6 +141,7 @@ Outputs stick_attention_decode(const at::Tensor& q, const at::Tensor& k_cache, c
       .v_batch_stride = v.stride(0),
       .v_key_stride = v.stride(1),
       .v_head_stride = v.stride(2),
+      .k_is_v = is_same_memory(k_cache, v),
       .lengths = lengths.const_data_ptr<int32_t>(),
       .key_padding_mask = key_padding_mask ? key_padding_mask->const_data_ptr<bool>() : nullptr,
       .mask_batch_stride = key_padding_mask ? key_padding_mask->stride(0) : 0,

@@ -110,7 +110,7 @@ Status stick_attention_decode_cpu(const StickAttentionDecodeParams& p) {
   }
   if (p.num_new == 0 || p.group_size == 0) return {};
 
-  const std::int64_t key_bytes = p.head_dim * element_bytes(p.dtype) * (p.v_cache == p.k_cache ? 1 : 2);
+  const std::int64_t key_bytes = p.head_dim * element_bytes(p.dtype) * (p.k_is_v ? 1 : 2);
   const std::int64_t split_keys = std::clamp(kSplitBytes / key_bytes, kMinSplitKeys, kMaxSplitKeys);
   std::vector<std::unique_ptr<Stick>> sticks;
   for (std::int64_t b = 0; b < p.batch; ++b) {

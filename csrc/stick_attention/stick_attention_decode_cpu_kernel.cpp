@@ -140,7 +140,7 @@ class SplitWalk {
   template <int kRows>
   void scores(std::int64_t row, Rows<T> k, int keys, bool fetch, Rows<T> fetched) {
     constexpr int kKeys = kAccumulators / (kRows == 3 ? 4 : kRows);
-    fetch = fetch && fetched.first != k.first;
+    fetch = fetch && !p.k_is_v;
     int j = 0;
     for (; j + kKeys <= keys; j += kKeys) {
       if (fetch) {

@@ -32,11 +32,6 @@ bool is_aligned(const StickAttentionDecodeParams& p) {
   return true;
 }
 
-bool is_shared(const StickAttentionDecodeParams& p) {
-  return p.k_cache == p.v_cache && p.k_batch_stride == p.v_batch_stride && p.k_key_stride == p.v_key_stride &&
-         p.k_head_stride == p.v_head_stride;
-}
-
 template <typename T, int kLanes, int kRows, bool kShared>
 Status launch(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
   constexpr int kThreads = Shape<T, kLanes, kRows>::kThreads;
@@ -54,8 +49,7 @@ Status launch(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, 
 
 template <typename T, int kLanes, int kRows>
 Status launch_rows(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
-  return is_shared(p) ? launch<T, kLanes, kRows, true>(p, plan, stream)
-                      : launch<T, kLanes, kRows, false>(p, plan, stream);
+  return p.k_is_v ? launch<T, kLanes, kRows, true>(p, plan, stream) : launch<T, kLanes, kRows, false>(p, plan, stream);
 }
 
 template <typename T, int kLanes>

@@ -47,7 +47,6 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
 
   const std::int64_t k_begin = s.batch * p.k_strides.batch + s.k_begin * p.k_strides.token + head * p.k_strides.head;
   const std::int64_t v_begin = s.batch * p.v_strides.batch + s.k_begin * p.v_strides.token + head * p.v_strides.head;
-  const bool k_is_v = p.k == p.v && k_begin == v_begin && p.k_strides.token == p.v_strides.token;
   const auto copy = [&](const void* tensor, std::int64_t begin, std::int64_t stride, int key_tile,
                         device::SharedAddress to, bool aligned) {
     const T* const from = static_cast<const T*>(tensor) + begin + column;
@@ -78,11 +77,11 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
   device::SharedAddress now = tiles, other = tiles + Wide::kTileBytes;  // K and V, or this K and the next
   int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
   copy_k(key_tile, now);
-  if (!k_is_v) copy_v(key_tile, other);
+  if (!p.k_is_v) copy_v(key_tile, other);
   __syncthreads();  // the sticks
 
   for (; key_tile >= 0; --key_tile) {
-    if (k_is_v) copy_k(key_tile - 1, other);
+    if (p.k_is_v) copy_k(key_tile - 1, other);
     device::cp_async_wait<1>();  // K
     __syncwarp();
 #pragma unroll
@@ -92,7 +91,7 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
       stick_wide_store_part(parts + (warp * kM + m) * Wide::kPart, scores);
     }
     __syncwarp();
-    if (!k_is_v) copy_k(key_tile - 1, now);
+    if (!p.k_is_v) copy_k(key_tile - 1, now);
     __syncthreads();
 
     bool ended = true;
@@ -122,11 +121,11 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      stick_wide_accumulate<Op>(o[m], weights + m * Wide::kOperandBytes, k_is_v ? now : other);
+      stick_wide_accumulate<Op>(o[m], weights + m * Wide::kOperandBytes, p.k_is_v ? now : other);
     }
     if (last) break;
     __syncwarp();
-    if (k_is_v) {
+    if (p.k_is_v) {
       const device::SharedAddress used = now;
       now = other;
       other = used;

@@ -323,7 +323,7 @@ class StickKeyWalk {
 
   __device__ StickKeyWalk(const StickTileCopy<T, kRowBytes, kThreads>& copy, const StickAttentionProblem& p,
                           const StickSequence& s, std::int64_t head, int tile, bool k_aligned, bool v_aligned)
-      : k_is_v(p.k == p.v && p.k_strides.token == p.v_strides.token && p.k_strides.head == p.v_strides.head),
+      : k_is_v(p.k_is_v),
         copy_(copy),
         k_step_(copy.key_step(p.k_strides.token)),
         v_step_(copy.key_step(p.v_strides.token)),

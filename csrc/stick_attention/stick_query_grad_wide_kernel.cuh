@@ -74,7 +74,6 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
   const auto keys_of = [&](const void* tensor, const StickKeyStrides& strides) {
     return stick_keys(static_cast<const T*>(tensor), strides, s, head);
   };
-  const bool k_is_v = keys_of(p.k, p.k_strides) == keys_of(p.v, p.v_strides) && p.k_strides.token == p.v_strides.token;
   const auto copy = [&](const void* tensor, const StickKeyStrides& strides, int key_tile, device::SharedAddress to,
                         bool aligned) {
     const T* const from = keys_of(tensor, strides) + column;
@@ -156,7 +155,7 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
 
   const StickOdds odds{launch.factor};
   int key_tile = keys.newest_tile(kKeys);
-  const bool two_tiles_of_k = !Wide::kOne && k_is_v, tile_of_v = !Wide::kOne && !k_is_v;
+  const bool two_tiles_of_k = !Wide::kOne && p.k_is_v, tile_of_v = !Wide::kOne && !p.k_is_v;
   copy_k(key_tile, now);
   if (tile_of_v) copy_v(key_tile, other);
   for (; key_tile * kKeys >= keys.begin; --key_tile) {
@@ -173,7 +172,7 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
       if constexpr (Wide::kOne) {
         stick_wide_multiply<Op>(grad_weights, other, now);
       } else {
-        stick_wide_multiply<Op>(grad_weights, grad_o, k_is_v ? now : other);
+        stick_wide_multiply<Op>(grad_weights, grad_o, p.k_is_v ? now : other);
       }
       stick_wide_store_part(parts + (2 * warp) * Wide::kPart, scores);
       stick_wide_store_part(parts + (2 * warp + 1) * Wide::kPart, grad_weights);

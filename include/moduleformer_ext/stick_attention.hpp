@@ -29,7 +29,8 @@ struct StickAttentionProblem {
   std::int64_t head_dim;            // D, a multiple of 8 in [8, 1024]
   const void* q;                    // [B, Tq, H, G, D]
   const void* k;                    // [B, Tk, H, D]
-  const void* v;                    // [B, Tk, H, D]; equal to k where K is V
+  const void* v;                    // [B, Tk, H, D]
+  bool k_is_v;                      // v holds k's elements at k's addresses: to be read once
   StickQueryStrides q_strides;
   StickKeyStrides k_strides, v_strides;
   const bool* key_padding_mask;      // [B, Tk] contiguous, true keeps; null keeps all
@@ -62,9 +63,9 @@ struct StickAttentionBackwardParams {
   const std::int32_t* first_tiles;
   void* grad_q;
   StickQueryStrides grad_q_strides;
-  void* grad_k;  // where K is V, the gradient of both
+  void* grad_k;  // where grad_v is null, the gradient of both
   StickKeyStrides grad_k_strides;
-  void* grad_v;  // null where K is V
+  void* grad_v;  // null where v was not given as an input of its own, which implies k_is_v
   StickKeyStrides grad_v_strides;
   void* workspace = nullptr;  // CUDA: mfx_stick_attention_backward_cuda_workspace() bytes, aligned to 16
 };

@@ -18,8 +18,9 @@ struct StickAttentionDecodeParams {
 
   const void* k_cache;  // [batch, max_keys, num_kv_heads, head_dim], last dimension contiguous
   std::int64_t k_batch_stride, k_key_stride, k_head_stride;
-  const void* v_cache;  // equal to k_cache where K is V, which is then read once
+  const void* v_cache;  // like k_cache
   std::int64_t v_batch_stride, v_key_stride, v_head_stride;
+  bool k_is_v;  // v_cache holds k_cache's elements at k_cache's addresses: to be read once
 
   const std::int32_t* lengths;   // [batch], keys in the cache, the new ones included
   const bool* key_padding_mask;  // [batch, max_keys], true = keep; null: keep all

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from stick_cases import NAMES, inputs, relative_error
+from stick_cases import NAMES, check_values_at_the_keys_address, inputs, relative_error
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import stick_attention
@@ -233,3 +233,9 @@ def test_double_has_no_kernel(device):
     q, k, v = (x.to(device) for x in inputs(1, 4, 4, 1, 1, 8, torch.float64))
     with pytest.raises(ValueError, match="stick_attention: q must be float32, bfloat16 or float16"):
         stick_attention(q, k, v)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(32, torch.float32), (32, torch.bfloat16), (264, torch.bfloat16)])
+def test_values_at_the_address_of_keys_are_not_keys(dim, dtype, device):
+    q, k, _ = inputs(2, 20, 40, 2, 1, dim, dtype)
+    check_values_at_the_keys_address(q.to(device), k.to(device))

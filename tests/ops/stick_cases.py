@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from moduleformer_ext.ops import stick_attention, stick_attention_decode
+
 NAMES = ("o", "remainder", "dq", "dk", "dv")
 
 
@@ -25,3 +27,16 @@ def inputs(batch, t_q, t_k, heads, group, dim, dtype, *, shared=False, mean=0.0,
         q, k = q * gain, k.clone()
         q[..., 0], k[..., 0] = math.copysign(math.sqrt(abs(mean)), mean) * dim**0.25, math.sqrt(abs(mean)) * dim**0.25
     return q.to(dtype), k.to(dtype), None if shared else v.to(dtype)
+
+
+def check_values_at_the_keys_address(q, k):
+    """Values [B, T, H, D] that begin where k does but repeat one of its dimensions are not k."""
+    for v in (k[:1].expand_as(k), k[:, :1].expand_as(k), k[:, :, :1].expand_as(k)):
+        results = []
+        for values in (v, v.clone()):
+            leaves = [t.detach().requires_grad_() for t in (q, k, values)]
+            o = stick_attention(*leaves)
+            grads = torch.autograd.grad(o.square().sum(dtype=torch.float32), leaves)
+            lengths = torch.full((k.shape[0],), k.shape[1], dtype=torch.int32, device=k.device)
+            results.append([o, *grads, stick_attention_decode(q, k, values, lengths)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from stick_cases import NAMES, inputs, relative_error
+from stick_cases import NAMES, check_values_at_the_keys_address, inputs, relative_error
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import stick_attention
@@ -238,3 +238,9 @@ def test_not_a_number_is_not_hidden():
     o = stick_attention(q, k, v)
     assert o[0, 4].isnan().all()
     assert not o[0, :4].isnan().any()
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(32, torch.float32), (32, torch.bfloat16), (264, torch.bfloat16)])
+def test_values_at_the_address_of_keys_are_not_keys(dim, dtype):
+    q, k, _ = inputs(2, 20, 40, 2, 1, dim, dtype)
+    check_values_at_the_keys_address(q, k)
