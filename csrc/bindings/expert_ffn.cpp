@@ -1,4 +1,3 @@
-#include <ATen/Context.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -63,9 +62,10 @@ struct Operands {
         up_pointers(expert_pointers(up, up)),
         down_pointers(expert_pointers(down, down)) {}
 
-  ExpertFfnParams params(const Arguments& a) const {
+  ExpertFfnParams params(const Arguments& a, Backend backend) const {
+    const DType dtype = check_float_dtype(kOp, "x", x);
     return {
-        .dtype = check_float_dtype(kOp, "x", x),
+        .dtype = dtype,
         .layout = a.layout.view(),
         .activation = a.activation,
         .model_features = x.size(1),
@@ -76,7 +76,7 @@ struct Operands {
         .gates = gates.const_data_ptr(),
         .out = nullptr,
         .hidden = nullptr,
-        .allow_tf32 = at::globalContext().allowTF32CuBLAS(),
+        .allow_tf32 = allow_tf32(backend, dtype),
     };
   }
 };
@@ -98,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, at::TensorList u
     auto& [out, hidden] = outputs;
     const Backend backend = backend_of(kOp, "x", x);
     const Operands operands(a);
-    ExpertFfnParams params = operands.params(a);
+    ExpertFfnParams params = operands.params(a, backend);
     params.out = out.mutable_data_ptr();
     params.hidden = data_or_null(hidden);
     switch (backend) {
@@ -164,7 +164,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, at
     const Operands operands(a);
     const at::Tensor grad_rows = with_unit_stride(grad), saved = hidden.contiguous();
     ExpertFfnBackwardParams params{};
-    params.forward = operands.params(a);
+    params.forward = operands.params(a, backend);
     params.forward.hidden = data_or_null(saved);
     params.grad = view_rows(grad_rows, RowOrder::kToken);
     params.grad_x = data_or_null(gradients[0]);

@@ -1,6 +1,5 @@
 #include "moduleformer_ext/grouped_gemm.hpp"
 
-#include <ATen/Context.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -74,9 +73,10 @@ struct Operands {
         weight(contiguous(a.weight)),
         pointers(expert_pointers(weight, weight)) {}
 
-  GroupedGemmParams params(const Arguments& a) const {
+  GroupedGemmParams params(const Arguments& a, Backend backend) const {
+    const DType dtype = check_float_dtype(kOp, "x", x);
     return {
-        .dtype = check_float_dtype(kOp, "x", x),
+        .dtype = dtype,
         .layout = a.layout.view(),
         .activation = a.activation,
         .in_features = weight[0].size(1),
@@ -87,7 +87,7 @@ struct Operands {
         .out_order = a.out_order,
         .out = nullptr,
         .hidden = nullptr,
-        .allow_tf32 = at::globalContext().allowTF32CuBLAS(),
+        .allow_tf32 = allow_tf32(backend, dtype),
     };
   }
 };
@@ -109,7 +109,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, at::TensorList w
     auto& [out, hidden] = outputs;
     const Backend backend = backend_of(kOp, "x", x);
     const Operands operands(a);
-    GroupedGemmParams params = operands.params(a);
+    GroupedGemmParams params = operands.params(a, backend);
     params.out = out.mutable_data_ptr();
     params.hidden = data_or_null(hidden);
     switch (backend) {
@@ -171,7 +171,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, at
     const Operands operands(a);
     const at::Tensor grad_rows = with_unit_stride(grad), saved = hidden.contiguous();
     GroupedGemmBackwardParams params{};
-    params.forward = operands.params(a);
+    params.forward = operands.params(a, backend);
     params.forward.hidden = data_or_null(saved);
     params.grad = view_rows(grad_rows, a.out_order);
     params.grad_x = data_or_null(gradients[0]);

@@ -1,5 +1,6 @@
 #include "bindings/launch.hpp"
 
+#include <ATen/Context.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <cstdlib>
@@ -57,6 +58,13 @@ Backend backend_of(const char* op, const char* argument, const at::Tensor& tenso
 void check_cpu(const char* op, const char* argument, const at::Tensor& tensor) {
   MFX_CHECK_ARG(tensor.is_cpu() && !cuda_serves_cpu(), op, argument,
                 "be a CPU tensor (this op has no CUDA kernels in this build)", "one on ", tensor.device());
+}
+
+bool allow_tf32(Backend backend, DType dtype) {
+  // Context::allowTF32CuBLAS() raises where fp32_precision was set and allow_tf32 was not; this answers for both.
+  return backend == Backend::kCuda && dtype == DType::kFloat32 &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+             at::Float32Precision::TF32;
 }
 
 Stream current_stream(c10::Device device) {

@@ -20,6 +20,10 @@ Backend backend_of(const char* op, const char* argument, const at::Tensor& tenso
 // For ops that have CPU kernels alone.
 void check_cpu(const char* op, const char* argument, const at::Tensor& tensor);
 
+// Whether these kernels may round the operands of float32 products to TF32: what torch.backends.cuda.matmul's
+// fp32_precision, or allow_tf32 before it, says. Asked of float32 on CUDA alone.
+bool allow_tf32(Backend backend, DType dtype);
+
 // Whether this build runs the CUDA kernels on CPU tensors (MFX_CUDA_DISPATCH=CPU, for an emulated device).
 bool cuda_serves_cpu();
 

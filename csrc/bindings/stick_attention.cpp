@@ -1,6 +1,5 @@
 #include "moduleformer_ext/stick_attention.hpp"
 
-#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -149,7 +148,7 @@ struct Problem {
 
   Problem(const Tensor& q_in, const Tensor& k_in, const OptionalTensor& v_in, std::optional<double> scale,
           bool attend_current, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
-          const OptionalTensor& cu_seqlens_k)
+          const OptionalTensor& cu_seqlens_k, Backend backend)
       : q(with_contiguous_heads(q_in)),
         k(with_contiguous_heads(k_in)),
         v(present(v_in) ? with_contiguous_heads(*v_in) : k) {
@@ -159,8 +158,9 @@ struct Problem {
     if (packed) cu_k = present(cu_seqlens_k) ? cu_seqlens_k->contiguous() : cu_q;
     const int64_t heads = k.size(-2);
     const int64_t group = is_grouped(q, packed) ? q.size(-2) : q.size(-2) / heads;
+    const DType dtype = check_float_dtype(kOp, "q", q);
     params = {
-        .dtype = check_float_dtype(kOp, "q", q),
+        .dtype = dtype,
         .sequences = packed ? cu_q.size(0) - 1 : q.size(0),
         .tokens_q = q.size(packed ? 0 : 1),
         .tokens_k = k.size(packed ? 0 : 1),
@@ -179,7 +179,7 @@ struct Problem {
         .cu_seqlens_k = packed ? cu_k.const_data_ptr<int32_t>() : nullptr,
         .scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(-1)))),
         .attend_current = attend_current,
-        .allow_tf32 = at::globalContext().allowTF32CuBLAS(),  // torch.backends.cuda.matmul.allow_tf32
+        .allow_tf32 = allow_tf32(backend, dtype),
     };
   }
 };
@@ -197,7 +197,8 @@ Outputs forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::
                 bool attend_current, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
                 const OptionalTensor& cu_seqlens_k, std::optional<double> stick_epsilon, bool for_backward) {
   check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, stick_epsilon);
-  const Problem problem(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k);
+  const Backend backend = backend_of(kOp, "q", q);
+  const Problem problem(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k, backend);
   const bool packed = present(cu_seqlens_q);
   Outputs outputs = allocate(problem.q, for_backward);
   auto& [o, remainder, residual, first_tiles] = outputs;
@@ -210,7 +211,7 @@ Outputs forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::
       .remainder = remainder.mutable_data_ptr(),
       .first_tiles = first_tiles.mutable_data_ptr<int32_t>(),
   };
-  switch (backend_of(kOp, "q", q)) {
+  switch (backend) {
     case Backend::kCpu: check_status(stick_attention_forward_cpu(params)); break;
     case Backend::kCuda:
       launch_cuda(kOp, {problem.q, problem.k, problem.v}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_forward_cuda));
@@ -275,7 +276,8 @@ Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const
                const OptionalTensor& cu_seqlens_k) {
   check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, std::nullopt);
   check_backward_arguments(grad_o, grad_remainder, q, o, remainder, residual, first_tiles);
-  const Problem problem(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k);
+  const Backend backend = backend_of(kOp, "q", q);
+  const Problem problem(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k, backend);
   const bool packed = present(cu_seqlens_q);
   const int64_t group = problem.params.group;
   const Tensor output = with_contiguous_heads(o);
@@ -305,7 +307,7 @@ Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const
       .grad_v = present(v) ? grad_v.mutable_data_ptr() : nullptr,
       .grad_v_strides = present(v) ? key_strides(grad_v, packed) : StickKeyStrides{},
   };
-  switch (backend_of(kOp, "q", q)) {
+  switch (backend) {
     case Backend::kCpu: check_status(stick_attention_backward_cpu(params)); break;
     case Backend::kCuda:
       launch_cuda(kOp, {problem.q, problem.k, problem.v}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda),

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from routed import as_leaves, assert_as_accurate, gradients, randn, rows_shape
+from tf32_settings import SETTINGS, tf32
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import expert_ffn, grouped_gemm
@@ -212,7 +213,8 @@ def test_a_row_that_is_not_finite_stays_alone(device):
     assert not out[~clean].isfinite().any()
 
 
-def test_tf32_only_on_request(device):
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tf32_only_on_request(device, setting):
     torch.manual_seed(9)
     layout = random_layout(50, 3, 2)
     x, weight, _ = grouped_values(layout, "token", 256, 40, torch.float32)
@@ -223,11 +225,9 @@ def test_tf32_only_on_request(device):
         return (out - exact).abs().max().item() / exact.abs().max().item()
 
     assert error() < 1e-6
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
+    with tf32(setting):
         assert 1e-5 < error() < 1e-3
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    assert error() < 1e-6
 
 
 def test_float64_raises(device):

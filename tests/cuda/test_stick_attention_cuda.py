@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from stick_cases import NAMES, check_values_at_the_keys_address, inputs, relative_error
+from tf32_settings import SETTINGS, tf32
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import stick_attention
@@ -215,15 +216,12 @@ def test_not_a_number_is_not_hidden(device):
     assert not o[0, :4].isnan().any()
 
 
-def test_tf32_is_opt_in(device):
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tf32_is_opt_in(device, setting):
     q, k, v = inputs(1, 70, 100, 1, 1, 64, torch.float32)
     exact = run(reference.stick_attention, q, k, v, dtype=torch.float64)
-    before = torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    with tf32(setting):
         ours = run(stick_attention, q, k, v, device=device)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     errors = [relative_error(value, truth, 2**-24) for value, truth in zip(ours, exact, strict=True)]
     assert all(error < 4e-3 for error in errors), errors
     assert errors[0] > 1e-5  # it was used
