@@ -1,46 +1,71 @@
-// What the autograd halves of the bindings share.
+// What the ops' kernels for the Autograd key share: who asks for a gradient, and the refusals.
+//
+// Ops have a first derivative in reverse mode. Whatever else is asked of them raises NotImplementedError with the op's
+// name, here and nowhere else: forward mode (torch.func.jvp, jacfwd, dual tensors), and the derivative of an op that is
+// itself a derivative, by any of its inputs.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/csrc/autograd/variable.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
 
-#include <memory>
-#include <string>
-#include <vector>
+#include <optional>
+
+#include "bindings/checks.hpp"
 
 namespace mfx {
 
-inline bool requires_grad(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.requires_grad();
+// Whether a predicate holds for one of the tensors in an argument: a tensor, an optional tensor, a list, or something
+// else, which has none.
+template <typename Predicate>
+bool any_tensor(Predicate predicate, const at::Tensor& tensor) {
+  return tensor.defined() && predicate(tensor);
 }
-inline bool requires_grad(const std::optional<at::Tensor>& tensor) {
-  return tensor.has_value() && requires_grad(*tensor);
+template <typename Predicate>
+bool any_tensor(Predicate predicate, const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && any_tensor(predicate, *tensor);
 }
-inline bool requires_grad(at::TensorList tensors) {
+template <typename Predicate>
+bool any_tensor(Predicate predicate, at::TensorList tensors) {
   for (const at::Tensor& tensor : tensors) {
-    if (requires_grad(tensor)) return true;
+    if (any_tensor(predicate, tensor)) return true;
   }
   return false;
 }
 
-// Whether autograd has to record an op with these inputs (tensors, optional tensors, lists).
+// Whether autograd has to record an op with these inputs.
 template <typename... Inputs>
 bool records_grad(const Inputs&... inputs) {
-  return at::GradMode::is_enabled() && (requires_grad(inputs) || ...);
+  const auto requires_grad = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
+  return at::GradMode::is_enabled() && (any_tensor(requires_grad, inputs) || ...);
 }
 
-// The results of a backward op as tensors that can be used, but whose own backward says that there is none.
-inline std::vector<at::Tensor> refuse_double_backward(const std::string& op, std::vector<at::Tensor> gradients) {
-  std::vector<at::Tensor> inputs;
-  for (const at::Tensor& gradient : gradients) {
-    inputs.push_back(gradient.defined() ? gradient.detach().requires_grad_() : gradient);
-  }
-  const auto error = c10::make_intrusive<torch::autograd::DelayedError>(
-      op + ": double backward is not supported (the gradient of its gradient was asked for)",
-      static_cast<int64_t>(inputs.size()));
-  return (*error)(std::move(inputs));
+// Every differentiable input of an op: dual numbers must not pass through it and lose their tangents.
+template <typename... Inputs>
+void refuse_forward_mode(const char* op, const Inputs&... inputs) {
+  const auto has_tangent = [](const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); };
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !(any_tensor(has_tangent, inputs) || ...), op,
+      ": forward-mode differentiation (torch.func.jvp, jacfwd, dual tensors) is not implemented; reverse mode is");
 }
+
+// Decoding is inference: asking for a gradient is a mistake to hear about, not to run into a detached result. `instead`
+// is what has one.
+inline void refuse_gradient(const char* op, const char* argument, const std::optional<at::Tensor>& input,
+                            const char* instead) {
+  refuse_forward_mode(op, input);
+  MFX_CHECK_ARG(!records_grad(input), op, argument,
+                c10::str("not require grad: decoding has no backward. Use torch.no_grad(), or ", instead, " to train"),
+                "requires_grad=True");
+}
+
+// The kernel of the Autograd key for ops that have no derivative of their own: X_backward, and X_forward where X is
+// what one differentiates. For inputs that require grad their results do too, so that who differentiates them hears
+// about it.
+torch::CppFunction not_differentiable();
 
 }  // namespace mfx

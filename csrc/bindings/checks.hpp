@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
 #include <c10/core/SymInt.h>
 #include <c10/util/Exception.h>
 
@@ -36,14 +35,6 @@ inline void check_same_dtype(const char* op, const char* argument, const at::Ten
                              const at::Tensor& other) {
   MFX_CHECK_ARG(tensor.scalar_type() == other.scalar_type(), op, argument,
                 c10::str("have the dtype of ", other_name, " (", other.scalar_type(), ")"), tensor.scalar_type());
-}
-
-// Decoding is inference: asking for a gradient is a mistake to hear about, not to run into a detached result. `instead`
-// is what has one.
-inline void check_no_grad(const char* op, const char* argument, const at::Tensor& tensor, const char* instead) {
-  MFX_CHECK_ARG(!(at::GradMode::is_enabled() && tensor.requires_grad()), op, argument,
-                c10::str("not require grad: decoding has no backward. Use torch.no_grad(), or ", instead, " to train"),
-                "requires_grad=True");
 }
 
 // Every op computes in float32, float64, bfloat16 and float16.

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "bindings/autograd.hpp"
 #include "bindings/launch.hpp"
 #include "bindings/routed.hpp"
 #include "moduleformer_ext/grouped_gemm.hpp"
@@ -254,25 +255,12 @@ at::Tensor below_autograd(const at::Tensor& x, at::TensorList up, at::TensorList
 at::Tensor autograd(const at::Tensor& x, at::TensorList up, at::TensorList down, const at::Tensor& offsets,
                     const at::Tensor& slot_order, const at::Tensor& position, int64_t num_choices,
                     const at::Tensor& gates, c10::string_view activation) {
-  if (torch::autograd::compute_requires_grad(x, up, down, gates)) {
+  refuse_forward_mode(kOp, x, up, down, gates);
+  if (records_grad(x, up, down, gates)) {
     return ExpertFfn::apply(x, up, down, offsets, slot_order, position, num_choices, gates, std::string(activation));
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return below_autograd(x, up, down, offsets, slot_order, position, num_choices, gates, activation);
-}
-
-std::vector<at::Tensor> backward_autograd(const at::Tensor& grad, const at::Tensor& x, at::TensorList up,
-                                          at::TensorList down, const at::Tensor& offsets, const at::Tensor& slot_order,
-                                          const at::Tensor& position, int64_t num_choices, const at::Tensor& gates,
-                                          c10::string_view activation, const at::Tensor& hidden, bool needs_x,
-                                          bool needs_gates, c10::List<bool> needs_up, c10::List<bool> needs_down) {
-  std::vector<at::Tensor> inputs{grad, x, gates, hidden};
-  inputs.insert(inputs.end(), up.begin(), up.end());
-  inputs.insert(inputs.end(), down.begin(), down.end());
-  return once_differentiable(kOp, inputs, [&] {
-    return backward_op().call(grad, x, up, down, offsets, slot_order, position, num_choices, gates, activation, hidden,
-                              needs_x, needs_gates, needs_up, needs_down);
-  });
 }
 
 template <c10::DeviceType kDevice>
@@ -325,7 +313,8 @@ TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
   m.impl("expert_ffn", &autograd);
-  m.impl("expert_ffn_backward", &backward_autograd);
+  m.impl("expert_ffn_forward", not_differentiable());
+  m.impl("expert_ffn_backward", not_differentiable());
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCPU, m) {
   m.impl("expert_ffn", &autocast<c10::kCPU>);

@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings/autograd.hpp"
 #include "bindings/launch.hpp"
 #include "bindings/routed.hpp"
 
@@ -257,28 +258,14 @@ at::Tensor below_autograd(const at::Tensor& x, at::TensorList weight, const at::
 at::Tensor autograd(const at::Tensor& x, at::TensorList weight, const at::Tensor& offsets, const at::Tensor& slot_order,
                     const at::Tensor& position, int64_t num_choices, c10::string_view x_order,
                     c10::string_view out_order, const OptionalTensor& gates, OptionalName activation) {
-  if (torch::autograd::compute_requires_grad(x, weight, gates)) {
+  refuse_forward_mode(kOp, x, weight, gates);
+  if (records_grad(x, weight, gates)) {
     return GroupedGemm::apply(x, weight, offsets, slot_order, position, num_choices, std::string(x_order),
                               std::string(out_order), gates,
                               activation ? std::optional<std::string>(*activation) : std::nullopt);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return below_autograd(x, weight, offsets, slot_order, position, num_choices, x_order, out_order, gates, activation);
-}
-
-std::vector<at::Tensor> backward_autograd(const at::Tensor& grad, const at::Tensor& x, at::TensorList weight,
-                                          const at::Tensor& offsets, const at::Tensor& slot_order,
-                                          const at::Tensor& position, int64_t num_choices, c10::string_view x_order,
-                                          c10::string_view out_order, const OptionalTensor& gates,
-                                          OptionalName activation, const at::Tensor& hidden, bool needs_x,
-                                          bool needs_gates, c10::List<bool> needs_weight) {
-  std::vector<at::Tensor> inputs{grad, x, hidden};
-  inputs.insert(inputs.end(), weight.begin(), weight.end());
-  if (gates) inputs.push_back(*gates);
-  return once_differentiable(kOp, inputs, [&] {
-    return backward_op().call(grad, x, weight, offsets, slot_order, position, num_choices, x_order, out_order, gates,
-                              activation, hidden, needs_x, needs_gates, needs_weight);
-  });
 }
 
 template <c10::DeviceType kDevice>
@@ -332,7 +319,8 @@ TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
   m.impl("grouped_gemm", &autograd);
-  m.impl("grouped_gemm_backward", &backward_autograd);
+  m.impl("grouped_gemm_forward", not_differentiable());
+  m.impl("grouped_gemm_backward", not_differentiable());
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCPU, m) {
   m.impl("grouped_gemm", &autocast<c10::kCPU>);

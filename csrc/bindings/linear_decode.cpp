@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
 
@@ -66,9 +67,9 @@ at::Tensor linear_decode(const at::Tensor& x, const at::Tensor& weight, const Op
 
 at::Tensor linear_decode_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   constexpr const char* kInstead = "torch.nn.functional.linear";
-  check_no_grad(kOp, "x", x, kInstead);
-  check_no_grad(kOp, "weight", weight, kInstead);
-  if (bias) check_no_grad(kOp, "bias", *bias, kInstead);
+  refuse_gradient(kOp, "x", x, kInstead);
+  refuse_gradient(kOp, "weight", weight, kInstead);
+  refuse_gradient(kOp, "bias", bias, kInstead);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("moduleformer_ext::linear_decode", "")
                              .typed<decltype(linear_decode)>();

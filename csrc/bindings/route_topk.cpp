@@ -415,6 +415,7 @@ class RouteTopKFunction : public torch::autograd::Function<RouteTopKFunction> {
 Results route_topk_autograd(const Tensor& x, std::string_view gate, const OptionalTensor& hidden_weight,
                             const OptionalTensor& hidden_bias, at::TensorList weight, int64_t k, std::string_view order,
                             const OptionalTensor& noise, int64_t num_sampled) {
+  refuse_forward_mode(op_name(parse_gate(gate)), x, hidden_weight, hidden_bias, weight, noise);
   if (!records_grad(x, hidden_weight, hidden_bias, weight)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return results_op().call(x, gate, hidden_weight, hidden_bias, weight, k, order, noise, num_sampled);
@@ -422,25 +423,6 @@ Results route_topk_autograd(const Tensor& x, std::string_view gate, const Option
   const std::vector<Tensor> r =
       RouteTopKFunction::apply(x, gate, hidden_weight, hidden_bias, weight, k, order, noise, num_sampled);
   return {r[0], r[1], r[2], r[3], r[4], r[5], r[6]};
-}
-
-std::vector<Tensor> route_topk_backward_autograd(const OptionalTensor& grad_gates, const OptionalTensor& grad_prob_sum,
-                                                 const OptionalTensor& grad_plogp_sum,
-                                                 const OptionalTensor& grad_logsumexp_sq_sum,
-                                                 const OptionalTensor& grad_logits, const Tensor& x,
-                                                 std::string_view gate, const OptionalTensor& hidden_weight,
-                                                 const OptionalTensor& hidden_bias, at::TensorList weight,
-                                                 std::string_view order, const Tensor& expert_ids, const Tensor& logits,
-                                                 const Tensor& hidden, const c10::List<bool>& wanted) {
-  std::vector<Tensor> gradients;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    gradients = backward_op().call(grad_gates, grad_prob_sum, grad_plogp_sum, grad_logsumexp_sq_sum, grad_logits, x,
-                                   gate, hidden_weight, hidden_bias, weight, order, expert_ids, logits, hidden, wanted);
-  }
-  const bool recorded = records_grad(grad_gates, grad_prob_sum, grad_plogp_sum, grad_logsumexp_sq_sum, grad_logits, x,
-                                     hidden_weight, hidden_bias, weight, logits);
-  return recorded ? refuse_double_backward("route_topk", std::move(gradients)) : gradients;
 }
 
 #define MFX_ROUTER_NETWORK "Tensor x, str gate, Tensor? hidden_weight, Tensor? hidden_bias, Tensor[] weight, "
@@ -480,7 +462,8 @@ TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
   m.impl("route_topk", &route_topk_autograd);
-  m.impl("route_topk_backward", &route_topk_backward_autograd);
+  m.impl("route_topk_forward", not_differentiable());
+  m.impl("route_topk_backward", not_differentiable());
 }
 // Autocast falls through: whatever the types, products are summed and everything after them is computed in float.
 

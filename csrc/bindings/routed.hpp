@@ -1,17 +1,12 @@
 // What grouped_gemm and expert_ffn share at the border to torch: the layout's tensors, rows in their three orders,
-// matrices in segments, and an autograd node that refuses to be differentiated.
+// matrices in segments.
 #pragma once
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/csrc/autograd/functions/utils.h>
 
-#include <memory>
-#include <string>
 #include <string_view>
 #include <vector>
 
@@ -198,23 +193,6 @@ struct AutocastOperands {
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-// Calls a backward op below autograd; differentiating its results raises.
-template <typename Call>
-std::vector<at::Tensor> once_differentiable(const char* op, at::TensorList inputs, Call call) {
-  c10::intrusive_ptr<torch::autograd::Node> node;
-  if (torch::autograd::compute_requires_grad(inputs)) {
-    node = c10::make_intrusive<torch::autograd::Error>(
-        c10::str(op, ": the backward pass cannot be differentiated again (double backward is not implemented)"),
-        torch::autograd::collect_next_edges(inputs));
-  }
-  std::vector<at::Tensor> results = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return call();
-  }();
-  if (node.defined()) torch::autograd::set_history(results, node);
-  return results;
 }
 
 }  // namespace mfx

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "bindings/attention.hpp"
+#include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
 
@@ -374,46 +375,16 @@ struct StickAttention : torch::autograd::Function<StickAttention> {
   }
 };
 
-bool wants_grad(const Tensor& tensor) {
-  return tensor.defined() && tensor.requires_grad();
-}
-
 Outputs forward_autograd(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
                          bool attend_current, const OptionalTensor& mask, const OptionalTensor& cu_q,
                          const OptionalTensor& cu_k, std::optional<double> epsilon, bool for_backward) {
-  if (!at::GradMode::is_enabled() || !(wants_grad(q) || wants_grad(k) || wants_grad(or_undefined(v)))) {
+  refuse_forward_mode(kOp, q, k, v);
+  if (!records_grad(q, k, v)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return call_forward(q, k, v, scale, attend_current, mask, cu_q, cu_k, epsilon, for_backward);
   }
   const auto out = StickAttention::apply(q, k, v, scale, attend_current, mask, cu_q, cu_k, epsilon);
   return {out[0], out[1], out[2], out[3]};
-}
-
-// Backward is an op of its own, so that a second derivative meets these words instead of a silently missing term.
-struct StickAttentionBackward : torch::autograd::Function<StickAttentionBackward> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_o, const OptionalTensor& grad_remainder,
-                               const Tensor& q, const Tensor& k, const OptionalTensor& v, const Tensor& o,
-                               const Tensor& remainder, const Tensor& residual, const Tensor& first_tiles,
-                               std::optional<double> scale, bool attend_current, const OptionalTensor& mask,
-                               const OptionalTensor& cu_q, const OptionalTensor& cu_k) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [grad_q, grad_k, grad_v] = call_backward(grad_o, grad_remainder, q, k, v, o, remainder, residual,
-                                                        first_tiles, scale, attend_current, mask, cu_q, cu_k);
-    return {grad_q, grad_k, grad_v};
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "stick_attention: double backward is not implemented");
-  }
-};
-
-Grads backward_autograd(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q, const Tensor& k,
-                        const OptionalTensor& v, const Tensor& o, const Tensor& remainder, const Tensor& residual,
-                        const Tensor& first_tiles, std::optional<double> scale, bool attend_current,
-                        const OptionalTensor& mask, const OptionalTensor& cu_q, const OptionalTensor& cu_k) {
-  const auto out = StickAttentionBackward::apply(grad_o, grad_remainder, q, k, v, o, remainder, residual, first_tiles,
-                                                 scale, attend_current, mask, cu_q, cu_k);
-  return {out[0], out[1], out[2]};
 }
 
 // ---- Autocast: q, k, v in the autocast type; the sticks are float32 whatever that is ----
@@ -459,7 +430,7 @@ TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
   m.impl("stick_attention_forward", &forward_autograd);
-  m.impl("stick_attention_backward", &backward_autograd);
+  m.impl("stick_attention_backward", not_differentiable());
 }
 TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCPU, m) {
   m.impl("stick_attention_forward", &forward_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "bindings/attention.hpp"
+#include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
 
@@ -186,9 +187,9 @@ Outputs stick_attention_decode_autograd(const at::Tensor& q, const at::Tensor& k
                                         bool attend_current, const OptionalTensor& key_padding_mask,
                                         std::optional<double> stick_epsilon) {
   constexpr const char* kInstead = "stick_attention";
-  check_no_grad(kOp, "q", q, kInstead);
-  check_no_grad(kOp, "k_cache", k_cache, kInstead);
-  if (v_cache) check_no_grad(kOp, "v_cache", *v_cache, kInstead);
+  refuse_gradient(kOp, "q", q, kInstead);
+  refuse_gradient(kOp, "k_cache", k_cache, kInstead);
+  refuse_gradient(kOp, "v_cache", v_cache, kInstead);
   const at::AutoDispatchBelowADInplaceOrView below;
   return redispatch(q, k_cache, v_cache, cache_lengths, scale, attend_current, key_padding_mask, stick_epsilon);
 }

@@ -310,15 +310,6 @@ def test_exports():
     assert torch.equal(program.module()(x, ids), layer(x, ids))
 
 
-def test_double_backward_raises():
-    layout = random_layout(6, 3, 2)
-    x = torch.randn(6, 4, requires_grad=True)
-    out = grouped_gemm(x, torch.randn(3, 4, 5), layout).square()
-    (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="grouped_gemm: the backward pass cannot be differentiated again"):
-        grad.sum().backward()
-
-
 LAYOUT = random_layout(4, 3, 2)
 X, W = torch.randn(4, 8), torch.randn(3, 8, 6)
 

@@ -103,13 +103,6 @@ def test_autocast_rounds_inputs_and_keeps_sticks():
     assert q.grad.dtype == torch.float32
 
 
-def test_double_backward_says_so():
-    q, k, v = inputs(requires_grad=True)
-    (grad,) = torch.autograd.grad(stick_attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="stick_attention: double backward is not implemented"):
-        grad.sum().backward()
-
-
 def test_gradients_where_some_are_not_wanted():
     q, k, v = inputs()
     full = gradients(q, k, v)

@@ -38,7 +38,8 @@ def grouped_gemm(
     Sums run in float32 (float64 for float64), over the K slots in the order of the choices: results do not depend
     on the number of threads and repeat bitwise. Saved for backward: x, weight, gates, and the pre-activation
     ``[S, out]`` if there is an activation; never the output. Gradients are computed only for what requires them,
-    segment by segment. Under autocast x and weight take its dtype. Cannot be differentiated twice.
+    segment by segment. Under autocast x and weight take its dtype. Differentiable once, in
+    reverse mode.
 
     Args:
         x: float32, float64, bfloat16 or float16 rows in ``x_order`` with ``in`` features, any strides (rows whose
