@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 
-from moduleformer_ext.data.files import new_directory, remove_partial, write_file
+from moduleformer_ext.files import new_directory, remove_partial, write_file
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 
 from .baselines import DenseConfig, DenseForCausalLM, Model, RotaryMixtureOfAttention, make_rotary_molm

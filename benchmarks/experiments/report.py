@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moduleformer_ext.data.files import write_file
+from moduleformer_ext.files import write_file
 
 from ..machine import describe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -78,12 +79,12 @@ def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.
     old, new = nano(), nano(n_layer=1)
     old.save_pretrained(tmp_path)
 
-    def write_half(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    def write_half(path: Path, *_: object) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", write_half)
+        patch.setattr(checkpoint, "save_tensors", write_half)
         with pytest.raises(OSError, match="disk full"):
             new.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -93,7 +94,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.
 def test_killed_between_the_two_files_the_new_model_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = nano(), nano(n_layer=1)
     old.save_pretrained(tmp_path)
-    replace = checkpoint.os.replace
+    replace = os.replace
 
     def die_at_config(source: Path, target: Path) -> None:
         if Path(target).name == "config.json":
@@ -101,7 +102,7 @@ def test_killed_between_the_two_files_the_new_model_is_whole(tmp_path: Path, mon
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", die_at_config)
+        patch.setattr(os, "replace", die_at_config)
         with pytest.raises(KeyboardInterrupt):
             new.save_pretrained(tmp_path)
     loaded = MoLMForCausalLM.from_pretrained(tmp_path)
@@ -216,3 +217,61 @@ def test_kill_never_leaves_a_mixture(tmp_path: Path) -> None:
             writer.kill()
         model = MoLMForCausalLM.from_pretrained(tmp_path)
         assert all((p == model.config.n_layer).all() for p in model.parameters())
+
+
+def test_too_many_layers_are_refused_before_they_are_built(tmp_path: Path) -> None:
+    publish(tmp_path, "safetensors", {**BASE, "n_layer": 1_000_000}, random_state(BASE))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"n_layer must be 2, the number of layers with tensors, got 1000000"):
+        MoLMForCausalLM.from_pretrained(tmp_path)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", "is not valid JSON"),
+        ("config.json", b"[1]", "must be an object, got"),
+        ("config.json", b"\xff", "is not UTF-8 text"),
+        ("model.safetensors", b"half", "is not a whole safetensors file"),
+        ("model.safetensors", None, "is not a whole safetensors file"),
+        ("pytorch_model.bin", b"half", "cannot be read"),
+        ("model.safetensors.index.json", b"{}", "weight_map must be given"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    publish(tmp_path, "safetensors", BASE, random_state(BASE))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    if name not in ("config.json", "model.safetensors"):
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(whole[:-100] if content is None else content)
+    with pytest.raises(ValueError, match=rf"{name}'.* {message}|{name}': {message}") as raised:
+        MoLMForCausalLM.from_pretrained(tmp_path)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
+    publish(tmp_path, "safetensors", BASE, random_state(BASE))
+    (tmp_path / "config.json").write_text(json.dumps(BASE), encoding="utf-8-sig")
+    assert same(MoLMForCausalLM.from_pretrained(tmp_path), random_model())
+
+
+def test_the_same_model_is_the_same_bytes(tmp_path: Path) -> None:
+    model = nano()
+    contents = set()
+    for number in range(12):
+        model.save_pretrained(tmp_path / str(number))
+        contents.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert same(model, MoLMForCausalLM.from_pretrained(tmp_path / "0"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="about file modes")
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        nano().save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {"config.json": 0o640, "model.safetensors": 0o640}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from moduleformer_ext.data import load_tokenizer
 from moduleformer_ext.data.dataset import TOKENIZER
-from moduleformer_ext.data.files import new_directory
+from moduleformer_ext.files import new_directory
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.train import RunDirectory, is_run
 

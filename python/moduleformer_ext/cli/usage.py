@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moduleformer_ext.cli.measure import add_measuring_arguments, measure
 from moduleformer_ext.cli.source import HELP, check_new, load_source
-from moduleformer_ext.data.files import new_directory
+from moduleformer_ext.files import new_directory
 from moduleformer_ext.surgery import KINDS, ExpertUsage, divergences, plot_expert_usage, usage_table
 
 COUNTS_FILE = "usage.json"

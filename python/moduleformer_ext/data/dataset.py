@@ -8,10 +8,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from moduleformer_ext.data.corpus import Document
-from moduleformer_ext.data.files import new_directory
 from moduleformer_ext.data.split import split_documents
 from moduleformer_ext.data.stream import TokenStream, map_tokens, save_tokens, tokenize
 from moduleformer_ext.data.tokenizer import load_tokenizer, train_tokenizer
+from moduleformer_ext.files import new_directory
 
 _INDEX = "index.json"
 TOKENIZER = "tokenizer.json"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic reads the typing module's from Python 3.12 on
 
+from moduleformer_ext.files import load_tensors, parse_json, read_json, replacing, save_tensors, write_file
 from moduleformer_ext.models.config import MoLMConfig
 from moduleformer_ext.models.convert import from_reference, model_from_state
 from moduleformer_ext.models.modeling import MoLMForCausalLM
@@ -39,13 +38,8 @@ def save_pretrained(model: MoLMForCausalLM, directory: str | Path) -> None:
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     with replacing(directory / WEIGHTS_FILE) as path:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in state.items()},
-            path,
-            metadata={"format": FORMAT, "config": config},
-        )
-    with replacing(directory / CONFIG_FILE) as path:
-        path.write_text(config)
+        save_tensors(path, state, {"format": FORMAT, "config": config})
+    write_file(directory / CONFIG_FILE, config)
 
 
 def from_pretrained(
@@ -71,11 +65,15 @@ def from_pretrained(
     if not directory.is_dir():
         raise FileNotFoundError(f"from_pretrained: {directory} is not a directory")
     own_config = _own_config(directory / WEIGHTS_FILE)
-    if own_config is not None:
-        state = load_file(directory / WEIGHTS_FILE)
-        model = model_from_state(MoLMConfig.from_dict(own_config), state, copy=False)
-    else:
-        model = from_reference(_read_json(directory / CONFIG_FILE), read_weights(directory), copy=False)
+    config = _read_json(directory / CONFIG_FILE) if own_config is None else own_config
+    state = read_weights(directory)
+    try:
+        if own_config is None:
+            model = from_reference(config, state, copy=False)
+        else:
+            model = model_from_state(MoLMConfig.from_dict(config), state, copy=False)
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: '{directory}': {error}") from error
     return model.to(device=device, dtype=dtype)
 
 
@@ -90,8 +88,13 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"from_pretrained: {directory} has none of {', '.join(_SINGLE_FILES + _INDEX_FILES)}")
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+    """Tensor -> file."""
+
+
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    weight_map: dict[str, str] = _read_json(index)["weight_map"]
+    weight_map = read_json(index, _Index)["weight_map"]
     state: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
@@ -108,44 +111,28 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return load_tensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"'{path}' cannot be read: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"from_pretrained: {path} is missing")
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"from_pretrained: {path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json(path, dict[str, Any])
 
 
 def _own_config(weights: Path) -> dict[str, Any] | None:
     """The configuration in a weights file of ours, None for anybody else's."""
     if not weights.is_file():
         return None
-    with safe_open(weights, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return json.loads(metadata["config"]) if metadata.get("format") == FORMAT else None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it, durably and in one step, when the block ends well."""
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with safe_open(weights, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"'{weights}' is not a whole safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        return None
+    return parse_json(metadata.get("config", ""), dict[str, Any], str(weights))

@@ -49,6 +49,7 @@ _SHARED_DEFAULTS: dict[str, Any] = {
 _ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 _LAYER_NORM_EPSILON = 1e-5
 _HEADS = {"lm_head.weight", "score.weight"}  # of a language model, of a classifier of sequences
+_LAYER = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
 _DROPPED_BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
 
@@ -137,8 +138,10 @@ def backbone_from_reference(config: Mapping[str, Any], state_dict: Mapping[str, 
     """
     prefix = "transformer."
     state = {name.removeprefix(prefix): tensor for name, tensor in _wanted(state_dict).items() if name not in _HEADS}
+    own = MoLMConfig.from_reference(config)
+    _check_layers(own, state)
     with torch.device("meta"):
-        model = MoLM(MoLMConfig.from_reference(config))
+        model = MoLM(own)
     return _assign(model, state, copy).eval()
 
 
@@ -158,6 +161,7 @@ def model_from_state(config: MoLMConfig, state_dict: Mapping[str, Tensor], *, co
         )
     if config.tie_word_embeddings and "transformer.wte.weight" in state:
         state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    _check_layers(config, state)
     with torch.device("meta"):
         model = MoLMForCausalLM(config)
     _assign(model, state, copy)
@@ -168,6 +172,16 @@ def model_from_state(config: MoLMConfig, state_dict: Mapping[str, Tensor], *, co
 
 def _wanted(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state_dict.items() if not _DROPPED_BUFFERS.fullmatch(name)}
+
+
+def _check_layers(config: MoLMConfig, state: Mapping[str, Tensor]) -> None:
+    """A wrong number of layers is found before they are built, which would take minutes for a million."""
+    layers = {match[1] for name in state if (match := _LAYER.match(name))}
+    if config.n_layer > len(layers):
+        raise ValueError(
+            f"the weights do not fit the configuration; n_layer must be {len(layers)}, the number of layers with "
+            f"tensors, got {config.n_layer}"
+        )
 
 
 def _assign(model: Module, state: dict[str, Tensor], copy: bool) -> Module:

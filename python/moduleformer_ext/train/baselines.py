@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moduleformer_ext.data import Bigram, Dataset, NGram, Unigram, stream_bits
-from moduleformer_ext.data.files import write_file
+from moduleformer_ext.files import write_file
 
 BitsPerByte = dict[str, dict[str, float]]
 """Held-out bits per byte, by model and then by domain; `ALL` is all domains together."""

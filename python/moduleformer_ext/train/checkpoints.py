@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from moduleformer_ext.data.files import new_directory, remove_directory, remove_partial
+from moduleformer_ext.files import new_directory, remove_directory, remove_partial
 
 
 class CheckpointStore:

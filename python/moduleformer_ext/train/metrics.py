@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moduleformer_ext.data.files import write_file
+from moduleformer_ext.files import write_file
 
 
 class MetricsLog:

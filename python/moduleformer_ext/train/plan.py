@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moduleformer_ext.data import TokenStream
-from moduleformer_ext.data.files import write_file
+from moduleformer_ext.files import write_file
 from moduleformer_ext.train.evaluation import evaluate
 from moduleformer_ext.train.trainer import Trainer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moduleformer_ext.data import Dataset, build_dataset, load_tokenizer, open_dataset, standard_library, text_files
 from moduleformer_ext.data.dataset import TOKENIZER
-from moduleformer_ext.data.files import new_directory, remove_directory, remove_partial, write_file
+from moduleformer_ext.files import new_directory, remove_directory, remove_partial, write_file
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.train.checkpoints import CheckpointStore
 from moduleformer_ext.train.config import TrainConfig

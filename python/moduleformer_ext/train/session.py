@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from moduleformer_ext.data import Dataset, LaneReader, end_of_text_id, share_lanes
-from moduleformer_ext.data.files import write_file
+from moduleformer_ext.files import write_file
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train.baselines import (

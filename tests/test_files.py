@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from moduleformer_ext.data.files import new_directory, remove_directory, remove_partial, write_file
+from moduleformer_ext.files import new_directory, remove_directory, remove_partial, write_file
 
 
 def test_write_file_replaces(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Typed records of plain values: what an option or a field of a file may be is said by its annotation alone."""
+
+from typing import Annotated, Any, Final
+
+from pydantic import ConfigDict, Field, ValidationError
+
+RECORD: Final = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Of a pydantic dataclass: unknown fields are errors, and numbers are finite."""
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+InnerFraction = Annotated[float, Field(gt=0, lt=1)]
+
+_WORDS = {
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be less than or equal to": "must be at most",
+    "Input should be greater than": "must be above",
+    "Input should be less than": "must be below",
+    "Input should be": "must be",
+}
+
+
+def complaint(error: ValidationError) -> tuple[str, str]:
+    """The name of the first field that is wrong, empty for the record as a whole, and what is wrong with it."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    match first["type"]:
+        case "missing" | "missing_argument":
+            return name, "must be given"
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return name, "is unknown"
+        case "value_error":
+            return name, str(first["ctx"]["error"])
+        case "json_invalid":
+            return name, f"is not valid JSON: {first['ctx']['error']}"
+    message = first["msg"]
+    for theirs, ours in _WORDS.items():
+        if message.startswith(theirs):
+            return name, f"{ours}{message.removeprefix(theirs)}, got {_shown(first['input'])}"
+    return name, f"must be right: {message}, got {_shown(first['input'])}"
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) and value else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
