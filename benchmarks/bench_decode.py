@@ -97,7 +97,7 @@ def race(cached: int, dtype: torch.dtype, *, quick: bool, epsilon: float | None)
         contestants.append(Contestant(JETMOE, decoder, evict, comparable=False))
 
     with torch.no_grad():
-        q = block.attn.q_proj.map(block.ln_1(tokens[0]))[0].unflatten(-1, (shape.heads, -1))
+        q = block.attn.q_proj(block.ln_1(tokens[0]))[0].unflatten(-1, (shape.heads, -1))
     live = live_keys(q[0], keys[0], 2.0**-24 if epsilon is None else epsilon)
     read = active_bytes(shape, dtype) + 2 * live * shape.att_hidden * dtype.itemsize
     return Race(tuple(contestants), Work(dtype, bytes_read=read), {"live keys": live})

@@ -54,7 +54,7 @@ class RotaryMixtureOfAttention(MixtureOfAttention):
         if key_padding_mask is not None:
             raise ValueError("RotaryMixtureOfAttention: key_padding_mask must be None")
         first = 0 if past is None else past.length
-        q, route, layout = self.q_proj.map(x.flatten(0, 1))  # [B T, K, H D]
+        q, route, layout = self.q_proj(x.flatten(0, 1))  # [B T, K, H D]
         chosen = q.shape[1]
         heads = (self.n_head, self.head_dim)
         # Query heads that share a key head stand together: [B, T, H K, D].
@@ -68,7 +68,8 @@ class RotaryMixtureOfAttention(MixtureOfAttention):
             assert values is not None
             v = values
         o = causal_softmax(q, k, v).unflatten(2, (self.n_head, chosen)).transpose(2, 3).flatten(0, 1).flatten(2)
-        return self.q_proj.reduce(o, route, layout).view_as(x), route, present if use_cache else None
+        y = self.q_proj.output_experts(o, layout, x_order="slot", out_order="token", gates=route.gates)
+        return y.view_as(x), route, present if use_cache else None
 
 
 def make_rotary_molm(config: MoLMConfig) -> MoLMForCausalLM:

@@ -1,6 +1,6 @@
 """MoLM, the ModuleFormer language models."""
 
-from moduleformer_ext.models.cache import KVCache
+from moduleformer_ext.models.cache import KVCache, StaticKVCache
 from moduleformer_ext.models.checkpoint import from_pretrained, save_pretrained
 from moduleformer_ext.models.config import MoLMConfig
 from moduleformer_ext.models.convert import from_reference, to_reference
@@ -16,6 +16,7 @@ __all__ = [
     "MoLMConfig",
     "MoLMForCausalLM",
     "MoLMOutput",
+    "StaticKVCache",
     "from_pretrained",
     "from_reference",
     "generate",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moduleformer_ext.models.cache import KVCache
+from moduleformer_ext.nn import EvaluationMode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,7 +28,7 @@ class GenerationOptions(TypedDict, total=False):
     top_p: float | None
     seed: int | None
     generator: torch.Generator | None
-    eos_token_id: int | None
+    eos_token_id: int | Sequence[int] | None
     pad_token_id: int | None
 
 
@@ -41,20 +43,29 @@ def sample(
     """Draw one token per row of logits [B, V]; [B] int64.
 
     Args:
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 takes the most likely token, as the smallest ones in effect do.
         top_k: keep only the k most likely tokens.
         top_p: keep only the fewest most likely tokens whose probabilities add up to at least p (after top_k).
         generator: source of randomness.
+
+    Raises:
+        ValueError: an option that is out of range; the message names it.
+        FloatingPointError: a row whose largest logit is not finite, as those of NaN weights.
     """
-    if not temperature >= 0:
-        raise ValueError(f"sample: temperature must be >= 0, got {temperature}")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"sample: temperature must be >= 0 and finite, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"sample: top_k must be >= 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"sample: top_p must be in (0, 1], got {top_p}")
+    largest, likeliest = logits.max(-1)
+    if not math.isfinite(largest.abs().sum()):
+        raise FloatingPointError("sample: logits must be finite, got NaN or an infinite one")
     if temperature == 0:
-        return logits.argmax(-1)
-    probs, tokens = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        return likeliest
+    # Differences to the largest, in float64: divided by any temperature that a float can be, it stays 0.
+    scaled = (logits - largest[:, None]).double() / temperature
+    probs, tokens = scaled.softmax(-1).float().sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         probs = torch.cat([probs[:, :top_k], torch.zeros_like(probs[:, top_k:])], dim=-1)
     if top_p is not None:
@@ -75,19 +86,24 @@ def generate_stream(
     top_p: float | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts [B, T] and yield the next token of every sequence, [B] int64, as soon as it is known.
 
     Args:
-        model: it is in evaluation mode until the stream ends or is closed.
+        model: it is in evaluation mode while a token is computed; in between all its modules have their own modes.
         max_new_tokens: stop after so many.
         attention_mask: [B, T], zero for padding, which may be on either side: there are no positions to disturb.
         temperature, top_k, top_p: see :func:`sample`; the default is greedy.
         seed: draw with a generator of this seed; or pass a ``generator`` on the model's device.
-        eos_token_id: ends a sequence; the configuration's by default. The stream ends when all sequences have ended.
-        pad_token_id: yielded for sequences that have ended; ``eos_token_id`` by default.
+        eos_token_id: one or several, each of which ends a sequence; the configuration's by default. The stream ends
+            when all sequences have ended.
+        pad_token_id: yielded for sequences that have ended; the first ``eos_token_id`` by default.
+
+    Raises:
+        ValueError: an option that is out of range or does not fit the prompts; the message names it.
+        FloatingPointError: logits that are not finite.
     """
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"generate: input_ids must be [batch, tokens >= 1], got shape {list(input_ids.shape)}")
@@ -106,15 +122,15 @@ def generate_stream(
     if seed is not None:
         generator = torch.Generator(input_ids.device).manual_seed(seed)
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    pad = eos if pad_token_id is None else pad_token_id
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return _stream(
         model,
         input_ids,
         max_new_tokens,
         None if attention_mask is None else F.pad(attention_mask.bool(), (0, max_new_tokens), value=True),
         {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator},
-        eos,
-        pad,
+        torch.tensor(ends, dtype=torch.long, device=input_ids.device) if ends else None,
+        pad_token_id if pad_token_id is not None or not ends else ends[0],
     )
 
 
@@ -125,32 +141,28 @@ def _stream(
     max_new_tokens: int,
     mask: Tensor | None,
     sampling: dict[str, Any],
-    eos: int | None,
+    ends: Tensor | None,
     pad: int | None,
 ) -> Iterator[Tensor]:
     batch, length = tokens.shape
-    cache: KVCache | None = KVCache.empty(model.config.n_layer, capacity=length + max_new_tokens)
+    cache = KVCache.empty(model.config.n_layer, capacity=length + max_new_tokens)
     finished = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-    newest = _last_kept(mask, tokens)
-    training = model.training
-    model.eval()
-    try:
-        for step in range(max_new_tokens):
-            seen = None if mask is None else mask[:, : length + step]
-            output = model.transformer(tokens, seen, cache, use_cache=True)
-            cache = output.past_key_values
-            state = output.last_hidden_state[torch.arange(batch, device=tokens.device), newest]
-            token = sample(model.lm_head(state).float(), **sampling)
-            if eos is not None and pad is not None:
-                token = token.where(~finished, pad)
-                finished = finished | (token == eos)
-            yield token
-            if eos is not None and bool(finished.all()):
-                return
-            tokens = token[:, None]
-            newest = torch.zeros_like(newest)
-    finally:
-        model.train(training)
+    newest: Tensor | None = _last_kept(mask, tokens)[:, None]
+    evaluating = EvaluationMode(model)
+    for step in range(max_new_tokens):
+        seen = None if mask is None else mask[:, : length + step]
+        with evaluating:  # not around the yield: what the caller does meanwhile, another stream too, is the caller's
+            output = model(tokens, seen, None, cache, use_cache=True, logits_at=newest, output_aux_loss=False)
+        cache = output.past_key_values
+        token = sample(output.logits[:, 0], **sampling)
+        if ends is not None and pad is not None:
+            token = token.where(~finished, pad)
+            finished = finished | torch.isin(token, ends)
+        yield token
+        if ends is not None and bool(finished.all()):
+            return
+        tokens = token[:, None]
+        newest = None
 
 
 def _last_kept(mask: Tensor | None, tokens: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moduleformer_ext import ops
 from moduleformer_ext.models import generation
-from moduleformer_ext.models.cache import KVCache, Pair
+from moduleformer_ext.models.cache import KVCache, Pair, StaticKVCache
 from moduleformer_ext.models.config import ACTIVATIONS, MoLMConfig
 from moduleformer_ext.nn import (
     Block,
@@ -26,6 +26,7 @@ from moduleformer_ext.nn import (
     MixtureOfAttention,
     MixtureOfFFN,
     Router,
+    StaticLayerCache,
     make_router,
 )
 from moduleformer_ext.nn.router import GateType, RouterOrder
@@ -43,24 +44,12 @@ _AUX_LOSSES: dict[str, Callable[[RouteTopK], Tensor]] = {
 }
 
 
-@dataclass
-class _AuxLoss:
-    """The routing loss of one pass. Without autograd it is computed when asked for: decoding never asks, and the many
-    small operations would be a tenth of its time.
-    """
-
-    kind: str
-    routes: Sequence[BlockRoutes]
-    value: Tensor | None = None
-
-    def get(self) -> Tensor:
-        if self.value is None:
-            loss = _AUX_LOSSES.get(self.kind)
-            if loss is None:
-                self.value = torch.zeros_like(self.routes[0].ffn.plogp_sum)
-            else:
-                self.value = torch.stack([loss(route) for block in self.routes for route in block]).sum()
-        return self.value
+def _aux_loss(kind: str, routes: Sequence[BlockRoutes]) -> Tensor:
+    """The routing loss of one pass."""
+    loss = _AUX_LOSSES.get(kind)
+    if loss is None:
+        return torch.zeros_like(routes[0].ffn.plogp_sum)
+    return torch.stack([loss(route) for block in routes for route in block]).sum()
 
 
 @dataclass(kw_only=True)
@@ -69,20 +58,16 @@ class MoLMOutput:
 
     last_hidden_state: Tensor
     """[B, T, D], after the final norm."""
-    _aux_loss: _AuxLoss = field(repr=False)
-    past_key_values: KVCache | None = None
-    """If ``use_cache``: past and new tokens. In training mode only the last ``config.history_length`` of them."""
+    aux_loss: Tensor | None = None
+    """[] float32 (float64 for a float64 model): the routing loss summed over all routers of all layers, unweighted.
+    None only with ``output_aux_loss=False`` and no labels."""
+    past_key_values: KVCache | StaticKVCache | None = None
+    """If ``use_cache``: past and new tokens. In training mode only the last ``config.history_length`` of them, unless
+    the past is static."""
     hidden_states: tuple[Tensor, ...] | None = None
     """If ``output_hidden_states``: the input of every block and ``last_hidden_state``, n_layer + 1 tensors."""
     routes: list[BlockRoutes] | None = None
     """If ``output_routes``: per layer, how attention and feed-forward experts were chosen for the B·T tokens."""
-
-    @property
-    def aux_loss(self) -> Tensor:
-        """[] float32 (float64 for a float64 model): the routing loss summed over all routers of all layers,
-        unweighted.
-        """
-        return self._aux_loss.get()
 
 
 @dataclass(kw_only=True)
@@ -90,11 +75,16 @@ class CausalLMOutput(MoLMOutput):
     """What the language model computed for input_ids [B, T]."""
 
     logits: Tensor
-    """[B, T, V] float32."""
+    """[B, T, V] float32; [B, N, V] with ``logits_at``."""
     uncast_logits: Tensor
-    """[B, T, V] as the head made them, in the model's type."""
+    """The same as the head made them, in the model's type."""
     loss: Tensor | None = None
     """If labels were given: mean cross-entropy + aux_loss_weight · aux_loss, in the type of ``aux_loss``."""
+
+
+# As pytrees they go through DDP, FSDP and torch.export.
+for _output in (MoLMOutput, CausalLMOutput):
+    torch.export.register_dataclass(_output, serialized_type_name=f"moduleformer_ext.models.{_output.__name__}")
 
 
 class MoLM(nn.Module):
@@ -120,9 +110,10 @@ class MoLM(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: KVCache | Sequence[Pair] | None = None,
+        past_key_values: KVCache | StaticKVCache | Sequence[Pair] | None = None,
         use_cache: bool = False,
         *,
+        output_aux_loss: bool = True,
         output_hidden_states: bool = False,
         output_routes: bool = False,
     ) -> MoLMOutput:
@@ -130,12 +121,12 @@ class MoLM(nn.Module):
         if input_ids.dim() != 2:
             raise ValueError(f"MoLM: input_ids must be [batch, tokens], got shape {list(input_ids.shape)}")
         past = self._as_cache(past_key_values, input_ids.shape[0])
-        keep = self._as_key_mask(attention_mask, input_ids, 0 if past is None else past.length)
+        keep = self._as_key_mask(attention_mask, input_ids, past)
 
         x = self.drop(self.wte(input_ids))
         states: list[Tensor] = []
         routes: list[BlockRoutes] = []
-        presents: list[LayerCache] = []
+        presents: list[LayerCache | StaticLayerCache] = []
         for layer, block in enumerate(self.h):
             if output_hidden_states:
                 states.append(x)
@@ -150,13 +141,10 @@ class MoLM(nn.Module):
         x = self.ln_f(x)
         states.append(x)
 
-        aux_loss = _AuxLoss(self.config.aux_loss_type, routes)
-        if torch.is_grad_enabled():
-            aux_loss.get()
         return MoLMOutput(
             last_hidden_state=x,
-            _aux_loss=aux_loss,
-            past_key_values=self._remember(presents) if use_cache else None,
+            aux_loss=_aux_loss(self.config.aux_loss_type, routes) if output_aux_loss else None,
+            past_key_values=self._remember(past, presents) if use_cache else None,
             hidden_states=tuple(states) if output_hidden_states else None,
             routes=routes if output_routes else None,
         )
@@ -170,34 +158,42 @@ class MoLM(nn.Module):
 
         return backbone_from_reference(config, state_dict)
 
-    def _remember(self, presents: Sequence[LayerCache]) -> KVCache:
-        cache = KVCache(presents)
+    def _remember(
+        self, past: KVCache | StaticKVCache | None, presents: list[LayerCache | StaticLayerCache]
+    ) -> KVCache | StaticKVCache:
+        if isinstance(past, StaticKVCache):
+            return past
+        cache = KVCache(cast("list[LayerCache]", presents))
         return cache.last(self.config.history_length) if self.training else cache
 
-    def _as_cache(self, past: KVCache | Sequence[Pair] | None, batch: int) -> KVCache | None:
+    def _as_cache(
+        self, past: KVCache | StaticKVCache | Sequence[Pair] | None, batch: int
+    ) -> KVCache | StaticKVCache | None:
         if past is None:
             return None
-        if not isinstance(past, KVCache):
+        if not isinstance(past, (KVCache, StaticKVCache)):
             identity_kv = self.config.att_hidden == self.config.n_embd and self.config.n_head == 1
             past = KVCache.from_pairs(past, n_head=self.config.n_head, identity_kv=identity_kv)
         if len(past) != len(self.h):
             raise ValueError(f"MoLM: past_key_values must have {len(self.h)} layers, got {len(past)}")
-        if past.length and past.layers[0].keys.shape[0] != batch:
+        if past.batch_size not in (None, batch):
             raise ValueError(
-                f"MoLM: past_key_values must have the batch size of input_ids ({batch}), "
-                f"got {past.layers[0].keys.shape[0]}"
+                f"MoLM: past_key_values must have the batch size of input_ids ({batch}), got {past.batch_size}"
             )
         return past
 
-    def _as_key_mask(self, mask: Tensor | None, input_ids: Tensor, past_length: int) -> Tensor | None:
+    def _as_key_mask(
+        self, mask: Tensor | None, input_ids: Tensor, past: KVCache | StaticKVCache | None
+    ) -> Tensor | None:
         if mask is None:
             return None
-        batch, length = input_ids.shape
-        if mask.shape != (batch, past_length + length):
-            raise ValueError(
-                f"MoLM: attention_mask must be [{batch}, {past_length + length}] (batch, past + new tokens), "
-                f"got {list(mask.shape)}"
-            )
+        batch, keys = input_ids.shape
+        if isinstance(past, StaticKVCache):
+            keys, meaning = past.capacity, "batch, capacity of the past"
+        else:
+            keys, meaning = keys + (0 if past is None else past.length), "batch, past + new tokens"
+        if mask.shape != (batch, keys):
+            raise ValueError(f"MoLM: attention_mask must be [{batch}, {keys}] ({meaning}), got {list(mask.shape)}")
         return mask.bool()
 
 
@@ -231,9 +227,11 @@ class MoLMForCausalLM(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: KVCache | Sequence[Pair] | None = None,
+        past_key_values: KVCache | StaticKVCache | Sequence[Pair] | None = None,
         use_cache: bool = False,
         *,
+        logits_at: Tensor | None = None,
+        output_aux_loss: bool = True,
         output_hidden_states: bool = False,
         output_routes: bool = False,
     ) -> CausalLMOutput:
@@ -248,35 +246,52 @@ class MoLMForCausalLM(nn.Module):
         past_key_values: what an earlier call returned. No gradient flows into it.
         use_cache: return ``past_key_values`` for the next call. In training mode it is the history of
         Transformer-XL, cut to ``config.history_length`` tokens; in evaluation mode nothing is cut.
+        logits_at: [B, N] int64, the only positions of each sequence to compute logits for.
+        output_aux_loss: return the routing loss. Decoding saves a tenth of its time without.
         output_hidden_states: return the input of every block.
         output_routes: return every routing decision.
 
         Raises:
         ValueError: shapes do not fit together.
         """
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"MoLMForCausalLM: labels must have the shape of input_ids {list(input_ids.shape)}, "
+                f"got {list(labels.shape)}"
+            )
+        if labels is not None and logits_at is not None:
+            raise ValueError("MoLMForCausalLM: logits_at must be None where labels are given, got both")
         output = self.transformer(
             input_ids,
             attention_mask,
             past_key_values,
             use_cache,
+            output_aux_loss=output_aux_loss or labels is not None,
             output_hidden_states=output_hidden_states,
             output_routes=output_routes,
         )
-        uncast_logits = self.lm_head(output.last_hidden_state)
+        state = output.last_hidden_state
+        if logits_at is not None:
+            state = state.gather(1, logits_at[:, :, None].expand(-1, -1, state.shape[2]))
+        uncast_logits = self.lm_head(state)
         logits = uncast_logits.float()
         loss = None
         if labels is not None:
-            if labels.shape != input_ids.shape:
-                raise ValueError(
-                    f"MoLMForCausalLM: labels must have the shape of input_ids {list(input_ids.shape)}, "
-                    f"got {list(labels.shape)}"
-                )
             # Summed in the published order: float32 sums in another order differ in the seventh digit.
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             loss = loss.to(output.aux_loss.dtype)
             if self.config.aux_loss_weight > 0:
                 loss = loss + self.config.aux_loss_weight * output.aux_loss
-        return CausalLMOutput(**vars(output), logits=logits, uncast_logits=uncast_logits, loss=loss)
+        return CausalLMOutput(
+            last_hidden_state=output.last_hidden_state,
+            aux_loss=output.aux_loss,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            routes=output.routes,
+            logits=logits,
+            uncast_logits=uncast_logits,
+            loss=loss,
+        )
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Unpack[GenerationOptions]) -> Tensor:
         """Continue prompts; see :func:`moduleformer_ext.models.generation.generate`."""

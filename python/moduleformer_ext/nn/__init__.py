@@ -2,14 +2,16 @@
 
 from moduleformer_ext.nn.attention import MixtureOfAttention, RoutedProjection
 from moduleformer_ext.nn.block import Block, BlockRoutes
-from moduleformer_ext.nn.cache import LayerCache
+from moduleformer_ext.nn.cache import LayerCache, StaticLayerCache
 from moduleformer_ext.nn.experts import ExpertLinear, MixtureOfFFN
 from moduleformer_ext.nn.linear import Linear
+from moduleformer_ext.nn.modes import EvaluationMode
 from moduleformer_ext.nn.router import GMMRouter, LinearRouter, MLPRouter, Router, make_router
 
 __all__ = [
     "Block",
     "BlockRoutes",
+    "EvaluationMode",
     "ExpertLinear",
     "GMMRouter",
     "LayerCache",
@@ -20,5 +22,6 @@ __all__ = [
     "MixtureOfFFN",
     "RoutedProjection",
     "Router",
+    "StaticLayerCache",
     "make_router",
 ]

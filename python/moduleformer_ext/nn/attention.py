@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moduleformer_ext import ops
-from moduleformer_ext.nn.cache import LayerCache
+from moduleformer_ext.nn.cache import LayerCache, StaticLayerCache
 from moduleformer_ext.nn.experts import ExpertLinear
 from moduleformer_ext.nn.linear import Linear
+from moduleformer_ext.nn.plain import is_plain
 from moduleformer_ext.nn.router import Router
 from moduleformer_ext.types import ExpertLayout, RouteTopK
 
@@ -31,23 +32,13 @@ class RoutedProjection(nn.Module):
         self.output_experts = ExpertLinear(router.num_experts, att_hidden, n_embd)
         self.gate = router
 
-    def map(self, tokens: Tensor) -> tuple[Tensor, RouteTopK, ExpertLayout]:
-        """tokens [T, D] -> queries [T, K, A], one per chosen expert, not gated."""
+    def forward(self, tokens: Tensor) -> tuple[Tensor, RouteTopK, ExpertLayout]:
+        """tokens [T, D] -> queries [T, K, A], one per chosen expert, not gated; and what ``output_experts`` need to
+        take the attended heads back to the tokens.
+        """
         route = self.gate(tokens)
-        layout = ops.expert_layout(route.expert_ids, self.gate.num_experts)
-        q = ops.grouped_gemm(tokens, self.experts.segments, layout, x_order="token", out_order="slot")
-        return q, route, layout
-
-    def reduce(self, heads: Tensor, route: RouteTopK, layout: ExpertLayout) -> Tensor:
-        """heads [T, K, A] -> [T, D]: the gated sum over the experts that made the queries."""
-        return ops.grouped_gemm(
-            heads,
-            self.output_experts.segments,
-            layout,
-            x_order="slot",
-            out_order="token",
-            gates=route.gates,
-        )
+        layout = ops.expert_layout(route.expert_ids, route.counts.shape[0])
+        return self.experts(tokens, layout, out_order="slot"), route, layout
 
 
 class MixtureOfAttention(nn.Module):
@@ -89,60 +80,66 @@ class MixtureOfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        past: LayerCache | None = None,
+        past: LayerCache | StaticLayerCache | None = None,
         key_padding_mask: Tensor | None = None,
         use_cache: bool = False,
-    ) -> tuple[Tensor, RouteTopK, LayerCache | None]:
+    ) -> tuple[Tensor, RouteTopK, LayerCache | StaticLayerCache | None]:
         """Attend from the new tokens x [B, T, D] to the past and to themselves.
 
         Args:
             past: keys and values of earlier tokens; gradients do not reach them.
-            key_padding_mask: [B, past + T] bool, True for tokens that can be attended to.
+            key_padding_mask: [B, past + T] bool, True for tokens that can be attended to; [B, capacity] beside a
+                static cache.
             use_cache: also return the cache that holds past and new tokens.
         """
         batch, length, _ = x.shape
-        heads = (self.n_head, self.head_dim)
-        q, route, layout = self.q_proj.map(x.flatten(0, 1))
+        q, route, layout = self.q_proj(x.flatten(0, 1))
         # [B, T, K, H, D] -> [B, T, H, K, D]: the K queries of a token are K query heads over each key head.
-        q = torch.unflatten(q.view(batch, length, *q.shape[1:]), -1, heads).transpose(2, 3)
-        k = torch.unflatten(self.k_proj(x), -1, heads)
-        v = None if self.identity_kv else torch.unflatten(self.v_proj(x), -1, heads)
+        q = q.view(batch, length, q.shape[1], self.n_head, self.head_dim).transpose(2, 3)
+        heads = (batch, length, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(heads)
+        v = None if self._keys_are_values() else self.v_proj(x).view(heads)
 
-        decoding = False
-        if past is None:
-            present = LayerCache.of(k, v) if use_cache else None
-        else:
+        lengths, present = None, past
+        if isinstance(past, StaticLayerCache):
+            past.append(k, v)
+            k, v, lengths = past.keys, past.values, past.lengths
+        elif past is not None:
             decoding = not torch.is_grad_enabled() and past.length > 0 and length <= MAX_DECODE_QUERIES
             k, v, present = past.extend(k, v)
+            if decoding:
+                lengths = torch.full((batch,), k.shape[1], dtype=torch.int32, device=x.device)
+        elif use_cache:
+            present = LayerCache.of(k, v)
 
+        attended = self._attend(q, k, v, lengths, key_padding_mask).transpose(2, 3)
+        attended = attended.reshape(batch * length, q.shape[3], self.n_head * self.head_dim)
+        y = self.q_proj.output_experts(attended, layout, x_order="slot", out_order="token", gates=route.gates)
+        return y.view_as(x), route, present if use_cache else None
+
+    def _keys_are_values(self) -> bool:
+        return self.identity_kv and is_plain(self.k_proj, nn.Identity) and is_plain(self.v_proj, nn.Identity)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, lengths: Tensor | None, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """q [B, T, H, K, D] to k and v [B, S, H, D], filled as far as ``lengths`` [B] say, if given."""
         scale = self.head_dim**-0.5
-        if self.head_dim % _HEAD_MULTIPLE:  # zeros change no product, and are cut off again
+        padded = self.head_dim % _HEAD_MULTIPLE != 0
+        if padded:  # zeros change no product, and are cut off again
             q, k = _pad_heads(q), _pad_heads(k)
             v = None if v is None else _pad_heads(v)
-        if decoding:
-            lengths = torch.full((batch,), k.shape[1], dtype=torch.int32, device=x.device)
-            attended = ops.stick_attention_decode(
-                q,
-                k,
-                v,
-                lengths,
-                scale=scale,
-                key_padding_mask=key_padding_mask,
-                stick_epsilon=self.stick_epsilon,
+        attended: Tensor | tuple[Tensor, Tensor]
+        if lengths is None:
+            attended = ops.stick_attention(
+                q, k, v, scale=scale, key_padding_mask=key_padding_mask, stick_epsilon=self.stick_epsilon
             )
         else:
-            attended = ops.stick_attention(
-                q,
-                k,
-                v,
-                scale=scale,
-                key_padding_mask=key_padding_mask,
-                stick_epsilon=self.stick_epsilon,
+            attended = ops.stick_attention_decode(
+                q, k, v, lengths, scale=scale, key_padding_mask=key_padding_mask, stick_epsilon=self.stick_epsilon
             )
-        attended = cast(Tensor, attended)[..., : self.head_dim]  # a pair only where remainders are asked for
-        attended = attended.transpose(2, 3).flatten(0, 1).flatten(2)
-        y = self.q_proj.reduce(attended, route, layout)
-        return y.view_as(x), route, present if use_cache else None
+        attended = cast(Tensor, attended)  # a pair only where remainders are asked for
+        return attended[..., : self.head_dim] if padded else attended
 
 
 def _pad_heads(heads: Tensor) -> Tensor:

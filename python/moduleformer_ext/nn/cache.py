@@ -1,102 +1,126 @@
-"""Keys and values of one attention layer."""
+"""Keys and values of one attention layer: as a value that grows, or in storage of a fixed size."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 _GROWTH = 2
 
 
-class _Buffer:
-    """Storage that several caches may share; each of them reads a prefix of it."""
+class _Storage(NamedTuple):
+    """Keys and values [B, S, H, D] whose first tokens are a cache's; the others are room for the next ones."""
 
-    def __init__(self, keys: Tensor, values: Tensor | None, filled: int) -> None:
-        self.keys = keys
-        self.values = values
-        self.filled = filled
+    keys: Tensor
+    values: Tensor | None
 
 
+@dataclass(eq=False, repr=False)
 class LayerCache:
     """The keys and values of the tokens that a layer has seen, never part of an autograd graph.
 
     Where values are the keys (no K/V projections), they are stored once and ``values`` is None. A cache is a value:
-    :meth:`extend` returns a longer one and leaves this one as it was. Without autograd the new tokens are written
-    into the storage behind it, which is copied only when it is full or when another continuation of the same past
-    has already written there.
+    :meth:`extend` returns a longer one and leaves this one as it was, whichever threads continue it. Without autograd
+    the new tokens are written behind those of the past, where nobody reads; of several continuations of one past, the
+    first takes this room and the others copy. To pytrees a cache is its keys and values.
 
     Args:
-    capacity: tokens to allocate for at the first extension.
+        capacity: tokens to allocate for at the first extension.
     """
 
-    def __init__(self, capacity: int = 0) -> None:
-        self.length = 0
-        self._capacity = capacity
-        self._buffer: _Buffer | None = None
+    capacity: int = 0
+    _keys: Tensor | None = None
+    _values: Tensor | None = None
+    _room: list[_Storage] = field(default_factory=list, init=False)
+    """The storage behind keys and values, until a continuation takes it."""
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor | None) -> LayerCache:
         """A cache that holds these tensors [B, S, H, D] themselves, detached."""
-        return cls._prefix(
-            _Buffer(keys.detach(), None if values is None else values.detach(), keys.shape[1]), keys.shape[1]
-        )
+        return cls(0, keys.detach(), None if values is None else values.detach())
 
-    @classmethod
-    def _prefix(cls, buffer: _Buffer, length: int) -> LayerCache:
-        cache = cls()
-        cache._buffer, cache.length = buffer, length
-        return cache
-
-    def _stored(self) -> _Buffer:
-        if self._buffer is None:
-            raise ValueError("LayerCache: nothing is stored yet")
-        return self._buffer
+    @property
+    def length(self) -> int:
+        """Tokens remembered."""
+        return 0 if self._keys is None else self._keys.shape[1]
 
     @property
     def keys(self) -> Tensor:
         """[B, length, H, D]."""
-        return self._stored().keys[:, : self.length]
+        if self._keys is None:
+            raise ValueError("LayerCache: nothing is stored yet")
+        return self._keys
 
     @property
     def values(self) -> Tensor | None:
         """[B, length, H, D], or None where the values are the keys."""
-        values = self._stored().values
-        return None if values is None else values[:, : self.length]
+        return self._values
+
+    @property
+    def is_unset(self) -> bool:
+        """Whether nothing was ever stored, so that even batch and heads are open."""
+        return self._keys is None
 
     def extend(self, keys: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None, LayerCache]:
         """Append new tokens [B, T, H, D].
 
-        Returns the keys and values to attend to, [B, length + T, H, D], through which gradients reach the new tokens
-        only, and the cache that holds them.
+        Returns:
+            The keys and values to attend to, [B, length + T, H, D], through which gradients reach the new tokens
+            only, and the cache that holds them.
+
+        Raises:
+            ValueError: the new tokens are of another batch or of other heads than the past, or only one of them has
+                values of its own.
         """
-        if torch.is_grad_enabled() and (keys.requires_grad or (values is not None and values.requires_grad)):
-            all_keys, all_values = keys, values
+        self._check(keys, values)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             if self.length:
-                all_keys = torch.cat([self.keys, keys], dim=1)
-                all_values = None if values is None else torch.cat([self._values_like(values), values], dim=1)
-            return all_keys, all_values, LayerCache.of(all_keys, all_values)
+                values = None if values is None or self._values is None else torch.cat([self._values, values], dim=1)
+                keys = torch.cat([self.keys, keys], dim=1)
+            return keys, values, LayerCache.of(keys, values)
 
-        end = self.length + keys.shape[1]
-        buffer = self._room_for(end, keys, values)
-        buffer.keys[:, self.length : end] = keys.detach()
-        if values is not None and buffer.values is not None:
-            buffer.values[:, self.length : end] = values.detach()
-        buffer.filled = end
-        present = LayerCache._prefix(buffer, end)
-        return present.keys, present.values, present
+        start, added = self.length, keys.shape[1]
+        end = start + added
+        storage = self._take_room(keys, end) or self._copy(keys, values, end)
+        # Through .data: no tensor that autograd may have saved ends behind `start`, so none of them has changed.
+        storage.keys.data.narrow(1, start, added).copy_(keys)
+        all_keys, all_values = storage.keys.narrow(1, 0, end), None
+        if storage.values is not None and values is not None:
+            storage.values.data.narrow(1, start, added).copy_(values)
+            all_values = storage.values.narrow(1, 0, end)
+        present = LayerCache(0, all_keys, all_values)
+        if end < storage.keys.shape[1]:
+            present._room.append(storage)
+        return all_keys, all_values, present
 
-    def _values_like(self, values: Tensor) -> Tensor:
-        stored = self.values
-        if stored is None:
-            raise ValueError("LayerCache: the past holds keys only, but the layer has values of its own")
-        return stored
+    def _check(self, keys: Tensor, values: Tensor | None) -> None:
+        if self._keys is None:
+            return
+        batch, _, *heads = self._keys.shape
+        if (keys.shape[0], *keys.shape[2:]) != (batch, *heads):
+            raise ValueError(f"LayerCache: keys must be [{batch}, T, {heads[0]}, {heads[1]}], got {list(keys.shape)}")
+        if (values is None) != (self._values is None):
+            has, lacks = ("the layer", "the past") if self._values is None else ("the past", "the layer")
+            raise ValueError(f"LayerCache: {lacks} must have values of its own as {has} does, got keys only")
 
-    def _room_for(self, end: int, keys: Tensor, values: Tensor | None) -> _Buffer:
-        """Storage whose first ``length`` tokens are this cache's and whose tokens up to ``end`` are free to write."""
-        old = self._buffer
-        if old is not None and old.filled == self.length and old.keys.shape[1] >= end:
-            return old
-        capacity = max(end, self._capacity) if old is None else max(end, _GROWTH * self.length)
+    def _take_room(self, keys: Tensor, end: int) -> _Storage | None:
+        try:
+            storage = self._room.pop()  # atomic: one of several continuations gets it
+        except IndexError:
+            return None
+        fits = (
+            storage.keys.shape[1] >= end
+            and storage.keys.dtype == keys.dtype
+            and storage.keys.is_inference() == torch.is_inference_mode_enabled()
+        )
+        return storage if fits else None
+
+    def _copy(self, keys: Tensor, values: Tensor | None, end: int) -> _Storage:
+        capacity = max(end, self.capacity if self._keys is None else _GROWTH * self.length)
 
         def allocate(like: Tensor, stored: Tensor | None) -> Tensor:
             new = like.new_empty(like.shape[0], capacity, *like.shape[2:])
@@ -104,10 +128,7 @@ class LayerCache:
                 new[:, : self.length] = stored
             return new
 
-        if old is None:
-            return _Buffer(allocate(keys, None), None if values is None else allocate(values, None), self.length)
-        new_values = None if values is None else allocate(values, self._values_like(values))
-        return _Buffer(allocate(keys, self.keys), new_values, self.length)
+        return _Storage(allocate(keys, self._keys), None if values is None else allocate(values, self._values))
 
     def last(self, length: int) -> LayerCache:
         """The last ``length`` tokens; a copy where that is fewer than there are, so that the rest can be freed."""
@@ -119,7 +140,85 @@ class LayerCache:
 
     def select(self, rows: Tensor) -> LayerCache:
         """The sequences ``rows`` (an index tensor [B']) of the batch."""
-        if self.length == 0:
+        if self.is_unset:
             return self
         values = self.values
         return LayerCache.of(self.keys.index_select(0, rows), None if values is None else values.index_select(0, rows))
+
+
+@dataclass(eq=False)
+class StaticLayerCache:
+    """Storage of a fixed size that new tokens are written into, for compiled decoding: no shape ever changes.
+
+    Unlike :class:`LayerCache` it is changed in place, and there is one continuation of it.
+    """
+
+    keys: Tensor
+    """[B, S, H, D], of which the first ``lengths[b]`` tokens of sequence b are filled."""
+    values: Tensor | None
+    """As ``keys``, or None where the values are the keys."""
+    lengths: Tensor
+    """[B] int32."""
+
+    @classmethod
+    def of(cls, cache: LayerCache, capacity: int) -> StaticLayerCache:
+        """A copy of what a cache holds, with room for ``capacity`` tokens in all."""
+        if cache.is_unset or capacity < cache.length:
+            raise ValueError(
+                f"StaticLayerCache: capacity must hold the tokens of a cache that is not empty ({cache.length}), "
+                f"got {capacity}"
+            )
+
+        def allocate(stored: Tensor) -> Tensor:
+            new = stored.new_zeros(stored.shape[0], capacity, *stored.shape[2:])
+            new[:, : cache.length] = stored
+            return new
+
+        keys = cache.keys
+        lengths = torch.full((keys.shape[0],), cache.length, dtype=torch.int32, device=keys.device)
+        return cls(allocate(keys), None if cache.values is None else allocate(cache.values), lengths)
+
+    @property
+    def capacity(self) -> int:
+        """S."""
+        return self.keys.shape[1]
+
+    def append(self, keys: Tensor, values: Tensor | None) -> None:
+        """Write new tokens [B, T, H, D] behind each sequence's last one.
+
+        Raises:
+            ValueError: in grad mode for tokens that require a gradient; for shapes that do not fit; on the CPU for
+                more tokens than there is room for. A GPU's lengths are not read: there they overwrite the last place.
+        """
+        length = keys.shape[1]
+        if torch.is_grad_enabled() and keys.requires_grad:
+            raise ValueError("StaticLayerCache: keys must not require a gradient, got grad mode; use torch.no_grad()")
+        if (values is None) != (self.values is None):
+            raise ValueError("StaticLayerCache: the layer and the cache must both have values of their own, or neither")
+        batch, _, *heads = self.keys.shape
+        if (keys.shape[0], *keys.shape[2:]) != (batch, *heads):
+            raise ValueError(
+                f"StaticLayerCache: keys must be [{batch}, T, {heads[0]}, {heads[1]}], got {list(keys.shape)}"
+            )
+        if not torch.compiler.is_compiling():
+            if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+                raise ValueError("StaticLayerCache: made in inference mode, must be continued in it, got normal mode")
+            if self.keys.device.type == "cpu" and (most := int(self.lengths.max())) + length > self.capacity:
+                raise ValueError(
+                    f"StaticLayerCache: keys must fit beside {most} tokens into {self.capacity}, got {length} more"
+                )
+        rows = torch.arange(batch, device=keys.device)[:, None]
+        positions = (self.lengths[:, None] + torch.arange(length, device=keys.device)).clamp(max=self.capacity - 1)
+        self.keys[rows, positions] = keys.to(self.keys.dtype)
+        if self.values is not None and values is not None:
+            self.values[rows, positions] = values.to(self.values.dtype)
+        self.lengths.add_(length)
+
+
+pytree.register_dataclass(
+    LayerCache,
+    field_names=["_keys", "_values"],
+    drop_field_names=["capacity"],
+    serialized_type_name="moduleformer_ext.nn.LayerCache",
+)
+torch.export.register_dataclass(StaticLayerCache, serialized_type_name="moduleformer_ext.nn.StaticLayerCache")

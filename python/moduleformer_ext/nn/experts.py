@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from moduleformer_ext import ops
+from moduleformer_ext.nn.plain import is_plain
 from moduleformer_ext.nn.router import Router
 from moduleformer_ext.nn.segments import segments_of
-from moduleformer_ext.types import RouteTopK, Segments
+from moduleformer_ext.types import ExpertLayout, RouteTopK, Segments
 
 GATED_ACTIVATIONS = frozenset({"geglu_tanh", "geglu", "swiglu", "reglu"})
 
 
 class ExpertLinear(nn.Module):
-    """One matrix per expert, weight [E, in, out] with y = x W_e. A holder: the layers around it launch the products."""
+    """One matrix per expert, weight [E, in, out] with y = x W_e."""
 
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -25,6 +26,21 @@ class ExpertLinear(nn.Module):
     def segments(self) -> Segments:
         """The matrices as the ops take them: one tensor, or the segments it was split into."""
         return segments_of(self, "weight")
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: ExpertLayout,
+        *,
+        x_order: str = "token",
+        out_order: str = "expert",
+        gates: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """The products of all slots; see :func:`moduleformer_ext.ops.grouped_gemm`."""
+        return ops.grouped_gemm(
+            x, self.segments, layout, x_order=x_order, out_order=out_order, gates=gates, activation=activation
+        )
 
     def reset_parameters(self) -> None:
         for weight in self.parameters():
@@ -59,13 +75,11 @@ class MixtureOfFFN(nn.Module):
         """x [..., D] -> y [..., D] and how its tokens (leading dimensions flattened) were routed."""
         tokens = x.reshape(-1, x.shape[-1])
         route = self.gate(tokens)
-        layout = ops.expert_layout(route.expert_ids, self.gate.num_experts)
-        y = ops.expert_ffn(
-            tokens,
-            self.experts.segments,
-            self.output_experts.segments,
-            layout,
-            route.gates,
-            activation=self.activation,
-        )
+        layout = ops.expert_layout(route.expert_ids, route.counts.shape[0])
+        if is_plain(self.experts, ExpertLinear) and is_plain(self.output_experts, ExpertLinear):
+            up, down = self.experts.segments, self.output_experts.segments
+            y = ops.expert_ffn(tokens, up, down, layout, route.gates, activation=self.activation)
+        else:
+            hidden = self.experts(tokens, layout, activation=self.activation)
+            y = self.output_experts(hidden, layout, x_order="expert", out_order="token", gates=route.gates)
         return y.view_as(x), route

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moduleformer_ext import ops
+from moduleformer_ext.nn.plain import call_precisely, is_plain, plain_layers
 from moduleformer_ext.nn.segments import segments_of
-from moduleformer_ext.types import RouteTopK, Segments
+from moduleformer_ext.types import RouteTopK
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,39 +72,64 @@ class Router(nn.Module, ABC):
             self.normaliser_rows = nn.Parameter(torch.empty(num_normaliser_rows, row_size))
             nn.init.normal_(self.normaliser_rows, std=_ROW_STD)
 
+    w_gate: nn.Module
+    """The gate network."""
+
     @property
     @abstractmethod
     def rows_parameter(self) -> tuple[nn.Module, str]:
         """Where the experts' rows are: the module and the name of its parameter [E, row_size]."""
 
     @abstractmethod
-    def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
-        """Route x [T, D] among all the rows."""
+    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+        """Route x [T, D] in one pass; None where the gate network is more than its weights say."""
 
     @abstractmethod
-    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The gate network alone, for what the fused one does not know: x [T, D] and rows [R, row_size], both in the
-        router's precision, give [T, R].
-        """
+    def _hidden(self, x: Tensor) -> Tensor:
+        """What the rows are multiplied by: x [T, D] in the router's precision gives [T, row_size]."""
+
+    @abstractmethod
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden [T, row_size] and rows [R, row_size], both in the router's precision, give [T, R]."""
 
     def forward(self, x: Tensor) -> RouteTopK:
-        """Route x [T, D]. Router arithmetic is float32 at least, whatever the type of x."""
-        rows = segments_of(*self.rows_parameter)
+        """Route x [T, D]. Router arithmetic is float32 at least, whatever the type of x; hooked or wrapped parts of
+        the gate network are called, and compute in their own type.
+        """
         noise, num_sampled = self._noise(x), self._num_sampled
         if self.normaliser_rows is None:
-            return self._route(x, rows, noise, num_sampled)
-        all_logits = self._plain_logits(x, rows, self.normaliser_rows)
-        logits, pruned = all_logits[:, : self.num_experts], all_logits[:, self.num_experts :]
+            route = self._route(x, noise, num_sampled)
+            if route is not None:
+                return route
+        logits, pruned = self._called_logits(x)
         route = ops.route_topk(logits, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
+        if pruned is None:
+            return route
         # The softmax over all rows is the one over the selectable rows times the probability that these have together.
         remaining = torch.sigmoid(logits.logsumexp(1, keepdim=True) - pruned.logsumexp(1, keepdim=True))
         return route._replace(gates=route.gates * remaining)
 
-    def _plain_logits(self, x: Tensor, rows: Segments, *more_rows: Tensor) -> Tensor:
-        segments = (rows,) if isinstance(rows, Tensor) else tuple(rows)
+    def _called_logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the experts [T, E] and of the pruned ones [T, U], module by module."""
+        module, name = self.rows_parameter
         dtype = self._precise(x)
+        whole = module is not self and not is_plain(self.w_gate, nn.Sequential)
+        called = whole or not (module is self or is_plain(module, nn.Linear))
+        if (called and getattr(module, name, None) is None) or (whole and self.normaliser_rows is not None):
+            raise ValueError(
+                f"{type(self).__name__}: w_gate must have no hooks or adapters on its rows while these are split into "
+                f"old and new or some are pruned, got {type(self.w_gate if whole else module).__name__}"
+            )
         with torch.autocast(x.device.type, enabled=False):
-            return self._logits(x.to(dtype), torch.cat([segment.to(dtype) for segment in (*segments, *more_rows)]))
+            if whole:
+                return call_precisely(self.w_gate, x.to(dtype)), None
+            hidden = self._hidden(x.to(dtype))
+            pruned = None if self.normaliser_rows is None else self._logits(hidden, self.normaliser_rows.to(dtype))
+            if called:
+                return call_precisely(module, hidden), pruned
+            rows = segments_of(module, name)
+            segments = (rows,) if isinstance(rows, Tensor) else rows
+            return self._logits(hidden, torch.cat([segment.to(dtype) for segment in segments])), pruned
 
     def _precise(self, x: Tensor) -> torch.dtype:
         return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -124,6 +150,8 @@ class Router(nn.Module, ABC):
 class LinearRouter(Router):
     """logits = x Wᵀ."""
 
+    w_gate: nn.Sequential
+
     def __init__(
         self,
         n_embd: int,
@@ -138,15 +166,24 @@ class LinearRouter(Router):
     def rows_parameter(self) -> tuple[nn.Module, str]:
         return self.w_gate[0], "weight"
 
-    def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
+    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+        layers = plain_layers(self.w_gate, nn.Linear)
+        if layers is None:
+            return None
+        rows = segments_of(layers[0], "weight")
         return ops.route_topk_linear(x, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
 
-    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
-        return F.linear(x, rows)
+    def _hidden(self, x: Tensor) -> Tensor:
+        return x
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        return F.linear(hidden, rows)
 
 
 class MLPRouter(Router):
     """logits = dropout(gelu(x Vᵀ + b)) Wᵀ, with the erf GELU."""
+
+    w_gate: nn.Sequential
 
     def __init__(
         self,
@@ -165,31 +202,35 @@ class MLPRouter(Router):
             nn.Dropout(dropout),
             nn.Linear(gating_size, num_experts, bias=False),
         )
-        self.dropout = dropout
 
     @property
     def rows_parameter(self) -> tuple[nn.Module, str]:
         return self.w_gate[3], "weight"
 
-    def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
-        if self.training and self.dropout > 0:  # the fused gate network has no dropout
-            logits = self._plain_logits(x, rows)
-            return ops.route_topk(logits, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
-        hidden = cast(nn.Linear, self.w_gate[0])
+    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+        layers = plain_layers(self.w_gate, nn.Linear, nn.GELU, nn.Dropout, nn.Linear)
+        if layers is None:
+            return None
+        hidden, dropout = cast(nn.Linear, layers[0]), cast(nn.Dropout, layers[2])
+        if dropout.training and dropout.p > 0:  # the fused gate network has no dropout
+            return None
+        rows = segments_of(layers[3], "weight")
         return ops.route_topk_mlp(
             x, hidden.weight, hidden.bias, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled
         )
 
-    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
-        hidden = cast(nn.Linear, self.w_gate[0])
-        activated = F.gelu(F.linear(x, hidden.weight.to(x.dtype), hidden.bias.to(x.dtype)))
-        if self.training and self.dropout > 0:
-            activated = F.dropout(activated, self.dropout)
-        return F.linear(activated, rows)
+    def _hidden(self, x: Tensor) -> Tensor:
+        layer, activation, dropout, _ = self.w_gate
+        return dropout(activation(call_precisely(layer, x)))
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        return F.linear(hidden, rows)
 
 
 class GMMRouter(Router):
     """logits = exp(temperature) · cosine similarity of x Vᵀ and each expert's centroid."""
+
+    w_gate: nn.Linear
 
     def __init__(
         self,
@@ -214,7 +255,10 @@ class GMMRouter(Router):
     def rows_parameter(self) -> tuple[nn.Module, str]:
         return self, "expert_centroids"
 
-    def _route(self, x: Tensor, rows: Segments, noise: Tensor | None, num_sampled: int) -> RouteTopK:
+    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+        if not is_plain(self.w_gate, nn.Linear):
+            return None
+        rows = segments_of(self, "expert_centroids")
         return ops.route_topk_gmm(
             x,
             self.w_gate.weight,
@@ -226,9 +270,11 @@ class GMMRouter(Router):
             num_sampled=num_sampled,
         )
 
-    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
-        direction = F.normalize(F.linear(x, self.w_gate.weight.to(x.dtype)), dim=-1)
-        return F.linear(direction, F.normalize(rows, dim=-1)) * self.temperature.to(x.dtype).exp()
+    def _hidden(self, x: Tensor) -> Tensor:
+        return F.normalize(call_precisely(self.w_gate, x), dim=-1)
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        return F.linear(hidden, F.normalize(rows, dim=-1)) * self.temperature.to(hidden.dtype).exp()
 
 
 def make_router(

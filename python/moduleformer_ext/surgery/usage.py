@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
-from moduleformer_ext.nn import BlockRoutes
+from moduleformer_ext.nn import BlockRoutes, EvaluationMode
 from moduleformer_ext.surgery.anatomy import KINDS, sites
 
 CountArray = npt.NDArray[np.int64]
@@ -85,13 +85,10 @@ def count_usage(model: MoLMForCausalLM, batches: Iterable[Tensor]) -> ExpertUsag
     A training loop or an evaluation has the counts already: ``model(..., output_routes=True).routes`` is what
     :meth:`ExpertUsage.add` takes.
     """
-    usage, training = ExpertUsage(), model.training
-    model.eval()
-    try:
-        for tokens in batches:
-            usage.add(model(tokens, output_routes=True).routes or [])
-    finally:
-        model.train(training)
+    usage, evaluating = ExpertUsage(), EvaluationMode(model)
+    for tokens in batches:
+        with evaluating:
+            usage.add(model(tokens, output_aux_loss=False, output_routes=True).routes or [])
     return usage
 
 
