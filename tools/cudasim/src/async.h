@@ -5,6 +5,9 @@
 namespace cudasim {
 class Decoder;
 void decodeBulk(Decoder& d);             // bulk_copy.cpp
+void decodeStAsync(Decoder& d);          // async_store.cpp
+void decodeRedAsync(Decoder& d);         // async_store.cpp
+void decodeStBulk(Decoder& d);           // async_store.cpp
 void decodeCpAsyncMbarrier(Decoder& d);  // mbarrier.cpp
 // Lands the non-bulk copies that `lanes` issued before `seq`.
 void landAllCpAsync(Warp& w, uint32_t lanes, uint64_t seq = ~0ull);

@@ -15,6 +15,10 @@
 
 namespace cudasim {
 
+inline uint32_t alignUp(uint32_t v, uint32_t a) {
+  return a ? (v + a - 1) / a * a : v;
+}
+
 class Decoder {
  public:
   Decoder(Module& module, const PtxFunction& entry);

@@ -226,14 +226,16 @@ struct Launch {
 // --- scheduler.cpp
 // Runs a kernel to completion; throws a located Fault.
 void runLaunch(Kernel& k, const LaunchConfig& cfg, const void* params);
-void checkBarrier(Block& b, int id);             // releases it when complete
-void waitAtBarrier(Warp& w, uint32_t resumePc);  // queues the lanes in w.m
+uint8_t* gridWorkspace();
+// --- block_barrier.cpp
+void checkBarrier(Block& b, int id);  // releases it when complete
 void checkClusterBarrier(Cluster& c);
+// --- warp_scheduler.cpp
+void waitAtBarrier(Warp& w, uint32_t resumePc);  // queues the lanes in w.m
 // True when all live lanes of `need` take part in the current instruction;
 // otherwise the warp waits and the handler must return.
 bool converge(Warp& w, uint32_t need, bool warpBarrier = false);
-uint8_t* gridWorkspace();
-void finishAsync(Block& b);  // async.cpp: what a block left pending
+void finishAsync(Block& b);  // bulk_copy.cpp: what a block left pending
 struct Config {
   int arch = 90;
   uint64_t seed = 0;
