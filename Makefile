@@ -16,7 +16,7 @@ help:
 	@echo 'make bench-gpu   the CUDA kernels against the peers that are installed, on the GPU of this machine'
 	@echo 'make sanitize-gpu  the same under compute-sanitizer'
 	@echo 'make check-cuda  ptxas for every architecture and the emulator at length, no GPU needed'
-	@echo 'make lint    ruff, mypy, clang-format and the layer check'
+	@echo 'make lint    ruff, mypy, clang-format, the checks of layers and of documentation'
 	@echo 'make bench   benchmarks against the peers; table and plots under benchmarks/results/'
 	@echo 'make experiments  the experiments of the paper in small; tables and pictures under benchmarks/results/experiments/'
 	@echo 'make asan    the tests of ops and core on an AddressSanitizer and UBSan build of the CPU kernels'
@@ -74,6 +74,7 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) tools/check_layers.py
+	$(PY) tools/check_docs.py
 	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 format: $(STAMP)

@@ -1,7 +1,9 @@
-"""Enforces the dependency directions of docs/architecture.md. Exits 1 and lists every import that breaks one."""
+"""Enforces the dependency directions of docs/architecture.md and the size of source files. Exits 1 and lists every
+import and file that breaks a rule."""
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,9 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "__init__": COMMON,
     "__main__": {"cli"},
 }
+
+CODE = (".py", ".pyi", ".cpp", ".hpp", ".h", ".cu", ".cuh", ".sh", ".cmake", "CMakeLists.txt", "Makefile")
+MAX_LINES = 500
 
 # C++: folder -> pattern of includes that are forbidden there.
 TORCH = r"^(torch|ATen|c10|pybind11)/"
@@ -91,9 +96,22 @@ def check_cpp() -> Iterator[str]:
                         yield f"{path.relative_to(ROOT)}:{number}: includes {match[1]}: {reason}"
 
 
+def too_long(name: str, text: str) -> Iterator[str]:
+    lines = text.count("\n")
+    if name.endswith(CODE) and lines > MAX_LINES:
+        yield f"{name}: has {lines} lines, more than {MAX_LINES}; give each idea a file of its own"
+
+
+def check_sizes() -> Iterator[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in listed.splitlines():
+        if name.endswith(CODE) and (ROOT / name).exists():
+            yield from too_long(name, (ROOT / name).read_text(encoding="utf-8"))
+
+
 def main() -> int:
-    problems = [*check_python(), *check_cpp()]
-    print("\n".join(problems) or "layers: every import points the right way")
+    problems = [*check_python(), *check_cpp(), *check_sizes()]
+    print("\n".join(problems) or "layers: every import points the right way, no file is too long")
     return 1 if problems else 0
 
 

@@ -19,6 +19,16 @@ def load_tool(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def docs() -> ModuleType:
+    return load_tool("check_docs")
+
+
+@pytest.fixture(scope="session")
+def layers() -> ModuleType:
+    return load_tool("check_layers")
+
+
+@pytest.fixture(scope="session")
 def report() -> ModuleType:
     return load_tool("cuda_report")
 
