@@ -17,8 +17,8 @@ class RowProducts {
       const std::uint32_t a[2][4] = {{x[0].x, x[1].x, x[0].y, x[1].y}, {x[0].z, x[1].z, x[0].w, x[1].w}};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        multiply_step<T>(acc_[half], a[0], y[half].x, y[half].y, acc_[half]);
-        multiply_step<T>(acc_[half], a[1], y[half].z, y[half].w, acc_[half]);
+        multiply_step<T>(acc_[half], a[0], y[half].x, y[half].y);
+        multiply_step<T>(acc_[half], a[1], y[half].z, y[half].w);
       }
     } else {
 #pragma unroll

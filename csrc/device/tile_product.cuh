@@ -1,7 +1,7 @@
 // Products of one warp with operands in swizzled shared-memory tiles (shared_address.cuh), in the storage types:
 //
 //   BFloat16, Float16   m16n8k16
-//   float               m16n8k8 tf32, three times: x = high + low, the product of the low parts is dropped (2^-22)
+//   float               m16n8k8 tf32, three times (tf32.cuh)
 //   Tf32                binary32 in memory, m16n8k8 tf32 once
 //
 // A step of the inner dimension is 32 bytes of a row: 16 elements of 16 bits or 8 of 32. ldmatrix moves 16-byte rows
@@ -10,10 +10,10 @@
 // the rest of the way is an immediate offset.
 #pragma once
 
-#include "device/convert.cuh"
 #include "device/ldmatrix.cuh"
-#include "device/mma.cuh"
+#include "device/opaque.cuh"
 #include "device/static_for.cuh"
+#include "device/tf32.cuh"
 #include "device/vector_memory.cuh"
 
 namespace mfx::device {
@@ -25,38 +25,29 @@ struct Tf32 {
 template <typename Op>
 inline constexpr bool kIs16Bit = sizeof(Op) == 2;
 
+// Three products at a time take registers: the steps of such a product are not interleaved, see never().
+template <typename Op>
+inline constexpr bool kStepByStep = std::is_same_v<Op, float>;
+
 // Inner elements of one step.
 template <typename Op>
 inline constexpr int kStepElements = 32 / sizeof(Op);
 
 using FragmentA = std::uint32_t[4];
 
-// d = a b + c.
+// acc += a b.
 template <typename Op>
-__device__ inline void multiply_step(float (&d)[4], const FragmentA& a, std::uint32_t b0, std::uint32_t b1,
-                                     const float (&c)[4]) {
+__device__ inline void multiply_step(float (&acc)[4], const FragmentA& a, std::uint32_t b0, std::uint32_t b1) {
   if constexpr (std::is_same_v<Op, BFloat16>) {
-    mma_m16n8k16_bf16(d, a, b0, b1, c);
+    mma_m16n8k16_bf16(acc, a, b0, b1, acc);
   } else if constexpr (std::is_same_v<Op, Float16>) {
-    mma_m16n8k16_f16(d, a, b0, b1, c);
+    mma_m16n8k16_f16(acc, a, b0, b1, acc);
+  } else if constexpr (std::is_same_v<Op, Tf32>) {
+    const FragmentA rounded = {to_tf32(__uint_as_float(a[0])), to_tf32(__uint_as_float(a[1])),
+                               to_tf32(__uint_as_float(a[2])), to_tf32(__uint_as_float(a[3]))};
+    mma_m16n8k8_tf32(acc, rounded, to_tf32(__uint_as_float(b0)), to_tf32(__uint_as_float(b1)), acc);
   } else {
-    const std::uint32_t x[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    std::uint32_t high[6], low[6];
-#pragma unroll
-    for (int i = 0; i < 6; ++i) {
-      const float value = __uint_as_float(x[i]);
-      high[i] = to_tf32(value);
-      low[i] = to_tf32(value - __uint_as_float(high[i]));
-    }
-    const FragmentA a_high = {high[0], high[1], high[2], high[3]};
-    if constexpr (std::is_same_v<Op, Tf32>) {
-      mma_m16n8k8_tf32(d, a_high, high[4], high[5], c);
-    } else {
-      const FragmentA a_low = {low[0], low[1], low[2], low[3]};
-      mma_m16n8k8_tf32(d, a_low, high[4], high[5], c);  // small terms first
-      mma_m16n8k8_tf32(d, a_high, low[4], low[5], d);
-      mma_m16n8k8_tf32(d, a_high, high[4], high[5], d);
-    }
+    mma_m16n8k8_3xtf32(acc, split_tf32(a), split_tf32({b0, b1}), 0);
   }
 }
 
@@ -129,10 +120,11 @@ __device__ inline void multiply_rows(float (&acc)[kTiles][4], LoadA&& a_at, Shar
     FragmentA a;
     a_at(step, a);
     static_for<kTiles / 2>([&](auto pair) {
+      if (kStepByStep<Op> && never(step * (kTiles / 2) + pair)) return;
       std::uint32_t b[4];
       ldmatrix_x4<step_offset(step) + pair * Order::kRowsOf16 * kRowBytes>(b, rows ^ Order::bits(step, pair));
-      multiply_step<Op>(acc[2 * pair], a, b[0], b[1], acc[2 * pair]);
-      multiply_step<Op>(acc[2 * pair + 1], a, b[2], b[3], acc[2 * pair + 1]);
+      multiply_step<Op>(acc[2 * pair], a, b[0], b[1]);
+      multiply_step<Op>(acc[2 * pair + 1], a, b[2], b[3]);
     });
   });
 }
@@ -181,18 +173,19 @@ __device__ inline void multiply_columns(float (&acc)[kTiles][4], const FragmentA
         std::uint32_t b[4];
         ldmatrix_x4_trans<step_offset(pair) + step * Order::kRowsOf16 * kRowBytes>(b,
                                                                                    columns ^ Order::bits(pair, step));
-        multiply_step<Op>(acc[2 * pair], a[step], b[0], b[1], acc[2 * pair]);
-        multiply_step<Op>(acc[2 * pair + 1], a[step], b[2], b[3], acc[2 * pair + 1]);
+        multiply_step<Op>(acc[2 * pair], a[step], b[0], b[1]);
+        multiply_step<Op>(acc[2 * pair + 1], a[step], b[2], b[3]);
       });
     });
   } else {
     static_for<kTiles>([&](auto tile) {
       static_for<kSteps>([&](auto step) {
+        if (kStepByStep<Op> && never(tile * kSteps + step)) return;
         constexpr int kBits = Order::bits(tile, step / 2), kRow = step * (Order::kRowsOf16 / 2);
         const std::uint32_t b0 = load_shared_32<step_offset(tile) + kRow * kRowBytes>(columns ^ kBits);
         // Odd rows have their chunks exchanged.
         const std::uint32_t b1 = load_shared_32<step_offset(tile) + (kRow + 1) * kRowBytes>(columns ^ (kBits ^ 16));
-        multiply_step<Op>(acc[tile], a[step], b0, b1, acc[tile]);
+        multiply_step<Op>(acc[tile], a[step], b0, b1);
       });
     });
   }

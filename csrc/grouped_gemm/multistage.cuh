@@ -51,7 +51,7 @@ class Multistage {
       __syncthreads();
       load(slice + Shape::kStages - 1);
       const int steps = (depth - slice * kSliceDepth + kStepDepth - 1) / kStepDepth;
-      if (rows > (Shape::kRowBlocks - 1) * 16 && steps >= Shape::kSteps) {
+      if (Math::kStepsOverlap && rows > (Shape::kRowBlocks - 1) * 16 && steps >= Shape::kSteps) {
         multiply<true>(sums, read, rows, steps);
       } else if (rows > 0) {
         multiply<false>(sums, read, rows, steps);

@@ -1,11 +1,11 @@
 // The arithmetic of a product: storage type and the tensor-core instructions that multiply it.
 //
 // A left operand is 16 rows by 32 bytes of depth, a right one two groups of 8 columns by 32 bytes, 4 registers each.
-// kStepsOverlap: registers last for the loads of one step of 32 bytes beside the products of another.
+// kStepsOverlap: registers last for the loads of one step of 32 bytes beside the products of another; else branches
+// between blocks of 16 rows keep even those from being interleaved.
 #pragma once
 
-#include "device/convert.cuh"
-#include "device/mma.cuh"
+#include "device/tf32.cuh"
 
 namespace mfx::grouped {
 
@@ -48,26 +48,14 @@ struct Tf32Math {
   }
 };
 
-// float32 as the sum of two TF32 numbers; the product of the two small parts, 2^-22 of the whole, is left out.
+// float32 as three TF32 products.
 struct F32Math {
   using T = float;
   static constexpr bool kStepsOverlap = false;
-  struct Operand {
-    Registers big, small;
-  };
-  static __device__ Operand operand(const std::uint32_t (&r)[4]) {
-    Operand x;
-    for (int i = 0; i < 4; ++i) {
-      const float value = __uint_as_float(r[i]);
-      x.big.r[i] = device::to_tf32(value);
-      x.small.r[i] = device::to_tf32(value - __uint_as_float(x.big.r[i]));
-    }
-    return x;
-  }
+  using Operand = device::SplitTf32<4>;
+  static __device__ Operand operand(const std::uint32_t (&r)[4]) { return device::split_tf32(r); }
   static __device__ void multiply(float (&c)[4], const Operand& a, const Operand& b, int group) {
-    Tf32Math::multiply(c, a.small, b.big, group);
-    Tf32Math::multiply(c, a.big, b.small, group);
-    Tf32Math::multiply(c, a.big, b.big, group);
+    device::mma_m16n8k8_3xtf32(c, a, b, 2 * group);
   }
 };
 

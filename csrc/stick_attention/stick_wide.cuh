@@ -103,6 +103,7 @@ __device__ inline void stick_wide_multiply(float (&acc)[2][4], device::FragmentA
                                            device::SharedAddress tile) {
   constexpr int kRowBytes = StickWide<Op>::kRowBytes;
   device::static_for<StickWide<Op>::kSteps>([&](auto step) {
+    if (device::kStepByStep<Op> && device::never(step)) return;
     std::uint32_t b[4];
     // All bits by XOR: with immediate offsets ptxas spills the query kernel's binary32 instance on sm_90.
     device::ldmatrix_x4(b, device::b_rows<kRowBytes>(tile) ^ (step * 32));
@@ -110,8 +111,8 @@ __device__ inline void stick_wide_multiply(float (&acc)[2][4], device::FragmentA
 #pragma unroll
       for (int i = 0; i < 4; ++i) device::make_opaque(a[step][i]);
     }
-    device::multiply_step<Op>(acc[0], a[step], b[0], b[1], acc[0]);
-    device::multiply_step<Op>(acc[1], a[step], b[2], b[3], acc[1]);
+    device::multiply_step<Op>(acc[0], a[step], b[0], b[1]);
+    device::multiply_step<Op>(acc[1], a[step], b[2], b[3]);
   });
 }
 
@@ -121,12 +122,13 @@ __device__ inline void stick_wide_multiply(float (&acc)[2][4], device::SharedAdd
                                            device::SharedAddress b_tile) {
   constexpr int kRowBytes = StickWide<Op>::kRowBytes;
   device::static_for<StickWide<Op>::kSteps>([&](auto step) {
+    if (device::kStepByStep<Op> && device::never(step)) return;
     device::FragmentA a;
     std::uint32_t b[4];
     device::load_a<step>(a, device::a_rows<kRowBytes>(a_tile));
     device::ldmatrix_x4<device::step_offset(step)>(b, device::b_rows<kRowBytes>(b_tile) ^ device::step_bits(step));
-    device::multiply_step<Op>(acc[0], a, b[0], b[1], acc[0]);
-    device::multiply_step<Op>(acc[1], a, b[2], b[3], acc[1]);
+    device::multiply_step<Op>(acc[0], a, b[0], b[1]);
+    device::multiply_step<Op>(acc[1], a, b[2], b[3]);
   });
 }
 

@@ -238,3 +238,15 @@ def test_float64_raises(device):
     gates = torch.rand(4, 2).double().to(device)
     with pytest.raises(ValueError, match="expert_ffn: x must be float32, bfloat16 or float16 for the CUDA kernels"):
         expert_ffn(x, weight, weight.transpose(1, 2), layout, gates)
+
+
+@pytest.mark.parametrize("depth", [256, 1024, 4096])
+def test_float32_is_as_accurate_as_sgemm(depth, device):
+    """Three TF32 products in tensor cores that truncate: no chain of them may be longer than a step of depth."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(32, depth), torch.randn(1, depth, 32)
+    layout = layout_of([[0]] * 32, 1)
+    exact = x.double() @ weight[0].double()
+    error = lambda y: (y.double() - exact).norm() / exact.norm()
+    y = grouped_gemm(x.to(device), weight.to(device), on(layout, device)).cpu()
+    assert error(y) <= 2 * error(x @ weight[0])

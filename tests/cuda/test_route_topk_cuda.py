@@ -153,3 +153,13 @@ def test_too_many_segments(device):
     x, weight = torch.zeros(2, 8, device=device), [torch.zeros(1, 8, device=device)] * 33
     with pytest.raises(RuntimeError, match="route_topk_linear: the CUDA kernels failed: weight must have at most 32"):
         ops.route_topk_linear(x, weight, 1)
+
+
+@pytest.mark.parametrize("depth", [256, 1024, 4096])
+def test_float32_logits_are_as_accurate_as_sgemm(depth, device):
+    torch.manual_seed(0)
+    x, weight = torch.randn(32, depth), torch.randn(16, depth)
+    exact = x.double() @ weight.double().T
+    error = lambda y: (y.double() - exact).norm() / exact.norm()
+    logits = ops.route_topk_linear(x.to(device), weight.to(device), 2).logits.cpu()
+    assert error(logits) <= 2 * error(x @ weight.T)
