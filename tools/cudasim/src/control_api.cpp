@@ -154,7 +154,7 @@ int cudasim_launch(cudasim_module* m, const char* entry, const uint32_t* grid, c
   if (cluster)
     for (int i = 0; i < 3; i++) c.cluster[i] = cluster[i];
   c.cooperative = cooperative;
-  return launchKernel(*k, c, args, (int)maxShared(), true);
+  return launchKernel(*k, c, args, (int)limits().sharedPerBlock, true);
 }
 void* cudasim_module_symbol(cudasim_module* m, const char* name, size_t* bytes) {
   auto it = m->m->globals.find(name);

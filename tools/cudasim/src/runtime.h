@@ -14,7 +14,11 @@ extern int g_faultCode;
 
 int fail(int code);  // records and returns it
 void reportFault(const Fault& f);
-uint32_t maxShared();  // per block, with the opt-in
+// Of the emulated architecture; shared memory per block with the opt-in.
+struct DeviceLimits {
+  uint32_t sharedPerBlock, sharedPerSm, threadsPerSm, blocksPerSm, multiprocessors;
+};
+const DeviceLimits& limits();
 LaunchConfig makeConfig(const Kernel& k, dim3 g, dim3 b, size_t smem);
 int launchKernel(Kernel& k, const LaunchConfig& c, void** args, int maxDynamic, bool nonPortable);
 

@@ -73,6 +73,21 @@ void* driverEntry(const char* name) {
 }
 
 }  // namespace
+
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; multiprocessors of one product each.
+const DeviceLimits& limits() {
+  constexpr uint32_t KiB = 1024;
+  static const DeviceLimits ampere{163 * KiB, 164 * KiB, 2048, 32, 108}, hopper{227 * KiB, 228 * KiB, 2048, 32, 132},
+      ga102{99 * KiB, 100 * KiB, 1536, 16, 84}, ada{99 * KiB, 100 * KiB, 1536, 24, 128},
+      blackwell{227 * KiB, 228 * KiB, 2048, 32, 148}, gb202{99 * KiB, 100 * KiB, 1536, 24, 170};
+  const int arch = config().arch;
+  return arch >= 120   ? gb202
+         : arch >= 100 ? blackwell
+         : arch >= 90  ? hopper
+         : arch == 89  ? ada
+         : arch > 80   ? ga102
+                       : ampere;
+}
 }  // namespace cudasim
 
 using namespace cudasim;
@@ -179,17 +194,17 @@ int cudaGetDeviceProperties(AbiDeviceProp* p, int d) {
   p->minor = config().arch % 10;
   p->textureAlignment = p->surfaceAlignment = 512;
   p->texturePitchAlignment = 32;
-  p->multiProcessorCount = hopper ? 132 : 108;
+  p->multiProcessorCount = (int)limits().multiprocessors;
   p->canMapHostMemory = p->concurrentKernels = p->unifiedAddressing = p->managedMemory = 1;
   p->asyncEngineCount = 3;
   p->memoryBusWidth = 5120;
   p->l2CacheSize = (hopper ? 50 : 40) << 20;
-  p->maxThreadsPerMultiProcessor = 2048;
+  p->maxThreadsPerMultiProcessor = (int)limits().threadsPerSm;
   p->streamPrioritiesSupported = p->globalL1CacheSupported = p->localL1CacheSupported = 1;
-  p->sharedMemPerMultiprocessor = (size_t)(hopper ? 228 : 164) * 1024;
+  p->sharedMemPerMultiprocessor = limits().sharedPerSm;
   p->cooperativeLaunch = 1;
-  p->sharedMemPerBlockOptin = maxShared();
-  p->maxBlocksPerMultiProcessor = 32;
+  p->sharedMemPerBlockOptin = limits().sharedPerBlock;
+  p->maxBlocksPerMultiProcessor = (int)limits().blocksPerSm;
   p->reservedSharedMemPerBlock = 1024;
   p->memoryPoolsSupported = 1;
   p->clusterLaunch = hopper;
@@ -225,17 +240,17 @@ int cudaDeviceGetAttribute(int* v, int attr, int d) {
     case 95:
     case 99:
     case 115: *v = 1; break;
-    case 16: *v = hopper ? 132 : 108; break;
+    case 16: *v = (int)limits().multiprocessors; break;
     case 36: *v = 2619000; break;
     case 37: *v = 5120; break;
     case 38: *v = (hopper ? 50 : 40) << 20; break;
-    case 39: *v = 2048; break;
+    case 39: *v = (int)limits().threadsPerSm; break;
     case 40: *v = 3; break;
     case 75: *v = config().arch / 10; break;
     case 76: *v = config().arch % 10; break;
-    case 81: *v = (hopper ? 228 : 164) * 1024; break;
-    case 97: *v = (int)maxShared(); break;
-    case 106: *v = 32; break;
+    case 81: *v = (int)limits().sharedPerSm; break;
+    case 97: *v = (int)limits().sharedPerBlock; break;
+    case 106: *v = (int)limits().blocksPerSm; break;
     case 111: *v = 1024; break;
     case 120: *v = hopper; break;
     default: *v = 0;

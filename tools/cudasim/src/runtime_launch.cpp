@@ -20,8 +20,11 @@ thread_local std::vector<CallConfig> tlCalls;
 
 }  // namespace
 
-uint32_t maxShared() {
-  return config().arch >= 90 ? 227 * 1024 : 163 * 1024;
+static int staticShared(const Kernel& k) {
+  return (int)(k.staticShared - kSharedBase);
+}
+static int dynamicLimit(const HostFunction& f, const Kernel& k) {
+  return f.maxDynamic >= 0 ? f.maxDynamic : 48 * 1024 - staticShared(k);
 }
 
 int launchKernel(Kernel& k, const LaunchConfig& c, void** args, int maxDynamic, bool nonPortable) {
@@ -48,7 +51,7 @@ int launchKernel(Kernel& k, const LaunchConfig& c, void** args, int maxDynamic, 
     return reject(kInvalidValue,
                   format("%u bytes of dynamic shared memory, %d allowed (cudaFuncAttributeMaxDynamicSharedMemorySize)",
                          c.dynamicShared, maxDynamic));
-  if (k.staticShared - kSharedBase + c.dynamicShared > maxShared())
+  if (staticShared(k) + c.dynamicShared > limits().sharedPerBlock)
     return reject(kInvalidValue, "too much shared memory");
   for (int i = 0; i < 3; i++)
     if (c.cluster[i] == 0 || c.grid[i] % c.cluster[i])
@@ -108,11 +111,11 @@ int launchHost(const void* func, dim3 g, dim3 b, void** args, size_t smem, void*
     if (a.id == 4)
       for (int j = 0; j < 3; j++) c.cluster[j] = std::max(1u, a.val.cluster[j]);
   }
-  if (!capturing(stream)) return launchKernel(*k, c, args, f->maxDynamic, f->nonPortable);
+  const int maxDynamic = dynamicLimit(*f, *k);
+  if (!capturing(stream)) return launchKernel(*k, c, args, maxDynamic, f->nonPortable);
   std::vector<std::vector<uint8_t>> values;  // arguments are taken when the launch is captured
   for (size_t i = 0; i < k->params.size(); i++)
     values.emplace_back((uint8_t*)args[i], (uint8_t*)args[i] + k->params[i].size);
-  const int maxDynamic = f->maxDynamic;
   const bool nonPortable = f->nonPortable;
   return onStream(stream, [=]() mutable {
     std::vector<void*> p;
@@ -123,11 +126,11 @@ int launchHost(const void* func, dim3 g, dim3 b, void** args, size_t smem, void*
 
 int occupancy(const HostFunction& f, Kernel& k, int threads, size_t dyn) {
   if (threads <= 0 || threads > 1024) return 0;
-  int warps = (threads + 31) / 32;
-  int byThreads = 2048 / (warps * 32), byBlocks = 32;
-  size_t smem = k.staticShared - kSharedBase + dyn + 1024, total = (size_t)(config().arch >= 90 ? 228 : 164) * 1024;
-  if ((int)dyn > f.maxDynamic || smem - 1024 > maxShared()) return 0;
-  return (int)std::min<size_t>({(size_t)byThreads, (size_t)byBlocks, total / smem});
+  const DeviceLimits& d = limits();
+  const int warps = (threads + 31) / 32;
+  const size_t smem = staticShared(k) + dyn;
+  if ((int)dyn > dynamicLimit(f, k) || smem > d.sharedPerBlock) return 0;
+  return (int)std::min<size_t>({d.threadsPerSm / (warps * 32u), d.blocksPerSm, d.sharedPerSm / (smem + 1024)});
 }
 
 }  // namespace
@@ -199,7 +202,9 @@ int cudaFuncSetAttribute(const void* func, int attr, int value) {
   HostFunction* f = findFunction(func);
   if (!f) return fail(kInvalidDeviceFunction);
   if (attr == 8) {
-    if (value < 0 || value > (int)maxShared()) return fail(kInvalidValue);
+    const Kernel* k = kernelOf(*f);
+    if (!k) return fail(kInvalidDeviceFunction);
+    if (value < 0 || value + staticShared(*k) > (int)limits().sharedPerBlock) return fail(kInvalidValue);
     f->maxDynamic = value;
   } else if (attr == 14) {
     f->nonPortable = value != 0;
@@ -214,13 +219,13 @@ int cudaFuncGetAttributes(AbiFuncAttributes* a, const void* func) {
     Kernel* k = kernelOf(*f);
     if (!k) return fail(kInvalidDeviceFunction);
     memset(a, 0, sizeof *a);
-    a->sharedSizeBytes = k->staticShared - kSharedBase;
+    a->sharedSizeBytes = staticShared(*k);
     a->localSizeBytes = k->localBytes - kLocalBase;
     a->maxThreadsPerBlock = k->fn->maxThreads ? k->fn->maxThreads : 1024;
     a->numRegs = 128;
     a->ptxVersion = atoi(k->module->ptx->target.c_str() + strlen("sm_"));  // of the embedded PTX; CUB tunes by it
     a->binaryVersion = config().arch;
-    a->maxDynamicSharedSizeBytes = f->maxDynamic;
+    a->maxDynamicSharedSizeBytes = dynamicLimit(*f, *k);
     a->preferredShmemCarveout = -1;
     a->requiredClusterWidth = k->fn->reqCluster[0];
     a->requiredClusterHeight = k->fn->reqCluster[1];
@@ -271,7 +276,7 @@ int cudaOccupancyMaxActiveClusters(int* n, const void* func, const AbiLaunchConf
   for (unsigned i = 0; i < c->numAttrs; i++)
     if (c->attrs[i].id == 4)
       size = c->attrs[i].val.cluster[0] * c->attrs[i].val.cluster[1] * c->attrs[i].val.cluster[2];
-  *n = (int)(132 * per / std::max(1u, size));
+  *n = (int)(limits().multiprocessors * per / std::max(1u, size));
   return kSuccess;
 }
 int cudaOccupancyMaxPotentialClusterSize(int* n, const void*, const AbiLaunchConfig*) {
@@ -279,7 +284,7 @@ int cudaOccupancyMaxPotentialClusterSize(int* n, const void*, const AbiLaunchCon
   return kSuccess;
 }
 int cudaOccupancyAvailableDynamicSMemPerBlock(size_t* n, const void*, int blocks, int) {
-  *n = maxShared() / (blocks ? blocks : 1);
+  *n = limits().sharedPerBlock / (blocks ? blocks : 1);
   return kSuccess;
 }
 

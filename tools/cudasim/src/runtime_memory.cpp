@@ -22,11 +22,14 @@ using namespace cudasim;
 
 extern "C" {
 
-int cudaMalloc(void** p, size_t n) {
+static int allocate(void** p, size_t n) {
   if (int e = refuseInCapture()) return e;
-  programAllocates();
   *p = n ? deviceAlloc(n) : nullptr;
   return n && !*p ? fail(kMemoryAllocation) : kSuccess;
+}
+int cudaMalloc(void** p, size_t n) {
+  programAllocates();
+  return allocate(p, n);
 }
 int cudaMallocAsync(void** p, size_t n, void*) {
   return cudaMalloc(p, n);
@@ -41,10 +44,10 @@ int cudaMallocManaged(void** p, size_t n, unsigned) {
   return cudaMalloc(p, n);
 }
 int cudaMallocHost(void** p, size_t n) {
-  return cudaMalloc(p, n);
+  return allocate(p, n);
 }
 int cudaHostAlloc(void** p, size_t n, unsigned) {
-  return cudaMalloc(p, n);
+  return allocate(p, n);
 }
 int cudaMallocPitch(void** p, size_t* pitch, size_t w, size_t h) {
   *pitch = (w + 511) / 512 * 512;

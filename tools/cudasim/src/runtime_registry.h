@@ -20,7 +20,7 @@ struct HostFunction {
   FatbinHandle* fatbin;
   std::string name;
   Kernel* kernel = nullptr;
-  int maxDynamic = 48 * 1024;
+  int maxDynamic = -1;  // with the static part 48 KiB, unless cudaFuncSetAttribute says otherwise
   bool nonPortable = false;
 };
 struct HostVar {

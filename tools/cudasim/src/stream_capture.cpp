@@ -22,6 +22,8 @@ struct Capture {
   Graph* graph = nullptr;
 };
 Capture g_capture;
+constexpr int kRelaxed = 2;
+thread_local int tlCaptureMode = 0;  // of cudaThreadExchangeStreamCaptureMode
 
 int beginCapture(void* stream) {
   if (g_capture.active) return fail(kIllegalState);
@@ -45,7 +47,7 @@ int onStream(void* stream, std::function<int()> work) {
   return kSuccess;
 }
 int refuseInCapture() {
-  if (!g_capture.active) return kSuccess;
+  if (!g_capture.active || tlCaptureMode == kRelaxed) return kSuccess;
   g_capture.spoiled = true;
   return fail(kCaptureUnsupported);
 }
@@ -94,7 +96,8 @@ int cudaStreamIsCapturing(void* stream, int* status) {
 int cudaStreamIsCapturing_ptsz(void* stream, int* status) {
   return cudaStreamIsCapturing(stream, status);
 }
-int cudaThreadExchangeStreamCaptureMode(int*) {
+int cudaThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(*mode, tlCaptureMode);
   return kSuccess;
 }
 int cudaGraphInstantiate(void** exec, void* graph, unsigned long long) {

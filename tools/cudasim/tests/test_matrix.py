@@ -157,7 +157,7 @@ def test_a_nan_or_infinity_reaches_its_own_elements_alone():
     D = run()
     assert np.isnan(D[3]).all() and D[9, 1] == -np.inf and not np.isfinite(D[:, 6]).any()
     D[3], D[:, 6], D[9, 1] = clean[3], clean[:, 6], clean[9, 1]
-    assert (D == clean).all()
+    assert (clean == D).all()
 
 
 @pytest.mark.parametrize(("factor", "sum_of_16"), [(63, np.inf), (-75, 2.0**-146), (-80, 0.0)])
@@ -166,7 +166,7 @@ def test_sums_overflow_and_underflow(factor, sum_of_16):
     x = to_bf16(np.full((16, 16), 2.0**factor))
     a, b = (np.ascontiguousarray(pick(m, i)).view(np.uint32) for m, i in ((x, ia), (x[:, :8], ib)))
     D = launch_mma("m16n8k16", "f32.bf16.bf16.f32", a, b, pick(np.zeros((16, 8), np.float32), ic), ic)
-    assert (D == np.float32(sum_of_16)).all()
+    assert (np.float32(sum_of_16) == D).all()
 
 
 @pytest.mark.parametrize("k", [16, 32])
