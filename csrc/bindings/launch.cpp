@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "bindings/checks.hpp"
+#include "moduleformer_ext/expert_layout.hpp"
 
 namespace mfx {
 namespace {
@@ -70,6 +71,13 @@ bool allow_tf32(Backend backend, DType dtype) {
 Stream current_stream(c10::Device device) {
   if (device.is_cpu()) return nullptr;
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+void check_earlier_launches() {
+  const std::int64_t id = MFX_CUDA_FUNCTION(mfx_expert_layout_cuda_take_bad_id)();
+  MFX_CHECK_ARG(
+      id == 0, "expert_layout", "expert_ids", "lie in [0, num_experts)", id,
+      " (found on the GPU by an earlier call, whose layout has these slots with the first or the last expert)");
 }
 
 void check_launch(const char* op, const Status& status, at::TensorList inputs) {

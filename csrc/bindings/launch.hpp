@@ -30,6 +30,9 @@ bool cuda_serves_cpu();
 // The current stream of a device; null for the CPU.
 Stream current_stream(c10::Device device);
 
+// Raises what kernels have found wrong since the last launch. Waits for nothing.
+void check_earlier_launches();
+
 // Turns a failure to launch into an exception with the shapes of the op's inputs (undefined ones are left out). A much
 // slower kernel than the op has makes a warning, once per op and reason; an exception where MFX_STRICT=1.
 void check_launch(const char* op, const Status& status, at::TensorList inputs);
@@ -45,6 +48,7 @@ template <typename Params>
   requires(!HasWorkspace<Params>)
 void launch_cuda(const char* op, at::TensorList inputs, const Params& params,
                  Status (*launcher)(const Params&, Stream)) {
+  check_earlier_launches();
   const c10::DeviceGuard guard(inputs[0].device());
   check_launch(op, launcher(params, current_stream(inputs[0].device())), inputs);
 }
@@ -52,6 +56,7 @@ void launch_cuda(const char* op, at::TensorList inputs, const Params& params,
 template <HasWorkspace Params>
 void launch_cuda(const char* op, at::TensorList inputs, Params params, Status (*launcher)(const Params&, Stream),
                  std::int64_t (*workspace_bytes)(const Params&)) {
+  check_earlier_launches();
   const c10::DeviceGuard guard(inputs[0].device());
   // Freed when this returns: the allocator hands the memory out again in the order of the stream.
   const at::Tensor workspace = at::empty({workspace_bytes(params)}, inputs[0].options().dtype(at::kByte));

@@ -6,9 +6,12 @@
 //            match.any, and a lane's position is its expert's cell plus its rank among them
 //
 // Few chunks (decoding, small batches) fit one block, which then does all three; else each is a launch.
-#include <cuda_runtime.h>
+//
+// An id out of range counts as the nearest expert, so that whatever follows stays within bounds, and is left in a word
+// of host memory, which every later launch looks at: nothing waits for the device, and the device goes on.
+#include <mutex>
 
-#include "core/cuda_status.hpp"
+#include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "moduleformer_ext/expert_layout.hpp"
 
@@ -33,6 +36,7 @@ struct Sort {
   std::int32_t* offsets;
   std::int32_t* slot_order;
   std::int32_t* position;
+  std::int64_t* bad_id;  // host memory
 };
 
 __device__ int lane_id() {
@@ -47,8 +51,9 @@ __device__ void walk_chunk(const Sort& sort, std::int64_t chunk, F f) {
   for (std::int64_t slot = begin + lane_id(); slot - lane_id() < end; slot += kLanes) {
     const unsigned active = __ballot_sync(kAllLanes, slot < end);
     if (slot < end) {
-      const auto expert = static_cast<std::int64_t>(static_cast<const Id*>(sort.ids)[slot]);
-      if (expert < 0 || expert >= sort.num_experts) __trap();
+      const auto id = static_cast<std::int64_t>(static_cast<const Id*>(sort.ids)[slot]);
+      const std::int64_t expert = min(max(id, std::int64_t{0}), sort.num_experts - 1);
+      if (id != expert) *static_cast<volatile std::int64_t*>(sort.bad_id) = id;
       f(slot, expert, __match_any_sync(active, expert));
     }
     __syncwarp();
@@ -159,17 +164,39 @@ std::int64_t num_chunks(std::int64_t num_slots) {
 }
 
 template <typename Id>
-Status launch(const Sort& sort, cudaStream_t stream) {
+Status launch_sort(const Sort& sort, Stream stream) {
   constexpr int kBlock = kWarpsPerBlock * kLanes;
   const auto grid = static_cast<unsigned>((sort.num_chunks + kWarpsPerBlock - 1) / kWarpsPerBlock);
   if (sort.num_chunks <= kPrefixThreads / kLanes) {
-    expert_layout_one_block<Id><<<1, kPrefixThreads, 0, stream>>>(sort);
-  } else {
-    expert_layout_count<Id><<<grid, kBlock, 0, stream>>>(sort);
-    expert_layout_prefix<<<1, kPrefixThreads, 0, stream>>>(sort);
-    expert_layout_scatter<Id><<<grid, kBlock, 0, stream>>>(sort);
+    return launch(expert_layout_one_block<Id>, 1, kPrefixThreads, 0, stream, sort);
   }
-  return cuda_status();
+  Status status = launch(expert_layout_count<Id>, grid, kBlock, 0, stream, sort);
+  if (status.ok()) status = launch(expert_layout_prefix, 1, kPrefixThreads, 0, stream, sort);
+  if (status.ok()) status = launch(expert_layout_scatter<Id>, grid, kBlock, 0, stream, sort);
+  return status;
+}
+
+// The last id out of range, which is never 0: that says there was none.
+std::int64_t* g_bad_id = nullptr;
+
+// Sets it up with the first launch, which a graph may be capturing.
+Status allocate_bad_id() {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (g_bad_id != nullptr) return {};
+  void* word = nullptr;
+  const cudaError_t error = call_runtime([&] {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaError_t result = cudaThreadExchangeStreamCaptureMode(&mode);
+    if (result != cudaSuccess) return result;
+    result = cudaHostAlloc(&word, sizeof(std::int64_t), cudaHostAllocPortable | cudaHostAllocMapped);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    return result;
+  });
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  *static_cast<std::int64_t*>(word) = 0;
+  g_bad_id = static_cast<std::int64_t*>(word);
+  return {};
 }
 
 }  // namespace mfx::expert_layout_kernels
@@ -182,6 +209,7 @@ std::int64_t mfx_expert_layout_cuda_workspace(const ExpertLayoutParams& p) {
 }
 
 Status mfx_expert_layout_cuda(const ExpertLayoutParams& p, Stream stream) {
+  if (const Status status = expert_layout_kernels::allocate_bad_id(); !status.ok()) return status;
   const std::int64_t chunks = expert_layout_kernels::num_chunks(p.num_slots);
   const expert_layout_kernels::Sort sort = {p.expert_ids,
                                             p.num_slots,
@@ -192,10 +220,17 @@ Status mfx_expert_layout_cuda(const ExpertLayoutParams& p, Stream stream) {
                                             p.counts,
                                             p.offsets,
                                             p.slot_order,
-                                            p.position};
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return p.ids_are_int64 ? expert_layout_kernels::launch<std::int64_t>(sort, cuda_stream)
-                         : expert_layout_kernels::launch<std::int32_t>(sort, cuda_stream);
+                                            p.position,
+                                            expert_layout_kernels::g_bad_id};
+  return p.ids_are_int64 ? expert_layout_kernels::launch_sort<std::int64_t>(sort, stream)
+                         : expert_layout_kernels::launch_sort<std::int32_t>(sort, stream);
+}
+
+std::int64_t mfx_expert_layout_cuda_take_bad_id() {
+  volatile std::int64_t* const word = expert_layout_kernels::g_bad_id;
+  const std::int64_t id = word != nullptr ? *word : 0;
+  if (id != 0) *word = 0;
+  return id;
 }
 
 }  // namespace mfx

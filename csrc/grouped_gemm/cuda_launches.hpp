@@ -1,8 +1,6 @@
 // The steps that the CUDA launchers of grouped_gemm and expert_ffn are made of.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include "grouped_gemm/cuda_instances.hpp"
 
 namespace mfx::grouped {
@@ -74,14 +72,14 @@ class Launches {
   bool aligned(const ExpertMatrices& matrices) const;
   bool aligned(const void* data, std::int64_t columns) const;
   const ProductInstance& choose(Product product, bool aligned);
-  void launch(const ProductInstance& instance, std::int64_t blocks, const void* params);
+  void launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params);
   int pointwise_blocks(std::int64_t rows) const;
   void fail_if(bool failed, const char* message);
 
   DType dtype_;
   Instances instances_;
   const RoutedLayout& layout_;
-  cudaStream_t stream_;
+  Stream stream_;
   int processors_ = 0;
   Status status_;
   const char* slow_ = nullptr;

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "core/cuda_status.hpp"
+#include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "grouped_gemm/cuda_launches.hpp"
 #include "grouped_gemm/pointwise_kernel.cuh"
@@ -49,17 +49,10 @@ bool any(void* const* pointers, std::int64_t n) {
 }
 
 Launches::Launches(DType dtype, bool allow_tf32, const RoutedLayout& layout, Stream stream)
-    : dtype_(dtype),
-      instances_(instances_of(dtype, allow_tf32)),
-      layout_(layout),
-      stream_(static_cast<cudaStream_t>(stream)) {
-  int device = 0;
+    : dtype_(dtype), instances_(instances_of(dtype, allow_tf32)), layout_(layout), stream_(stream) {
   fail_if(instances_.count == 0, "there are no CUDA kernels for float64");
   fail_if(layout.num_slots() > std::numeric_limits<std::int32_t>::max(), "there must be at most 2^31 - 1 slots");
-  if (status_.ok() && cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (status_.ok() && processors_ == 0) status_ = cuda_status();
+  if (status_.ok()) status_ = device_attribute(cudaDevAttrMultiProcessorCount, &processors_);
 }
 
 void Launches::fail_if(bool failed, const char* message) {
@@ -129,13 +122,11 @@ const ProductInstance& Launches::choose(Product product, bool aligned) {
   });
 }
 
-void Launches::launch(const ProductInstance& instance, std::int64_t blocks, const void* params) {
+void Launches::launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params) {
   if (!status_.ok()) return;
   void* arguments[] = {const_cast<void*>(params)};
-  cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, instance.shared_bytes);
-  cudaLaunchKernel(instance.kernel, dim3(static_cast<unsigned>(blocks)), dim3(instance.threads), arguments,
-                   instance.shared_bytes, stream_);
-  status_ = cuda_status();
+  status_ = launch_kernel(instance.kernel, static_cast<unsigned>(blocks), instance.threads, instance.shared_bytes,
+                          stream_, arguments);
 }
 
 // Blocks for `rows` warps, and no more than the device holds at a time.
@@ -159,12 +150,12 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
   const std::int64_t folded = product == Product::kForward && params.activation.gated ? 2 : 1;
   const std::int64_t column_tiles = (params.columns * folded + instance.columns - 1) / instance.columns;
   const std::int64_t row_tiles = slots / instance.rows + std::min(slots, layout_.num_experts);  // at most
-  launch(instance, std::min<std::int64_t>(row_tiles * column_tiles, processors_ * instance.blocks_per_sm), &params);
+  launch_product(instance, std::min<std::int64_t>(row_tiles * column_tiles, processors_ * instance.blocks_per_sm),
+                 &params);
   if (grad_gates == nullptr || !status_.ok()) return;
   const int groups = (params.columns + instance.columns_per_warp - 1) / instance.columns_per_warp;
-  sum_gate_grads<<<pointwise_blocks((slots + 31) / 32), kPointwiseThreads, 0, stream_>>>(
-      {params.dots, layout_.slot_order, static_cast<float*>(grad_gates), groups, params.slots});
-  status_ = cuda_status();
+  status_ = launch(sum_gate_grads, pointwise_blocks((slots + 31) / 32), kPointwiseThreads, 0, stream_,
+                   {params.dots, layout_.slot_order, static_cast<float*>(grad_gates), groups, params.slots});
 }
 
 void Launches::weight_grad(const RowMap& x, const RowMap& grad, void* const* grad_weight, std::int64_t in_features,
@@ -182,7 +173,7 @@ void Launches::weight_grad(const RowMap& x, const RowMap& grad, void* const* gra
   const std::int64_t tiles = (in_features + instance.rows - 1) / instance.rows *
                              ((out_features + instance.columns - 1) / instance.columns) * layout_.num_experts;
   // One tile per block, as experts differ in depth: whoever is done first takes the next.
-  launch(instance, std::min<std::int64_t>(tiles, std::numeric_limits<std::int32_t>::max()), &params);
+  launch_product(instance, std::min<std::int64_t>(tiles, std::numeric_limits<std::int32_t>::max()), &params);
 }
 
 void Launches::combine(const void* rows, const void* gates, void* out, std::int64_t columns) {
@@ -192,10 +183,9 @@ void Launches::combine(const void* rows, const void* gates, void* out, std::int6
       static_cast<char*>(out),           layout_.num_tokens, static_cast<std::int32_t>(layout_.num_choices),
       static_cast<std::int32_t>(columns)};
   dispatch(dtype_, multiple_of_16(rows) && aligned(out, columns), [&](auto element, auto aligned) {
-    grouped::combine<decltype(element), decltype(aligned)::value>
-        <<<pointwise_blocks(layout_.num_tokens), kPointwiseThreads, 0, stream_>>>(params);
+    status_ = launch(grouped::combine<decltype(element), decltype(aligned)::value>,
+                     pointwise_blocks(layout_.num_tokens), kPointwiseThreads, 0, stream_, params);
   });
-  status_ = cuda_status();
 }
 
 void Launches::scale(const RowMap& x, const void* gates, char* to, std::int64_t columns) {
@@ -208,10 +198,9 @@ void Launches::scale(const RowMap& x, const void* gates, char* to, std::int64_t 
                            static_cast<std::int32_t>(slots),
                            static_cast<std::int32_t>(columns)};
   dispatch(dtype_, aligned(x) && aligned(to, columns), [&](auto element, auto aligned) {
-    grouped::scale<decltype(element), decltype(aligned)::value>
-        <<<pointwise_blocks(slots), kPointwiseThreads, 0, stream_>>>(params);
+    status_ = launch(grouped::scale<decltype(element), decltype(aligned)::value>, pointwise_blocks(slots),
+                     kPointwiseThreads, 0, stream_, params);
   });
-  status_ = cuda_status();
 }
 
 void Launches::activation_grad(const ActivationGradRows& rows, const RowMap& grad, const void* gates,
@@ -227,10 +216,9 @@ void Launches::activation_grad(const ActivationGradRows& rows, const RowMap& gra
   const bool all_aligned = aligned(grad) && aligned(rows.hidden, rows.columns) &&
                            aligned(rows.grad_hidden, rows.columns) && aligned(rows.gated, rows.columns);
   dispatch(dtype_, all_aligned, [&](auto element, auto aligned) {
-    grouped::activation_grad<decltype(element), decltype(aligned)::value>
-        <<<pointwise_blocks(slots), kPointwiseThreads, 0, stream_>>>(params);
+    status_ = launch(grouped::activation_grad<decltype(element), decltype(aligned)::value>, pointwise_blocks(slots),
+                     kPointwiseThreads, 0, stream_, params);
   });
-  status_ = cuda_status();
 }
 
 }  // namespace mfx::grouped

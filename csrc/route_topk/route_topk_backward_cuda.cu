@@ -202,14 +202,15 @@ WeightBlocks weight_blocks(const Backward& p) {
 }
 
 template <typename Op>
-void launch(const Backward& p, cudaStream_t stream) {
+Status launch_backward(const Backward& p, Stream stream) {
   if (p.num_tiles > 0) {
-    route_topk_backward_tokens<Op><<<static_cast<unsigned>(p.num_tiles), kThreads, 0, stream>>>(p);
+    const auto tiles = static_cast<unsigned>(p.num_tiles);
+    const Status status = launch(route_topk_backward_tokens<Op>, tiles, kThreads, 0, stream, p);
+    if (!status.ok()) return status;
   }
   const WeightBlocks blocks = weight_blocks(p);
-  if (blocks.total() > 0) {
-    route_topk_backward_weights<Op><<<static_cast<unsigned>(blocks.total()), kThreads, 0, stream>>>(p, blocks);
-  }
+  if (blocks.total() == 0) return {};
+  return launch(route_topk_backward_weights<Op>, static_cast<unsigned>(blocks.total()), kThreads, 0, stream, p, blocks);
 }
 
 }  // namespace mfx::router
@@ -245,14 +246,10 @@ Status mfx_route_topk_backward_cuda(const RouteTopKBackwardParams& p, Stream str
       .num_tiles = router::num_tiles(n),
   };
   router::place(p, backward);
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   // float16 has too little range for gradients to be rounded to it before they meet x and V.
-  if (router::operand_type(backward.network) == DType::kBFloat16) {
-    router::launch<BFloat16>(backward, cuda_stream);
-  } else {
-    router::launch<float>(backward, cuda_stream);
-  }
-  return cuda_status();
+  return router::operand_type(backward.network) == DType::kBFloat16
+             ? router::launch_backward<BFloat16>(backward, stream)
+             : router::launch_backward<float>(backward, stream);
 }
 
 }  // namespace mfx

@@ -188,22 +188,16 @@ Status mfx_route_topk_cuda(const RouteTopKParams& p, Stream stream) {
       .counts = p.counts,
   };
   router::place(p, forward);
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const auto tiles = static_cast<unsigned>(forward.num_tiles);
   if (tiles > 0) {
-    switch (router::operand_type(forward.network)) {
-      case DType::kBFloat16:
-        router::route_topk_forward<BFloat16><<<tiles, router::kThreads, 0, cuda_stream>>>(forward);
-        break;
-      case DType::kFloat16:
-        router::route_topk_forward<Float16><<<tiles, router::kThreads, 0, cuda_stream>>>(forward);
-        break;
-      default: router::route_topk_forward<float><<<tiles, router::kThreads, 0, cuda_stream>>>(forward);
-    }
+    const DType operands = router::operand_type(forward.network);
+    const auto kernel = operands == DType::kBFloat16  ? router::route_topk_forward<BFloat16>
+                        : operands == DType::kFloat16 ? router::route_topk_forward<Float16>
+                                                      : router::route_topk_forward<float>;
+    if (const Status status = launch(kernel, tiles, router::kThreads, 0, stream, forward); !status.ok()) return status;
   }
   const auto blocks = static_cast<unsigned>(router::ceil_div(p.network.num_experts + 2, 32));
-  router::route_topk_sums<<<blocks, router::kThreads, 0, cuda_stream>>>(forward);
-  return cuda_status();
+  return launch(router::route_topk_sums, blocks, router::kThreads, 0, stream, forward);
 }
 
 }  // namespace mfx

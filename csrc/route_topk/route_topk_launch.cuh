@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "core/cuda_status.hpp"
+#include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "device/warp.cuh"
 #include "route_topk/block_product.cuh"

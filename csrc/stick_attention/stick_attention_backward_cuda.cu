@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "stick_attention/stick_attention_forward_kernel.cuh"
 #include "stick_attention/stick_forward_wide_kernel.cuh"
@@ -125,14 +126,9 @@ struct Workspace {
   }
 };
 
-cudaError_t launch_kernel(const Kernel& kernel, std::int64_t blocks, const StickBackwardLaunch& launch, Stream stream) {
-  if (blocks == 0) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel.function),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
-  if (error != cudaSuccess) return error;
-  kernel.function<<<static_cast<unsigned>(blocks), kernel.threads, kernel.shared_bytes,
-                    static_cast<cudaStream_t>(stream)>>>(launch);
-  return cudaGetLastError();
+Status launch_blocks(const Kernel& kernel, std::int64_t blocks, const StickBackwardLaunch& params, Stream stream) {
+  if (blocks == 0) return {};
+  return launch(kernel.function, static_cast<unsigned>(blocks), kernel.threads, kernel.shared_bytes, stream, params);
 }
 
 }  // namespace
@@ -182,20 +178,20 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
       .grad_k_aligned = stick_aligned(params.grad_k, element, params.grad_k_strides),
       .grad_v_aligned = stick_aligned(params.grad_v, element, params.grad_v_strides),
   };
-  cudaError_t error = launch_kernel(instance->lengths, (p.heads * workspace.length_slots + 3) / 4, launch, stream);
-  for (std::int64_t window = (p.tokens_k + kStickWindow - 1) / kStickWindow; window-- > 0 && error == cudaSuccess;) {
+  Status status = launch_blocks(instance->lengths, (p.heads * workspace.length_slots + 3) / 4, launch, stream);
+  for (std::int64_t window = (p.tokens_k + kStickWindow - 1) / kStickWindow; window-- > 0 && status.ok();) {
     launch.window_begin = static_cast<int>(window * kStickWindow);
     launch.window_end = launch.window_begin + kStickWindow;
-    error = launch_kernel(instance->query, query_blocks, launch, stream);
+    status = launch_blocks(instance->query, query_blocks, launch, stream);
     launch.newest_window = false;
-    if (error != cudaSuccess) break;
+    if (!status.ok()) break;
     const std::int64_t keys = std::min<std::int64_t>(kStickWindow, p.tokens_k - launch.window_begin);
     const std::int64_t tiles = (keys + instance->keys - 1) / instance->keys;
-    error = launch_kernel(instance->key, tiles * p.sequences * p.heads, launch, stream);
+    status = launch_blocks(instance->key, tiles * p.sequences * p.heads, launch, stream);
   }
   const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.grad_o_aligned &&
                        launch.o_aligned && launch.grad_q_aligned && launch.grad_k_aligned && launch.grad_v_aligned;
-  return {error == cudaSuccess ? nullptr : cudaGetErrorString(error), aligned ? nullptr : kStickSlow};
+  return {status.message, aligned ? nullptr : kStickSlow};
 }
 
 }  // namespace mfx

@@ -1,7 +1,7 @@
 // Launchers of stick_attention_decode: which instance serves which head dimension, row count and dtype.
 #include <string>
 
-#include "core/cuda_status.hpp"
+#include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "stick_attention/stick_attention_decode_kernel.cuh"
 #include "stick_attention/stick_launch.hpp"
@@ -33,23 +33,23 @@ bool is_aligned(const StickAttentionDecodeParams& p) {
 }
 
 template <typename T, int kLanes, int kRows, bool kShared>
-Status launch(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
+Status launch_plan(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
   constexpr int kThreads = Shape<T, kLanes, kRows>::kThreads;
   const auto kernel = stick_decode<T, kLanes, kRows, kShared>;
   const auto work = StickDecodeWorkspace::in(p.workspace, plan, p.head_dim);
-  const auto on = static_cast<cudaStream_t>(stream);
   const auto groups = static_cast<unsigned>(plan.groups);
-  kernel<<<groups, kThreads, 0, on>>>(p, plan, work, is_aligned<T>(p), 0);
-  if (plan.older_slots > 0) {
+  Status status = launch(kernel, groups, kThreads, 0, stream, p, plan, work, is_aligned<T>(p), 0);
+  if (status.ok() && plan.older_slots > 0) {
     const dim3 grid(groups, static_cast<unsigned>(plan.older_slots));  // the newest slots of all groups come first
-    kernel<<<grid, kThreads, 0, on>>>(p, plan, work, is_aligned<T>(p), 1);
+    status = launch(kernel, grid, kThreads, 0, stream, p, plan, work, is_aligned<T>(p), 1);
   }
-  return {cuda_status().message, is_aligned<T>(p) ? nullptr : kStickSlow};
+  return {status.message, is_aligned<T>(p) ? nullptr : kStickSlow};
 }
 
 template <typename T, int kLanes, int kRows>
 Status launch_rows(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
-  return p.k_is_v ? launch<T, kLanes, kRows, true>(p, plan, stream) : launch<T, kLanes, kRows, false>(p, plan, stream);
+  return p.k_is_v ? launch_plan<T, kLanes, kRows, true>(p, plan, stream)
+                  : launch_plan<T, kLanes, kRows, false>(p, plan, stream);
 }
 
 template <typename T, int kLanes>

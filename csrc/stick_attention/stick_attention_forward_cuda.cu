@@ -1,6 +1,7 @@
 // Launcher of stick_attention forward: the instances, and the choice among them.
 #include <cuda_runtime.h>
 
+#include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "stick_attention/stick_attention_forward_kernel.cuh"
 #include "stick_attention/stick_forward_wide_kernel.cuh"
@@ -74,15 +75,10 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
         .o_aligned = stick_aligned(params.o, element, params.o_strides),
         .residual_aligned = stick_aligned(params.residual, element, params.o_strides),
     };
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(instance.kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, instance.shared_bytes);
-    if (error == cudaSuccess) {
-      instance.kernel<<<static_cast<unsigned>(blocks), instance.threads, instance.shared_bytes,
-                        static_cast<cudaStream_t>(stream)>>>(launch);
-      error = cudaGetLastError();
-    }
+    const Status status = mfx::launch(instance.kernel, static_cast<unsigned>(blocks), instance.threads,
+                                      instance.shared_bytes, stream, launch);
     const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.o_aligned;
-    return {error == cudaSuccess ? nullptr : cudaGetErrorString(error), aligned ? nullptr : kStickSlow};
+    return {status.message, aligned ? nullptr : kStickSlow};
   }
   return {stick_no_instance(p)};
 }

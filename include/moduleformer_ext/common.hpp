@@ -18,8 +18,8 @@ enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // A CUDA stream as an opaque handle, so that host code needs no CUDA header.
 using Stream = void*;
 
-// What a launcher returns. `message` is null on success and a static string otherwise. `slow`, a static string too,
-// says of a success why a much slower kernel was taken than the op has.
+// What a launcher returns. `message` is null on success and otherwise a string that lasts until the thread's next
+// launch. `slow`, a static string, says of a success why a much slower kernel was taken than the op has.
 struct [[nodiscard]] Status {
   const char* message = nullptr;
   const char* slow = nullptr;

@@ -24,8 +24,10 @@ struct ExpertLayoutParams {
 Status expert_layout_cpu(const ExpertLayoutParams& params);
 
 extern "C" {
-// An id out of range ends the kernel with a trap, as a failed assertion on the device would.
+// An id out of range counts as the nearest expert, and the kernel reports it.
 Status mfx_expert_layout_cuda(const ExpertLayoutParams& params, Stream stream);
+// An id out of range that a kernel has reported since the last call; 0 if none has. Waits for nothing.
+std::int64_t mfx_expert_layout_cuda_take_bad_id();
 std::int64_t mfx_expert_layout_cuda_workspace(const ExpertLayoutParams& params);
 }
 

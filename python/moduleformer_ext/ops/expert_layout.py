@@ -21,7 +21,8 @@ def expert_layout(expert_ids: Tensor, num_experts: int) -> ExpertLayout:
         ``slot_order [S]`` (position -> slot) and its inverse ``position [S]``.
 
     Raises:
-        ValueError: for another shape, dtype or device, for ``num_experts < 1``, and for an id out of range.
+        ValueError: for another shape, dtype or device, for ``num_experts < 1``, and for an id out of range; on a GPU
+            a later op raises that, once the kernel has run.
     """
     counts, offsets, slot_order, position = torch.ops.moduleformer_ext.expert_layout(expert_ids, num_experts)
     return ExpertLayout(counts, offsets, slot_order, position, num_choices=expert_ids.shape[1])
