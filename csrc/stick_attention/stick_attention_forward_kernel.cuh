@@ -128,6 +128,7 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
     }
   }
   device::cp_async_wait_all();
+  __syncthreads();  // where no tile was waited for, Q is on its way until here
 
 #pragma unroll
   for (int t = 0; t < kDim / 8; ++t) {

@@ -208,6 +208,23 @@ def test_nothing_to_do(device):
     assert (remainder == 1).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [16, 64, 128, 256, 512])
+@pytest.mark.parametrize(("t_q", "group", "epsilon"), [(1, 4, None), (1, 64, None), (2, 65, 0.0), (70, 1, 2.0)])
+def test_rows_that_meet_no_key_are_zero(dtype, dim, t_q, group, epsilon, device, schedule):
+    # The first query sees nothing, with 64 heads a whole tile of rows does not. A tile whose sticks may all be left
+    # over stops before its first key, while copies to shared memory are under way.
+    q, k, _ = inputs(1, t_q, t_q, 1, group, dim, dtype, shared=True)
+    leaves = [q.to(device).requires_grad_(), k.to(device).requires_grad_()]
+    o, remainder = stick_attention(*leaves, None, attend_current=False, stick_epsilon=epsilon, return_remainder=True)
+    dq, dk = torch.autograd.grad([o, remainder], leaves, [torch.ones_like(o), torch.ones_like(remainder)])
+    rows = slice(None) if epsilon == 2.0 and dim <= 256 else slice(1)
+    assert not o[:, rows].any()
+    assert not dq[:, rows].any()
+    assert (remainder[:, rows] == 1).all()
+    assert dk.isfinite().all()
+
+
 def test_not_a_number_is_not_hidden(device):
     q, k, v = inputs(1, 8, 8, 1, 1, 8, torch.float32)
     q[0, 4] = math.nan
