@@ -8,6 +8,9 @@
 // V), in a fixed order: no atomics, the same bits for every number of threads. Where there are fewer heads than work
 // for many threads, query tiles are split into a fixed number of chunks of about equal cost, whose buffers are then
 // added up.
+//
+// Queries, keys and gradients of outputs that are not finite are added apart, to what they have to do with
+// (stick_non_finite.hpp).
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -15,6 +18,7 @@
 #include "core/aligned_buffer.hpp"
 #include "core/denormals.hpp"
 #include "core/parallel.hpp"
+#include "stick_attention/stick_non_finite.hpp"
 #include "stick_attention/stick_scan.hpp"
 #include "stick_attention/stick_tiles.hpp"
 
@@ -43,8 +47,8 @@ class StickBackward {
   void run() {
     parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) {
       const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, packs_[i].sequence, packs_[i].head);
-      pack_keys_transposed(k, packs_[i].tile * kTileKeys, p_.head_dim, packed(i));
-      packs_[i].longest = longest_value(packs_[i]);
+      packs_[i].keys_left_out = pack_finite_keys(k, packs_[i].tile * kTileKeys, p_.head_dim, packed(i));
+      measure_values(packs_[i]);
     });
     parallel_tasks_with<Worker>(
         static_cast<std::int64_t>(tasks_.size()),
@@ -57,8 +61,9 @@ class StickBackward {
 
  private:
   struct Pack {
-    std::int64_t sequence, head, tile, at;  // the at-th key tile of all
-    Real longest;                           // greatest squared length of its values
+    std::int64_t sequence, head, tile, at;           // the at-th key tile of all
+    std::uint64_t keys_left_out, values_not_finite;  // bits of keys
+    Real longest;                                    // greatest squared length of its values that take part
   };
   struct Range {
     std::int64_t begin, end;
@@ -84,7 +89,7 @@ class StickBackward {
       const StickSequence& s = g_.sequences[i];
       for (std::int64_t h = 0; h < p_.heads; ++h) {
         const std::int64_t first_pack = static_cast<std::int64_t>(packs_.size());
-        for (std::int64_t t = 0; t < g_.key_tiles(s); ++t) packs_.push_back({i, h, t, first_pack + t, 0});
+        for (std::int64_t t = 0; t < g_.key_tiles(s); ++t) packs_.push_back({i, h, t, first_pack + t, 0, 0, 0});
         const std::int64_t first_task = static_cast<std::int64_t>(tasks_.size());
         split(i, h, first_pack, chunks);
         const std::int64_t end_task = static_cast<std::int64_t>(tasks_.size());
@@ -134,20 +139,24 @@ class StickBackward {
 
   Op* packed(std::int64_t at) { return keys_.data() + at * kTileKeys * p_.head_dim; }
 
-  Real longest_value(const Pack& pack) const {
+  // Which of a tile's values are not finite, and how long the others are, of those that rows can see.
+  void measure_values(Pack& pack) const {
     constexpr int w = kWidth<Real>;
     const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, pack.sequence, pack.head);
-    const std::int64_t first = pack.tile * kTileKeys;
-    Real longest = 0;
-    for (std::int64_t j = first; j < std::min(first + kTileKeys, v.count); ++j) {
+    const std::int64_t first = pack.tile * kTileKeys, count = std::min(kTileKeys, v.count - first);
+    pack.values_not_finite = non_finite_rows(count, p_.head_dim, [&](std::int64_t key) { return v[first + key]; });
+    std::uint8_t bytes[kTileKeys];
+    const std::uint8_t* keep;
+    if (!StickKeep(g_, pack.sequence).tile(first, count, bytes, &keep)) return;
+    for (std::int64_t j = 0; j < count; ++j) {
+      if ((keep != nullptr && !keep[j]) || (pack.values_not_finite >> j & 1)) continue;
       Vec<Real> squares{};
       for (std::int64_t d = 0; d < p_.head_dim; d += w) {
-        const Vec<Real> x = load_words(v[j] + d, static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d)));
+        const Vec<Real> x = load_words(v[first + j] + d, static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d)));
         squares += x * x;
       }
-      longest = std::max(longest, reduce_add(squares));
+      pack.longest = std::max(pack.longest, reduce_add(squares));
     }
-    return longest;
   }
 
   struct Worker {
@@ -211,8 +220,8 @@ class StickBackward {
 
     pack_rows_transposed(q, dim, m, x.q_columns);
     pack_rows_transposed(grad_o, dim, m, x.grad_o_columns);
-    pack_rows(q, dim, m, padded, x.q_rows);
-    pack_rows(grad_o, dim, m, padded, x.grad_o_rows);
+    const std::uint64_t q_left_out = pack_finite_rows(q, dim, m, padded, x.q_rows);
+    const std::uint64_t grad_o_left_out = pack_finite_rows(grad_o, dim, m, padded, x.grad_o_rows);
     start_rows(tile, grad_o, longest, x);
 
     const std::int64_t newest_key = g_.newest_key(s, tile.first_row + q.count - 1);
@@ -226,7 +235,10 @@ class StickBackward {
       std::uint8_t bytes[kTileKeys];
       const std::uint8_t* keep;
       if (!mask.tile(first, keys, bytes, &keep)) continue;
-      const bool diagonal = oldest_newest < first + keys - 1;
+      const Pack& pack = packs_[task.first_pack + t];
+      // Rows that are not there would multiply their zeros with what is not finite.
+      const bool diagonal =
+          oldest_newest < first + keys - 1 || (q.count < m && (pack.keys_left_out | pack.values_not_finite) != 0);
       if (diagonal) g_.newest_keys(s, tile.first_row, first, x.newest);
       const OperandA<Op> key_rows = row_operand(k, first, keys, dim, x.key_scratch);
       const OperandA<Op> value_rows = row_operand(v, first, keys, dim, x.value_scratch);
@@ -253,6 +265,23 @@ class StickBackward {
       tile_gemm(dim, m, keys, packed(task.first_pack + t), kTileKeys, kVnni ? x.grad_scores_vnni : x.grad_scores, m,
                 x.grad_q, m, started);
       started = true;
+
+      const auto sees = [&](std::int64_t row, std::int64_t key) {
+        return (keep == nullptr || keep[key]) && first + key <= g_.newest_key(s, tile.first_row + row);
+      };
+      const auto add_rows = [&](std::uint64_t rows, const StickRows<const T>& from, const Op* factors, Real* grad) {
+        add_non_finite(
+            rows, [&](std::int64_t row) { return from[row]; }, keys, dim, sees,
+            [&](std::int64_t row, std::int64_t key) { return factors[key * m + row]; },
+            [&](std::int64_t key, std::int64_t d) -> Real& { return grad[key * padded + d]; });
+      };
+      add_rows(grad_o_left_out, grad_o, x.weights, grad_v);
+      add_rows(q_left_out, q, x.grad_scores, grad_k);
+      add_non_finite(
+          pack.keys_left_out, [&](std::int64_t key) { return k[first + key]; }, q.count, dim,
+          [&](std::int64_t key, std::int64_t row) { return sees(row, key); },
+          [&](std::int64_t key, std::int64_t row) { return x.grad_scores[key * m + row]; },
+          [&](std::int64_t row, std::int64_t d) -> Real& { return x.grad_q[d * m + row]; });
     }
     if (!started) std::fill_n(x.grad_q, dim * m, Real(0));
     const StickRows<T> grad_q(static_cast<T*>(params_.grad_q), params_.grad_q_strides, g_, tile);

@@ -125,14 +125,42 @@ class SplitWalk {
       }
     }
     for (std::int64_t row = 0; row < rows; ++row) scan(row, begin, keys);
+    if (!all_seen(begin, keys)) {
+      for (std::int64_t row = 0; row < rows; ++row) values_seen(row, begin, v, keys, next);
+      return;
+    }
     for (std::int64_t row = 0; row < rows; row += kMaxRowBlock) {
       const bool first = row == 0;
       switch (rows - row) {
-        case 1: values<1>(row, v, keys, first, next); break;
-        case 2: values<2>(row, v, keys, first, next); break;
-        case 3: values<3>(row, v, keys, first, next); break;
-        default: values<4>(row, v, keys, first, next); break;
+        case 1: values<1>(row, 0, v, keys, first, next); break;
+        case 2: values<2>(row, 0, v, keys, first, next); break;
+        case 3: values<3>(row, 0, v, keys, first, next); break;
+        default: values<4>(row, 0, v, keys, first, next); break;
       }
+    }
+  }
+
+  // The newest key a row may see.
+  std::int64_t newest_key(std::int64_t row) const {
+    return p.lengths[split.batch] - p.num_new + row / p.group_size - (p.attend_current ? 0 : 1);
+  }
+  bool sees(std::int64_t row, std::int64_t key) const { return key <= newest_key(row) && kept(key); }
+
+  // Whether every row sees every key of the tile.
+  bool all_seen(std::int64_t begin, int keys) const {
+    if (begin + keys - 1 > newest_key(0)) return false;
+    for (std::int64_t key = begin; p.key_padding_mask != nullptr && key < begin + keys; ++key) {
+      if (!kept(key)) return false;
+    }
+    return true;
+  }
+
+  // values() of a row, from the runs of keys that it sees: a weight of 0 would not keep NaN or infinity out.
+  void values_seen(std::int64_t row, std::int64_t begin, Rows<T> v, int keys, Rows<T> next) {
+    for (int first = 0, end = 0; first < keys; first = end + 1) {
+      for (end = first; end < keys && sees(row, begin + end);) ++end;
+      if (end == first) continue;
+      values<1>(row, first, {v.row(first), v.stride}, end - first, row == 0, {next.row(first), next.stride});
     }
   }
 
@@ -206,11 +234,9 @@ class SplitWalk {
       store(leave + j, u);
       store(take + j, e * u);
     }
-    const std::int64_t last =
-        p.lengths[split.batch] - p.num_new + row / p.group_size - (p.attend_current ? 0 : 1);  // newest key in sight
-    if (p.key_padding_mask != nullptr || begin + keys - 1 > last) {
+    if (p.key_padding_mask != nullptr || begin + keys - 1 > newest_key(row)) {
       for (int j = 0; j < keys; ++j) {
-        if (begin + j > last || !kept(begin + j)) take[j] = 0, leave[j] = 1;
+        if (!sees(row, begin + j)) take[j] = 0, leave[j] = 1;
       }
     }
     A left = 1, mass = 0;
@@ -225,29 +251,30 @@ class SplitWalk {
     remainder[row] *= mass < A(0.5) ? 1.0 - static_cast<double>(mass) : static_cast<double>(left);
   }
 
-  // out[row] += sum_j weights[row, j] v_j for a block of rows.
+  // out[row] += sum_j weights[row, first + j] v_j for a block of rows.
   template <int kRows>
-  void values(std::int64_t row, Rows<T> v, int keys, bool fetch, Rows<T> fetched) {
+  void values(std::int64_t row, int first, Rows<T> v, int keys, bool fetch, Rows<T> fetched) {
+    const A* const weight = &weights[row * kTileKeys + first];
     constexpr int kPairs = kAccumulators / (kRows == 1 ? 2 : kRows == 3 ? 4 : kRows) / 2;
     std::int64_t d = 0;
     for (; d + kPairs * 2 * kW <= paired; d += kPairs * 2 * kW) {
-      value_strip<kRows, kPairs>(row, v, keys, d, fetch, fetched);
+      value_strip<kRows, kPairs>(row, weight, v, keys, d, fetch, fetched);
     }
-    for (; d < paired; d += 2 * kW) value_strip<kRows, 1>(row, v, keys, d, fetch, fetched);
+    for (; d < paired; d += 2 * kW) value_strip<kRows, 1>(row, weight, v, keys, d, fetch, fetched);
     for (; d < p.head_dim; d += kW) {
       for (int i = 0; i < kRows; ++i) {
         A* o = out + (row + i) * row_elements + d;
         V sum = load(o);
-        for (int j = 0; j < keys; ++j) sum += weights[(row + i) * kTileKeys + j] * load_rest(v.row(j), d);
+        for (int j = 0; j < keys; ++j) sum += weight[i * kTileKeys + j] * load_rest(v.row(j), d);
         store(o, sum);
       }
     }
   }
 
   template <int kRows, int kPairs>
-  void value_strip(std::int64_t row, Rows<T> v, int keys, std::int64_t d, bool fetch, Rows<T> fetched) {
+  void value_strip(std::int64_t row, const A* weight, Rows<T> v, int keys, std::int64_t d, bool fetch,
+                   Rows<T> fetched) {
     A* o = out + row * row_elements + d;
-    const A* weight = &weights[row * kTileKeys];
     V first[kRows][kPairs], second[kRows][kPairs];
     for (int i = 0; i < kRows; ++i) {
       for (int c = 0; c < kPairs; ++c) {

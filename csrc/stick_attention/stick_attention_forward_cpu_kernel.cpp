@@ -5,12 +5,15 @@
 //   weights          = scan(S^T)         stick_scan.hpp
 //   O^T             += V_tile^T weights  V^T packed once for all tasks of a head, unless there are too few to share it
 //
+// Values that are not finite are added to the rows that see them, apart (stick_non_finite.hpp).
+//
 // Heads are worked on in rounds, as few at a time as keep all threads busy: packed V need not be there for all of them.
 #include <algorithm>
 
 #include "core/aligned_buffer.hpp"
 #include "core/denormals.hpp"
 #include "core/parallel.hpp"
+#include "stick_attention/stick_non_finite.hpp"
 #include "stick_attention/stick_scan.hpp"
 #include "stick_attention/stick_tiles.hpp"
 
@@ -26,7 +29,12 @@ class StickForward {
 
  public:
   explicit StickForward(const StickAttentionForwardParams& params)
-      : params_(params), p_(params.problem), g_(p_), values_(plan()) {}
+      : params_(params),
+        p_(params.problem),
+        g_(p_),
+        packed_tiles_(plan()),
+        values_(packed_tiles_ * kTileKeys * p_.head_dim),
+        left_out_(packed_tiles_) {}
 
   void run() {
     Round done = {};
@@ -64,13 +72,18 @@ class StickForward {
     }
   };
   struct PackedAt {
-    std::int64_t offset;  // of a head's packed V, or -1
+    std::int64_t first;  // of a head's packed tiles of V, or -1
+  };
+  struct PackedValues {
+    const Op* data;
+    std::uint64_t left_out;  // a bit for each key that is not finite
   };
   struct Round {
     std::int64_t packs, tiles;  // where it ends in the lists
   };
 
-  // Lists the tasks, the large ones (late queries, long walks) of each head first; returns the size of packed V.
+  // Lists the tasks, the large ones (late queries, long walks) of each head first; returns how many tiles of V are
+  // packed at a time.
   std::int64_t plan() {
     const std::int64_t enough = kTilesPerThread * num_threads();
     std::int64_t size = 0, largest = 0;
@@ -88,7 +101,7 @@ class StickForward {
         packed_at_.push_back({query_tiles >= kPackShared ? size : -1});
         if (query_tiles < kPackShared) continue;
         for (std::int64_t t = 0; t < g_.key_tiles(s); ++t) packs_.push_back({i, h, t});
-        size += g_.key_tiles(s) * kTileKeys * p_.head_dim;
+        size += g_.key_tiles(s);
         largest = std::max(largest, size);
       }
     }
@@ -97,14 +110,18 @@ class StickForward {
   }
   Round listed() const { return {std::ssize(packs_), std::ssize(tiles_)}; }
 
-  Op* packed(std::int64_t sequence, std::int64_t head, std::int64_t tile) {
-    const std::int64_t at = packed_at_[sequence * p_.heads + head].offset;
-    return at < 0 ? nullptr : values_.data() + at + tile * kTileKeys * p_.head_dim;
-  }
+  Op* packed(std::int64_t at) { return values_.data() + at * kTileKeys * p_.head_dim; }
 
   void pack(const Pack& t) {
     const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, t.sequence, t.head);
-    pack_keys_transposed(v, t.tile * kTileKeys, p_.head_dim, packed(t.sequence, t.head, t.tile));
+    const std::int64_t at = packed_at_[t.sequence * p_.heads + t.head].first + t.tile;
+    left_out_[at] = pack_finite_keys(v, t.tile * kTileKeys, p_.head_dim, packed(at));
+  }
+
+  PackedValues values(const StickKeys<const T>& v, const StickQueryTile& task, std::int64_t tile, Op* scratch) {
+    const std::int64_t first = packed_at_[task.sequence * p_.heads + task.head].first;
+    if (first >= 0) return {packed(first + tile), left_out_[first + tile]};
+    return {scratch, pack_finite_keys(v, tile * kTileKeys, p_.head_dim, scratch)};
   }
 
   void walk(const StickQueryTile& task, Worker& x) {
@@ -141,14 +158,21 @@ class StickForward {
                                     .scale = p_.scale,
                                     .stick = x.stick},
                                    x.weights);
-      const Op* values = packed(task.sequence, task.head, first_tile);
-      if (values == nullptr) {
-        pack_keys_transposed(v, first, dim, x.value_scratch);
-        values = x.value_scratch;
-      }
-      tile_gemm(dim, m, keys, values, kTileKeys, x.weights, m, x.out, m, started);
+      const PackedValues values = this->values(v, task, first_tile, x.value_scratch);
+      tile_gemm(dim, m, keys, values.data, kTileKeys, x.weights, m, x.out, m, started);
       started = true;
-      if (epsilon > 0 && std::all_of(x.stick, x.stick + m, [&](Real r) { return r <= epsilon; })) break;
+      add_non_finite(
+          values.left_out, [&](std::int64_t key) { return v[first + key]; }, q.count, dim,
+          [&](std::int64_t key, std::int64_t row) {
+            return (keep == nullptr || keep[key]) && first + key <= g_.newest_key(s, task.first_row + row);
+          },
+          [&](std::int64_t key, std::int64_t row) {
+            return std::is_same_v<Op, BFloat16> ? x.weights[(key / 2 * m + row) * 2 + key % 2]
+                                                : x.weights[key * m + row];
+          },
+          [&](std::int64_t row, std::int64_t d) -> Real& { return x.out[d * m + row]; });
+      // A row that has met a NaN stays NaN however far it walks.
+      if (epsilon > 0 && std::none_of(x.stick, x.stick + m, [&](Real r) { return r > epsilon; })) break;
     }
     if (!started) std::fill_n(x.out, dim * m, Real(0));
     finish(task, x.out, x.stick, first_tile);
@@ -184,7 +208,9 @@ class StickForward {
   std::vector<Pack> packs_;
   std::vector<Round> rounds_;
   std::vector<PackedAt> packed_at_;  // [sequence, head]
-  AlignedBuffer<Op> values_;
+  const std::int64_t packed_tiles_;
+  AlignedBuffer<Op> values_;               // V^T tiles
+  AlignedBuffer<std::uint64_t> left_out_;  // of each of them
 };
 
 }  // namespace

@@ -204,9 +204,6 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
       const std::int64_t at = row + n * w;
       if (!kept) {
         store(weights + at, V{});
-        store(grad.score_scratch + at, V{});
-        store(grad.grad_scratch + at, V{});
-        store(grad.mass + at, V{});
         continue;
       }
       V e = odds(load(tile.scores + at));
@@ -217,7 +214,8 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
       taken[n] += weight;
       product[n] *= u;
       store(weights + at, weight);
-      const V g = load(weights + at) * load(grad.grad_scratch + at);
+      V g = load(weights + at) * load(grad.grad_scratch + at);
+      if constexpr (kDiagonal) g = broadcast(static_cast<Real>(key)) <= newest[n] ? g : V{};
       passed[n] += g;
       store(grad.mass + at, g);
       store(grad.grad_scratch + at, u * g);
@@ -236,10 +234,16 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
   for (std::int64_t pair = 0; pair < tile.keys / 2; ++pair) {
     V ds[2][kN];
     for (int half = 0; half < 2; ++half) {
-      const std::int64_t row = (2 * pair + half) * tile.rows + lane;
+      const std::int64_t key = 2 * pair + half, row = key * tile.rows + lane;
+      const bool kept = !kKeep || tile.keep[key];
       for (int n = 0; n < kN; ++n) {
         const std::int64_t at = row + n * w;
+        if (!kept) {
+          ds[half][n] = V{};
+          continue;
+        }
         ds[half][n] = scale * (load(grad.grad_scratch + at) - load(grad.score_scratch + at) * older[n]);
+        if constexpr (kDiagonal) ds[half][n] = broadcast(static_cast<Real>(key)) <= newest[n] ? ds[half][n] : V{};
         older[n] += load(grad.mass + at);
       }
     }

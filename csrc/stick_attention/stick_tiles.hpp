@@ -63,12 +63,13 @@ class StickGeometry {
     return s.history + row / problem.group - (problem.attend_current ? 0 : 1);
   }
 
-  // newest[row] = the newest key that row first_row + row sees, counted from `first_key`.
+  // newest[row] = the newest key that row first_row + row sees, counted from `first_key`; a row that is not there sees
+  // none.
   template <typename Real>
   void newest_keys(const StickSequence& s, std::int64_t first_row, std::int64_t first_key, Real* newest) const {
     std::int64_t group = first_row % problem.group, key = newest_key(s, first_row) - first_key;
     for (std::int64_t row = 0; row < tile_rows; ++row) {
-      newest[row] = static_cast<Real>(key);
+      newest[row] = static_cast<Real>(first_row + row < s.rows ? key : -1);
       if (++group < problem.group) continue;
       group = 0;
       ++key;
@@ -235,14 +236,17 @@ inline void pack_rows_transposed(const StickRows<const T>& rows, std::int64_t he
   }
 }
 
-// Query-shaped rows as B operand [tile_rows, ld] (for bf16 in VNNI pairs of rows), zero from head_dim and count on.
+// Query-shaped rows as B operand [tile_rows, ld] (for bf16 in VNNI pairs of rows), zero from head_dim and count on, and
+// for the rows whose bit is in `leave_out`.
 template <typename Op, typename T>
-inline void pack_rows(const StickRows<const T>& rows, std::int64_t head_dim, std::int64_t tile_rows, std::int64_t ld,
-                      Op* out) {
+inline void pack_rows(const StickRows<const T>& rows, std::uint64_t leave_out, std::int64_t head_dim,
+                      std::int64_t tile_rows, std::int64_t ld, Op* out) {
+  const auto taken = [&](std::int64_t row) {
+    return row < rows.count && !(leave_out >> row & 1) ? rows[row] : nullptr;
+  };
   constexpr int w = kWidth<Accumulate<T>>;
   for (std::int64_t row = 0; row < tile_rows; row += 2) {
-    const T* const even = row < rows.count ? rows[row] : nullptr;
-    const T* const odd = row + 1 < rows.count ? rows[row + 1] : nullptr;
+    const T *const even = taken(row), *const odd = taken(row + 1);
     for (std::int64_t d = 0; d < ld; d += w) {
       const int n = static_cast<int>(std::clamp<std::int64_t>(head_dim - d, 0, w));
       if constexpr (std::is_same_v<Op, BFloat16>) {
@@ -258,17 +262,19 @@ inline void pack_rows(const StickRows<const T>& rows, std::int64_t head_dim, std
   }
 }
 
-// Keys [first, first + 64) as A operand [D, 64]; keys that are not there are zero.
+// Keys [first, first + 64) as A operand [D, 64]; zero for keys that are not there or whose bit is in `leave_out`.
 template <typename Op, typename T>
-inline void pack_keys_transposed(const StickKeys<const T>& keys, std::int64_t first, std::int64_t head_dim, Op* out) {
+inline void pack_keys_transposed(const StickKeys<const T>& keys, std::int64_t first, std::uint64_t leave_out,
+                                 std::int64_t head_dim, Op* out) {
   const std::int64_t here = std::min(kTileKeys, keys.count - first);
+  const auto taken = [&](std::int64_t key) { return key < here && !(leave_out >> key & 1); };
   if constexpr (std::is_same_v<Op, BFloat16>) {
     transpose_words<float>(
         kTileKeys / 2, head_dim,
         [&](std::int64_t pair, std::int64_t d, int n) {
           VecU32 words{};
-          if (2 * pair < here) words = load_bits(keys[first + 2 * pair] + d, n);
-          if (2 * pair + 1 < here) words |= load_bits(keys[first + 2 * pair + 1] + d, n) << 16;
+          if (taken(2 * pair)) words = load_bits(keys[first + 2 * pair] + d, n);
+          if (taken(2 * pair + 1)) words |= load_bits(keys[first + 2 * pair + 1] + d, n) << 16;
           return reinterpret_cast<VecF>(words);
         },
         [&](std::int64_t d, std::int64_t pair, VecF words, int) {
@@ -278,7 +284,7 @@ inline void pack_keys_transposed(const StickKeys<const T>& keys, std::int64_t fi
     transpose_words<Op>(
         kTileKeys, head_dim,
         [&](std::int64_t key, std::int64_t d, int n) {
-          return key < here ? load_words(keys[first + key] + d, n) : Vec<Op>{};
+          return taken(key) ? load_words(keys[first + key] + d, n) : Vec<Op>{};
         },
         [&](std::int64_t d, std::int64_t key, Vec<Op> words, int) { store(out + d * kTileKeys + key, words); });
   }
