@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moduleformer_ext.nn import Block, LayerCache, LinearRouter, MixtureOfAttention, MixtureOfFFN
+from moduleformer_ext.nn import Block, LinearRouter, MixtureOfAttention, MixtureOfFFN
 
 D = 16
 
@@ -61,24 +61,3 @@ def test_block_is_residual() -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match=r"att_hidden must be a multiple of n_head \(3\), got 16"):
         MixtureOfAttention(D, 16, 3, LinearRouter(D, 4, 2))
-
-
-def test_cache_grows_geometrically() -> None:
-    cache, moves, where = LayerCache(4), 0, None
-    with torch.no_grad():
-        for step in range(100):
-            token = torch.full((1, 1, 2, 3), float(step))
-            keys, values, cache = cache.extend(token, -token)
-            moves += keys.data_ptr() != where
-            where = keys.data_ptr()
-    assert values is not None and cache.length == 100 and moves <= 7
-    assert torch.equal(keys[0, :, 0, 0], torch.arange(100.0)) and torch.equal(values, -keys)
-
-
-def test_cache_needs_the_values_that_the_layer_has() -> None:
-    token = torch.zeros(1, 1, 1, 2)
-    _, _, cache = LayerCache().extend(token, None)
-    with pytest.raises(ValueError, match="keys only"):
-        cache.extend(token, token)
-    with pytest.raises(ValueError, match="nothing is stored"):
-        _ = LayerCache().keys

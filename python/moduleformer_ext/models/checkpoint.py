@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic reads the typing module's from Python 3.12 on
@@ -16,6 +19,7 @@ from moduleformer_ext.files import load_tensors, parse_json, read_json, replacin
 from moduleformer_ext.models.config import MoLMConfig
 from moduleformer_ext.models.convert import from_reference, model_from_state
 from moduleformer_ext.models.modeling import MoLMForCausalLM
+from moduleformer_ext.models.state import canonical_state
 
 FORMAT = "moduleformer_ext"
 CONFIG_FILE = "config.json"
@@ -29,17 +33,46 @@ def save_pretrained(model: MoLMForCausalLM, directory: str | Path) -> None:
 
     Interrupted at any moment, the directory holds the old model or the new one, never a mixture: the weights file
     carries the configuration in its header, and that copy is the one that is read; config.json is for people and
-    other tools.
+    other tools. Weights are written in the form of :func:`~moduleformer_ext.models.state.canonical_state`; a sharded
+    model is gathered by all processes and written by the first.
+
+    Raises:
+        ValueError: the model holds other weights than its configuration says; the message lists the tensors.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    with replacing(directory / WEIGHTS_FILE) as path:
-        save_tensors(path, state, {"format": FORMAT, "config": config})
-    write_file(directory / CONFIG_FILE, config)
+    try:
+        state = canonical_state(model)
+    except ValueError as error:
+        raise ValueError(f"save_pretrained: {error}") from error
+    with _one_writer(model) as is_writer:
+        if is_writer:
+            directory.mkdir(parents=True, exist_ok=True)
+            with replacing(directory / WEIGHTS_FILE) as path:
+                save_tensors(path, _unshared(state), {"format": FORMAT, "config": config})
+            write_file(directory / CONFIG_FILE, config)
+
+
+@contextmanager
+def _one_writer(model: MoLMForCausalLM) -> Iterator[bool]:
+    """Whether this process writes: the first of those that a model is sharded over, for which the others wait."""
+    mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
+    try:
+        yield mesh is None or mesh.get_rank() == int(mesh.mesh.flatten()[0])
+    finally:
+        if mesh is not None:
+            dist.barrier()
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one storage, as those of weights tied by hand, are written one by one."""
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return unshared
 
 
 def from_pretrained(
@@ -51,15 +84,15 @@ def from_pretrained(
     file or in shards with an index.
 
     Args:
-    dtype: convert the weights; by default they keep the type they are stored in.
-    device: where the weights go.
+        dtype: convert the weights; by default they keep the type they are stored in.
+        device: where the weights go.
 
     Returns:
-    The model, in evaluation mode.
+        The model, in evaluation mode.
 
     Raises:
-    FileNotFoundError: a file is missing; the message says which.
-    ValueError: the weights do not fit the configuration; the message lists the tensors.
+        FileNotFoundError: a file is missing; the message says which.
+        ValueError: the weights do not fit the configuration or are of several types; the message lists the tensors.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -69,12 +102,12 @@ def from_pretrained(
     state = read_weights(directory)
     try:
         if own_config is None:
-            model = from_reference(config, state, copy=False)
+            model = from_reference(config, state, copy=False, dtype=dtype)
         else:
-            model = model_from_state(MoLMConfig.from_dict(config), state, copy=False)
+            model = model_from_state(MoLMConfig.from_dict(config), state, copy=False, dtype=dtype)
     except ValueError as error:
         raise ValueError(f"from_pretrained: '{directory}': {error}") from error
-    return model.to(device=device, dtype=dtype)
+    return model.to(device)
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
@@ -113,8 +146,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_tensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))  # old ones are no zip
+    except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(f"'{path}' cannot be read: {error}") from error
 
 

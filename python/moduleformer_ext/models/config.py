@@ -107,7 +107,8 @@ class MoLMConfig:
     """Standard deviation of initial linear and embedding weights."""
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    """Ends a sequence; several where each of them does."""
 
     def __post_init__(self) -> None:
         for name in _PER_LAYER_FIELDS:
@@ -151,14 +152,24 @@ class MoLMConfig:
             if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
                 self._reject(name, "a non-negative integer", getattr(self, name))
         for name in ("resid_pdrop", "embd_pdrop", "moe_pdrop"):
-            if not 0 <= getattr(self, name) < 1:
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 self._reject(name, "in [0, 1)", getattr(self, name))
-        if not self.layer_norm_epsilon > 0:
+        if not (_is_number(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
             self._reject("layer_norm_epsilon", "positive", self.layer_norm_epsilon)
         for name in ("aux_loss_weight", "initializer_range", "stick_epsilon"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            unset = name == "stick_epsilon" and value is None
+            if not unset and not (_is_number(value) and math.isfinite(value) and value >= 0):
                 self._reject(name, "finite and non-negative", value)
+        if not isinstance(self.tie_word_embeddings, bool):
+            self._reject("tie_word_embeddings", "true or false", self.tie_word_embeddings)
+        if isinstance(self.eos_token_id, Sequence):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            several = isinstance(value, tuple) and name == "eos_token_id"
+            if value is not None and not all(_is_int(token) for token in (value if several else (value,))):
+                self._reject(name, "None or an integer" + " or several" * (name == "eos_token_id"), value)
 
     def _check_experts(self) -> None:
         for kind in ("att", "mlp"):
@@ -243,6 +254,10 @@ class MoLMConfig:
         from moduleformer_ext.models.convert import config_to_reference
 
         return config_to_reference(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_int(value: object) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moduleformer_ext.models.config import ACTIVATIONS, MoLMConfig
 from moduleformer_ext.models.modeling import MoLM, MoLMForCausalLM
+from moduleformer_ext.models.state import canonical_state, check_fit
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -49,6 +50,7 @@ _SHARED_DEFAULTS: dict[str, Any] = {
 _ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 _LAYER_NORM_EPSILON = 1e-5
 _HEADS = {"lm_head.weight", "score.weight"}  # of a language model, of a classifier of sequences
+_TIED = ("transformer.wte.weight", "lm_head.weight")
 _LAYER = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
 _DROPPED_BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
@@ -113,22 +115,29 @@ _PUBLISHED_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu
 
 
 def from_reference(
-    config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, copy: bool = True
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    *,
+    copy: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> MoLMForCausalLM:
-    """A model with the weights of a published checkpoint, in the types they have there.
+    """A model with the weights of a published checkpoint.
 
     Args:
-    config: the fields of its config.json.
-    state_dict: all its tensors. The attention buffers ``mask`` and ``cum_weight`` are not needed and may be absent.
-    copy: with False the model uses these very tensors.
+        config: the fields of its config.json.
+        state_dict: all its tensors. The attention buffers ``mask`` and ``cum_weight`` are not needed and may be
+            absent, and so may one of the two tensors of tied embeddings.
+        copy: with False the model uses these very tensors.
+        dtype: convert the weights; by default they keep the type they are stored in.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-    ValueError: names are missing or unknown, or shapes do not match the configuration; all of them are listed.
+        ValueError: names are missing or unknown, or shapes do not match the configuration, or types differ; all
+            tensors are listed.
     """
-    return model_from_state(MoLMConfig.from_reference(config), state_dict, copy=copy)
+    return model_from_state(MoLMConfig.from_reference(config), state_dict, copy=copy, dtype=dtype)
 
 
 def backbone_from_reference(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, copy: bool = True) -> MoLM:
@@ -146,12 +155,24 @@ def backbone_from_reference(config: Mapping[str, Any], state_dict: Mapping[str, 
 
 
 def to_reference(model: MoLMForCausalLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, state dict) of the published format. The tensors are the model's own, detached."""
-    return config_to_reference(model.config), {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    """(config, state dict) of the published format; see :func:`~moduleformer_ext.models.state.canonical_state`.
+
+    The tensors are the model's own, detached, and with tied embeddings the head is there too.
+    """
+    state = canonical_state(model)
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    return config_to_reference(model.config), state
 
 
-def model_from_state(config: MoLMConfig, state_dict: Mapping[str, Tensor], *, copy: bool = True) -> MoLMForCausalLM:
-    """The model of ``config`` with exactly these weights; see :func:`from_reference` for the errors."""
+def model_from_state(
+    config: MoLMConfig,
+    state_dict: Mapping[str, Tensor],
+    *,
+    copy: bool = True,
+    dtype: torch.dtype | None = None,
+) -> MoLMForCausalLM:
+    """The model of ``config`` with exactly these weights; see :func:`from_reference` for arguments and errors."""
     state = _wanted(state_dict)
     if "score.weight" in state and "lm_head.weight" not in state:
         raise ValueError(
@@ -159,12 +180,14 @@ def model_from_state(config: MoLMConfig, state_dict: Mapping[str, Tensor], *, co
             "lm_head.weight); MoLM.from_reference reads the model below that head, a Linear without bias on "
             "last_hidden_state"
         )
-    if config.tie_word_embeddings and "transformer.wte.weight" in state:
-        state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    if config.tie_word_embeddings:
+        for name, other in (_TIED, _TIED[::-1]):
+            if name in state:
+                state.setdefault(other, state[name])
     _check_layers(config, state)
     with torch.device("meta"):
         model = MoLMForCausalLM(config)
-    _assign(model, state, copy)
+    _assign(model, state, copy, dtype)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     return model.eval()
@@ -184,29 +207,25 @@ def _check_layers(config: MoLMConfig, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _assign(model: Module, state: dict[str, Tensor], copy: bool) -> Module:
-    _check_keys(model.state_dict(), state)
+def _assign(model: Module, state: dict[str, Tensor], copy: bool, dtype: torch.dtype | None = None) -> Module:
+    check_fit(model.state_dict(), state)
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    _check_types(state)
     if copy:
         state = {name: tensor.clone() for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model
 
 
-def _check_keys(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "unknown": [name for name in state if name not in expected],
-        "of the wrong shape": [
-            f"{name} (expected {list(tensor.shape)}, got {list(state[name].shape)})"
-            for name, tensor in expected.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-        "not floating point": [
-            f"{name} ({state[name].dtype})"
-            for name in expected
-            if name in state and not state[name].is_floating_point()
-        ],
-    }
-    found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError("the weights do not fit the configuration; tensors " + "; ".join(found))
+def _check_types(state: Mapping[str, Tensor]) -> None:
+    """Routers compute in their own precision; all else meets in the residual stream and must be of one type."""
+    names: dict[torch.dtype, list[str]] = {}
+    for name, tensor in state.items():
+        if ".gate." not in name:
+            names.setdefault(tensor.dtype, []).append(name)
+    if len(names) > 1:
+        found = "; ".join(f"{dtype}: {', '.join(of_type)}" for dtype, of_type in names.items())
+        raise ValueError(
+            f"the weights must be of one type outside of the routers (convert with dtype=...), got {found}"
+        )

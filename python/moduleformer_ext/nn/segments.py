@@ -52,6 +52,8 @@ def join_parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def _join_in_state(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object, *, name: str) -> None:
+    if f"{prefix}{name}_old" not in state or f"{prefix}{name}_new" not in state:
+        raise ValueError(f"split_parameter: the segments of {prefix}{name} must be plain parameters, got a wrapped one")
     old, new = state.pop(f"{prefix}{name}_old"), state.pop(f"{prefix}{name}_new")
     state[f"{prefix}{name}"] = torch.cat([old, new])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models.state import canonical_state
 from moduleformer_ext.surgery.anatomy import Site, sites
 
 _SHAPE_FIELDS = (
@@ -85,7 +86,7 @@ def compare(first: MoLMForCausalLM, second: MoLMForCausalLM) -> Comparison:
         ValueError: the models differ in more than their numbers of experts; the message names the fields.
     """
     check_same_shape("compare", first.config, second.config)
-    states = first.state_dict(), second.state_dict()
+    states = canonical_state(first), canonical_state(second)
     experts = {site: _compare_site(site, (first.config, second.config), states) for site in sites(first.config)}
     routed = {
         name for site in sites(first.config) for name in (*site.matrices, site.rows(first.config), site.normaliser_rows)

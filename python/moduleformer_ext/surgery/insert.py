@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.models.convert import model_from_state
+from moduleformer_ext.models.state import canonical_state
 from moduleformer_ext.surgery.anatomy import ATTENTION, FFN, KINDS, Site, expert_field, new_field, places_field, sites
 from moduleformer_ext.surgery.prune import per_layer
 from moduleformer_ext.surgery.usage import ExpertUsage
@@ -65,7 +66,7 @@ def insert_experts(
         usage.check_fits(config)
 
     generator = torch.Generator().manual_seed(seed)
-    state = model.state_dict()
+    state = canonical_state(model)
     for site in sites(config):
         if num_new := numbers[site.kind][site.layer]:
             names = (*site.matrices, site.rows(config))

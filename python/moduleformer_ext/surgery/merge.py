@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.models.convert import model_from_state
+from moduleformer_ext.models.state import canonical_state
 from moduleformer_ext.surgery.anatomy import KINDS, Site, expert_field, new_field, places_field, sites
 from moduleformer_ext.surgery.compare import check_same_shape
 from moduleformer_ext.surgery.prune import per_layer
@@ -52,7 +53,7 @@ def merge(first: MoLMForCausalLM, second: MoLMForCausalLM) -> MoLMForCausalLM:
     """
     configs = first.config, second.config
     check_same_shape("merge", *configs, more=_FUNCTION_FIELDS)
-    states = first.state_dict(), second.state_dict()
+    states = canonical_state(first), canonical_state(second)
     _check_shared_parameters(configs[0], states)
     origins = {site: _origins(site, configs, states) for site in sites(configs[0])}
     state = states[0]

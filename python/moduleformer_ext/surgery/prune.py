@@ -20,6 +20,7 @@ import torch
 
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.models.convert import model_from_state
+from moduleformer_ext.models.state import canonical_state
 from moduleformer_ext.surgery.anatomy import (
     KINDS,
     Site,
@@ -203,7 +204,7 @@ def prune(model: MoLMForCausalLM, plan: PruningPlan) -> MoLMForCausalLM:
     """
     if plan.config != model.config:
         raise ValueError("prune: plan must be made for this model's configuration")
-    state = model.state_dict()
+    state = canonical_state(model)
     for site in sites(model.config):
         kept, dropped = torch.tensor(plan.kept[site]), plan.dropped(site)
         rows = site.rows(model.config)
