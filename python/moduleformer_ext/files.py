@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from moduleformer_ext.records import complaint
+from moduleformer_ext.records import Record, complaint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,18 +145,18 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:
     """Read a JSON file as what `kind`, a record or another annotation, says."""
-    return parse_json(read_text(path), kind, str(path))
+    return parse_json(read_text(path), kind, f"'{path}'")
 
 
-def parse_json(text: str, kind: type[Kind], name: str) -> Kind:
-    """Like `read_json`, from the text of the file `name`."""
+def parse_json(text: str, kind: type[Kind], source: str) -> Kind:
+    """Like `read_json`, from a text; errors begin with `source`."""
     try:
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         field, problem = complaint(error)
-        raise ValueError(f"'{name}': {field} {problem}" if field else f"'{name}' {problem}") from error
+        raise ValueError(f"{source}: {field} {problem}" if field else f"{source}: {problem}") from error
 
 
 def to_json(record: Any) -> str:
     """A record, or plain values, as the text of a JSON file."""
-    return json.dumps(TypeAdapter(type(record)).dump_python(record, mode="json"), indent=2) + "\n"
+    return json.dumps(record.model_dump(mode="json") if isinstance(record, Record) else record, indent=2) + "\n"

@@ -1,15 +1,21 @@
 """Typed records of plain values: what an option or a field of a file may be is said by its annotation alone."""
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-RECORD: Final = ConfigDict(extra="forbid", allow_inf_nan=False)
-"""Of a pydantic dataclass: unknown fields are errors, and numbers are finite."""
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+class Record(BaseModel):
+    """Base of all records: they do not change, unknown fields are errors, and numbers are finite."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True)
+
+
+_LARGEST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=_LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=_LARGEST)]
+Lanes = Annotated[int, Field(ge=1, le=2**16)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

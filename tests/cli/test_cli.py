@@ -47,10 +47,8 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], *([verb] for verb in VERBS)):
-        with pytest.raises(SystemExit) as exit_info:
-            main([*words, "--help"])
-        assert exit_info.value.code == 0
-        assert "usage: moduleformer-ext" in capsys.readouterr().out
+        assert main([*words, "--help"]) == 0
+        assert "Usage: moduleformer-ext" in capsys.readouterr().out
 
 
 def test_eval_repeats_the_figures_of_training(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,10 +129,13 @@ def test_resume_refuses_other_options(run: Path, capsys: pytest.CaptureFixture[s
         (["train", "--run", "{tmp}/r"], "exactly one of steps and minutes"),
         (["train", "--run", "{run}", "--steps", "1"], "already holds a run; continue it with --resume"),
         (["train", "--resume", "{tmp}"], "is not a run directory"),
-        (["train", "--run", "{tmp}/r", "--steps", "1", "--model", "n_embd"], "expected FIELD=VALUE, got 'n_embd'"),
+        (
+            ["train", "--run", "{tmp}/r", "--steps", "1", "--model", "n_embd"],
+            "--model must be FIELD=VALUE, got",
+        ),
         (["train", "--run", "{tmp}/r", "--config", "{tmp}/none.toml"], "none.toml' does not exist"),
         (["generate", "{tmp}", "--prompt", "x"], "is neither a run nor a model directory"),
-        (["generate", "{run}", "--prompt", "x", "--temperature", "-1"], "temperature must be >= 0, got -1.0"),
+        (["generate", "{run}", "--prompt", "x", "--temperature", "-1"], "--temperature must be at least 0, got -1"),
         (["eval", "{run}/checkpoints/step-00000004"], "tokenizer.json' does not exist"),
         (["convert", "{run}", "{run}"], "exists; name a folder to create"),
     ],
@@ -179,8 +180,7 @@ def test_ctrl_c_saves_and_resume_finishes(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_demo_has_a_budget_under_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["demo", "--help"])
+    assert main(["demo", "--help"]) == 0
     assert "default: 4.8" in capsys.readouterr().out
 
 

@@ -174,10 +174,13 @@ def test_concentrate_then_prune(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prune", "{run}", "{tmp}/o", "--threshold", "2"], "threshold must be in [0, 1], got 2.0"),
+        (["prune", "{run}", "{tmp}/o", "--threshold", "2"], "--threshold must be at most 1, got 2"),
         (["prune", "{run}", "{tmp}/o", "--remaining", "0.01"], "as every layer keeps k experts, got 0.01"),
         (["prune", "{run}", "{run}", "--remaining", "0.8"], "exists; name a folder to create"),
-        (["prune", "{run}", "{tmp}/o", "--remaining", "0.9", "--domain", "moon"], "there are far, near, got moon"),
+        (
+            ["prune", "{run}", "{tmp}/o", "--remaining", "0.9", "--domain", "moon"],
+            "must be among far, near, got moon",
+        ),
         (["prune", "{run}", "{tmp}/o", "--remaining", "0.9", "--usage", "{tmp}"], "usage.json' does not exist"),
         (["prune", "{extended}", "{tmp}/o", "--remaining", "0.9"], "has no held-out text of its own"),
         (["extend", "{run}", "{tmp}/o"], "attention or ffn must be above 0"),
@@ -189,7 +192,10 @@ def test_concentrate_then_prune(run: Path, tmp_path: Path) -> None:
         (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--trainable", "new"], "without new experts"),
         (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--routing-penalty", "1"], "without new experts"),
         (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--model", "n_embd=8"], "fixes n_embd"),
-        (["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--trainable", "some"], "one of all, experts, new"),
+        (
+            ["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--trainable", "some"],
+            "must be 'all', 'experts' or 'new'",
+        ),
         (
             ["finetune", "{run}", "--run", "{tmp}/o", "--steps", "1", "--concentrate", "1", "--aux-loss-weight", "1"],
             "leave --aux-loss-weight out",

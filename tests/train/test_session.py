@@ -48,6 +48,7 @@ def test_a_run_leaves_everything(tiny_config: ConfigMaker, tmp_path: Path, corpu
     names = sorted(path.name for path in run.root.iterdir())
     assert names == sorted(
         [
+            ".lock",
             "run.json",
             "data",
             "baselines.json",

@@ -1,9 +1,11 @@
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from moduleformer_ext.surgery import PARTS, PENALTIES
 from moduleformer_ext.train import TrainConfig
 from moduleformer_ext.train.config import read_options
 from moduleformer_ext.train.optimizer import learning_rate
@@ -24,18 +26,24 @@ def test_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of steps and minutes, got steps=0 minutes=0"),
-        ({"steps": 1, "minutes": 2}, "exactly one of steps and minutes, got steps=1 minutes=2"),
-        ({"steps": 1, "stepz": 2}, "unknown options stepz; there are"),
-        ({"steps": "many"}, "steps must be a int, got 'many'"),
-        ({"steps": True}, "steps must be a int, got True"),
-        ({"steps": 1, "text": "file"}, "text must be a list of strings, got 'file'"),
+        ({}, "exactly one of steps and minutes must be above 0, got steps=0 minutes=0"),
+        ({"steps": 1, "minutes": 2}, "exactly one of steps and minutes must be above 0, got steps=1 minutes=2"),
+        ({"steps": 1, "stepz": 2}, "stepz is unknown"),
+        ({"steps": "many"}, "steps must be a valid integer, got many"),
+        ({"steps": True}, "steps must be a valid integer, got True"),
+        ({"steps": 2**31}, "steps must be at most 2147483647, got 2147483648"),
+        ({"steps": 1, "text": "file"}, "text must be a valid array, got file"),
+        ({"steps": 1, "text": [""]}, "text must be PATH or DOMAIN=PATH, got ''"),
+        ({"steps": 1, "vocab_size": 10**12}, "vocab_size must be at most 1048576, got 1000000000000"),
+        ({"minutes": math.inf}, "minutes must be a finite number, got inf"),
+        ({"steps": 1, "domain_exponent": 1e300}, r"domain_exponent must be at most 10, got 1e\+300"),
+        ({"steps": 1, "seed": -1}, "seed must be at least 0, got -1"),
         ({"steps": 1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"steps": 1, "learning_rate": -1.0}, "learning_rate must be above 0, got -1.0"),
-        ({"steps": 1, "learning_rate": math.nan}, "learning_rate must be above 0, got nan"),
-        ({"steps": 1, "warmup": 1.5}, "warmup must be between 0 and 1, got 1.5"),
-        ({"steps": 1, "held_out": 1.0}, r"held_out must be between 0 and 1 \(exclusive\), got 1.0"),
-        ({"steps": 1, "dtype": "fp16"}, "dtype must be one of auto, fp32, bf16, got fp16"),
+        ({"steps": 1, "learning_rate": math.nan}, "learning_rate must be a finite number, got nan"),
+        ({"steps": 1, "warmup": 1.5}, "warmup must be at most 1, got 1.5"),
+        ({"steps": 1, "held_out": 1.0}, "held_out must be below 1, got 1.0"),
+        ({"steps": 1, "dtype": "fp16"}, "dtype must be 'auto', 'fp32' or 'bf16', got fp16"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, object], message: str) -> None:
@@ -48,11 +56,17 @@ def test_unreadable_files(tmp_path: Path) -> None:
         read_options(tmp_path / "none.json")
     for name, content in (("a.json", "{"), ("a.toml", "=")):
         (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=f"{name}' is not valid"):
+        with pytest.raises(ValueError, match=f"{name}': is not valid"):
             read_options(tmp_path / name)
     (tmp_path / "b.json").write_text("[1]")
-    with pytest.raises(ValueError, match="must hold an object of options, got list"):
+    with pytest.raises(ValueError, match=r"b\.json': must be an object"):
         read_options(tmp_path / "b.json")
+
+
+def test_choices_are_those_of_the_surgery() -> None:
+    fields = TrainConfig.model_fields
+    assert get_args(fields["trainable"].annotation) == PARTS
+    assert get_args(fields["routing_penalty_kind"].annotation) == PENALTIES
 
 
 def test_schedule_warms_up_and_follows_a_cosine() -> None:

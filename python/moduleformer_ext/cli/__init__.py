@@ -1,12 +1,18 @@
 """The `moduleformer-ext` command: one module per verb, loaded only when asked for."""
 
-import argparse
-import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Final
 
-VERBS = {
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.exceptions import MissingArgumentError
+from pydantic import ValidationError
+
+from moduleformer_ext.records import complaint
+
+VERBS: Final = {
     "train": "train a model on text files, or continue a run",
     "generate": "continue a prompt with a trained or published model",
     "eval": "measure bits per byte and perplexity",
@@ -22,35 +28,63 @@ VERBS = {
 }
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+_TRACEBACK = "--traceback"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status. Complaints about the input go to stderr in words."""
+    """Run one verb; returns the exit status. Complaints about the input go to stderr, in one line, with status 2."""
     # OpenMP threads that spin while they wait slow one another down tens of times on a machine that is also busy
     # with something else. The variable counts until torch is imported, which only a verb does.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="moduleformer-ext", description=__doc__.split(":")[0] + ".")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    chosen = next((word for word in words if word in VERBS), None)
-    for name, summary in VERBS.items():
-        verb = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".")
-        if name == chosen:  # only this one's imports are paid for
-            module = importlib.import_module(f".{name}", __name__)
-            module.add_arguments(verb)
-            verb.set_defaults(command=module.run)
-            verb.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
-    options = parser.parse_args(words)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number
+            stream.reconfigure(errors="backslashreplace")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = " ".join(["moduleformer-ext", *(word for word in words[:1] if word in VERBS)])
     try:
-        return int(options.command(options))
+        if not words:
+            raise ValueError("a verb must be given; --help lists them")
+        return int(_app()([word for word in words if word != _TRACEBACK]) or 0)
     except KeyboardInterrupt:
-        print(f"\nmoduleformer-ext {options.verb}: interrupted", file=sys.stderr)
+        print(f"\n{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has enough
         sys.stderr.close()
         return 1
-    except (ValueError, OSError, FloatingPointError) as error:
-        if options.traceback:
+    except Exception as error:
+        message = _expected(error)
+        if message is None or _TRACEBACK in words:
             raise
-        print(f"moduleformer-ext {options.verb}: {error}", file=sys.stderr)
+        print(f"{name}: {message}", file=sys.stderr)
         return 2
+
+
+def _app() -> App:
+    app = App(
+        name="moduleformer-ext",
+        help=f"The modular language models of moduleformer_ext. With {_TRACEBACK} errors say where in the code.",
+        default_parameter=Parameter(allow_repeating=True, consume_multiple=1, negative_iterable=(), negative_none=()),
+        version_flags=(),
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+    for verb, summary in VERBS.items():
+        app.command(f"{__name__}.{verb}:run", name=verb, help=f"{summary[0].upper()}{summary[1:]}.")
+    return app
+
+
+def _expected(error: Exception) -> str | None:
+    """What a user can be told of an error in one line; None for a fault of the program."""
+    match error:
+        case CycloptsError(__cause__=ValidationError() as cause):
+            field, problem = complaint(cause)
+            return f"--{field.replace('_', '-')} {problem}" if field else problem
+        case MissingArgumentError(argument=argument) if argument is not None:
+            return f"{argument.name} must be given a value"
+        case CycloptsError() | ValueError() | OSError() | FloatingPointError():
+            return " ".join(str(error).split("\n"))
+        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or "allocate" in str(error):
+            return f"there is not enough memory: {str(error).splitlines()[0] if str(error) else 'out of memory'}"
+    return None

@@ -1,24 +1,25 @@
 """`moduleformer-ext compare`."""
 
-import argparse
 import json
 from pathlib import Path
+from typing import Annotated
 
-from moduleformer_ext.cli.source import HELP, locate
+from cyclopts import Parameter
+
+from moduleformer_ext.cli.source import AsJson, Model, locate
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.surgery import compare
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("first", type=Path, help=HELP)
-    parser.add_argument("second", type=Path, help="the model to compare it with")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def run(options: argparse.Namespace) -> int:
+def run(
+    first: Model,
+    second: Annotated[Path, Parameter(help="the model to compare it with")],
+    /,
+    *,
+    as_json: AsJson = False,
+) -> int:
     """Print which experts changed, and by how much, came and went."""
-    models = [MoLMForCausalLM.from_pretrained(locate(path)[0]) for path in (options.first, options.second)]
+    models = [MoLMForCausalLM.from_pretrained(locate(path)[0]) for path in (first, second)]
     found = compare(*models)
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found.summary())
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found.summary())
     return 0

@@ -1,35 +1,37 @@
 """`moduleformer-ext demo`: the whole way from text to a trained model and a picture of its experts."""
 
-import argparse
 import shutil
 import time
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from pydantic import Field
 
 from moduleformer_ext.cli.train import finish
+from moduleformer_ext.records import Record
 from moduleformer_ext.train import RunDirectory, TrainConfig, is_run
 
 _MODEL = {"n_layer": 3, "n_mlp_experts": 16}
 """Few layers of many experts, 9 M parameters: in a few minutes more tokens teach more than more layers would."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("runs/demo"),
-        metavar="RUN",
-        help="folder of the run; an earlier run in it is replaced (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=4.8, help="wall-clock budget of everything (default: %(default)s)"
-    )
+@Parameter(name="*")
+class Options(Record):
+    """Where, and how long."""
+
+    run: Path = Path("runs/demo")
+    """folder of the run; an earlier run in it is replaced"""
+    minutes: Annotated[float, Field(gt=0, le=10**6)] = 4.8
+    """wall-clock budget of everything"""
 
 
-def run(options: argparse.Namespace) -> int:
+def run(*, options: Options = Options()) -> int:
     """Train the demonstration model."""
     started = time.monotonic()
+    config = TrainConfig(minutes=options.minutes, model=_MODEL)
     if is_run(options.run):
-        print(f"replacing the earlier run in {options.run}")
-        shutil.rmtree(options.run)
-    return finish(RunDirectory.create(options.run, TrainConfig(minutes=options.minutes, model=_MODEL)), started)
+        with RunDirectory(options.run, config).lock():
+            print(f"replacing the earlier run in {options.run}")
+            shutil.rmtree(options.run)
+    return finish(RunDirectory.create(options.run, config), started)

@@ -1,38 +1,44 @@
 """`moduleformer-ext generate`."""
 
-import argparse
 import sys
-from pathlib import Path
+from typing import Annotated
 
 import torch
+from cyclopts import Parameter
+from pydantic import Field
 from tokenizers.decoders import DecodeStream
 
-from moduleformer_ext.cli.source import HELP, load_source
-from moduleformer_ext.data import end_of_text_id
+from moduleformer_ext.cli.source import Model, load_source
+from moduleformer_ext.data import encode_texts, end_of_text_id
+from moduleformer_ext.records import Count, Natural, NonNegative, Record, Seed
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", type=Path, help=HELP)
-    parser.add_argument("--prompt", help="text to continue (default: standard input; empty: start a document)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=None, help="sample from the k likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=float, default=None, help="sample from the likeliest tokens of this total probability"
-    )
-    parser.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
+@Parameter(name="*")
+class Options(Record):
+    """How to continue the prompt."""
+
+    prompt: str | None = None
+    """text to continue (default: standard input; empty: start a document)"""
+    max_new_tokens: Natural = 200
+    """stop after so many"""
+    temperature: NonNegative = 0.8
+    """0: always the likeliest"""
+    top_k: Count | None = None
+    """sample from the k likeliest tokens"""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """sample from the likeliest tokens of this total probability"""
+    seed: Seed | None = None
+    """makes sampling repeatable"""
 
 
-def run(options: argparse.Namespace) -> int:
+def run(source: Model, /, *, options: Options = Options()) -> int:
     """Stream the continuation of a prompt to standard output."""
-    prompt = sys.stdin.read() if options.prompt is None else options.prompt
-    model, tokenizer = load_source(options.model)
+    prompt = _standard_input() if options.prompt is None else options.prompt
+    model, tokenizer = load_source(source)
     end = end_of_text_id(tokenizer)
-    ids = [end, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    ids = [end, *encode_texts(tokenizer, [prompt])[0]]
     stream = DecodeStream(skip_special_tokens=True)
-    sys.stdout.write(prompt)
-    for token in model.generate_stream(
+    tokens = model.generate_stream(
         torch.tensor([ids]),
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -40,9 +46,18 @@ def run(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
         eos_token_id=end,
-    ):
+    )
+    sys.stdout.write(prompt)
+    for token in tokens:
         # None until the bytes so far make whole characters.
         sys.stdout.write(stream.step(tokenizer, int(token)) or "")
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input must be UTF-8 text: {error}") from error

@@ -1,21 +1,16 @@
 """`moduleformer-ext info`."""
 
-import argparse
 import json
 from itertools import groupby
 
 from moduleformer_ext._extension import build_info, cuda_kernels
+from moduleformer_ext.cli.source import AsJson
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="print JSON, each CUDA kernel with its architecture")
-
-
-def run(options: argparse.Namespace) -> int:
+def run(*, as_json: AsJson = False) -> int:
     """Print what the extension was built with and what it can run here."""
     information, kernels = build_info(), cuda_kernels()
-    if options.json:
+    if as_json:
         listed = [{"op": op, "name": name, "arch": arch} for op, name, arch in kernels]
         print(json.dumps({**information, "cuda_kernels": listed}, indent=2))
         return 0

@@ -1,31 +1,31 @@
 """`moduleformer-ext merge`."""
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
-from moduleformer_ext.cli.source import HELP, check_new, locate, new_model_directory
+from cyclopts import Parameter
+
+from moduleformer_ext.cli.source import Model, Output, check_new, locate, new_model_directory
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.surgery import count_parameters, merge
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("first", type=Path, help=HELP)
-    parser.add_argument("second", type=Path, help="a model extended from the same base")
-    parser.add_argument("output", type=Path, help="folder to create")
-
-
-def run(options: argparse.Namespace) -> int:
+def run(
+    first: Model,
+    second: Annotated[Path, Parameter(help="a model extended from the same base")],
+    output: Output,
+    /,
+) -> int:
     """Write a model with the experts of both."""
-    check_new("merge", options.output)
-    directories, tokenizers = zip(*map(locate, (options.first, options.second)), strict=True)
+    check_new("merge", output)
+    directories, tokenizers = zip(*map(locate, (first, second)), strict=True)
     texts = [path.read_bytes() if path.is_file() else None for path in tokenizers]
     if texts[0] != texts[1]:
         raise ValueError(f"models must have the same tokenizer, got '{tokenizers[0]}' and '{tokenizers[1]}'")
     models = [MoLMForCausalLM.from_pretrained(directory) for directory in directories]
     merged = merge(*models)
-    with new_model_directory(options.output, tokenizers[0]) as scratch:
+    with new_model_directory(output, tokenizers[0]) as scratch:
         merged.save_pretrained(scratch)
     sizes = [count_parameters(model.config) for model in (*models, merged)]
-    print(f"wrote {options.output}: {sizes[2]} parameters, of models with {sizes[0]} and {sizes[1]}")
+    print(f"wrote {output}: {sizes[2]} parameters, of models with {sizes[0]} and {sizes[1]}")
     return 0

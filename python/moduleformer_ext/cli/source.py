@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Parameter
 from tokenizers import Tokenizer
 
 from moduleformer_ext.data import load_tokenizer
@@ -15,7 +17,10 @@ from moduleformer_ext.files import new_directory
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.train import RunDirectory, is_run
 
-HELP = "a run directory, or a directory with config.json, tokenizer.json and weights"
+Model = Annotated[Path, Parameter(help="a run directory, or a directory with config.json, tokenizer.json and weights")]
+Output = Annotated[Path, Parameter(help="folder to create")]
+Switch = Annotated[bool, Parameter(negative=())]
+AsJson = Annotated[bool, Parameter(name="--json", negative=(), help="print JSON instead of a table")]
 
 
 def locate(path: Path) -> tuple[Path, Path]:
@@ -32,9 +37,19 @@ def locate(path: Path) -> tuple[Path, Path]:
 
 
 def load_source(path: Path) -> tuple[MoLMForCausalLM, Tokenizer]:
-    """Load model, in evaluation mode, and tokenizer."""
-    directory, tokenizer = locate(path)
-    return MoLMForCausalLM.from_pretrained(directory).eval(), load_tokenizer(tokenizer)
+    """Load model, in evaluation mode, and tokenizer, which must belong together."""
+    directory, tokenizer_file = locate(path)
+    tokenizer = load_tokenizer(tokenizer_file)
+    model = MoLMForCausalLM.from_pretrained(directory).eval()
+    if (entries := tokenizer.get_vocab_size()) > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: '{tokenizer_file}' must have at most {model.config.vocab_size} entries, those of the model, "
+            f"got {entries}"
+        )
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise FloatingPointError(f"model: the weights in '{directory}' must be finite, got others in {name}")
+    return model, tokenizer
 
 
 def check_new(verb: str, output: Path) -> None:

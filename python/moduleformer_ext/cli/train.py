@@ -1,84 +1,84 @@
 """`moduleformer-ext train`."""
 
-import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+from cyclopts import Parameter
+from pydantic import AfterValidator
+
+from moduleformer_ext.data import check_sources
 from moduleformer_ext.train import RunDirectory, TrainConfig, run_session
-from moduleformer_ext.train.config import default_of, read_options
+from moduleformer_ext.train.config import RunOptions, read_options
 
 INTERRUPTED = 130
+ConfigFile = Annotated[Path | None, Parameter(help="options as .json or .toml; flags win")]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments: every field of `TrainConfig` is a flag."""
-    parser.epilog = "Flags override --config. Ctrl-C saves a checkpoint; go on with --resume RUN."
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--run", type=Path, metavar="RUN", help="folder of the new run")
-    where.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to continue")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="options as .json or .toml")
-    add_config_flags(parser)
+def _check_assignment(item: str) -> str:
+    if "=" not in item:
+        raise ValueError(f"must be FIELD=VALUE, got '{item}'")
+    return item
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per config field; those not given leave no trace in the namespace."""
-    group = parser.add_argument_group("options of a run")
-    for option in dataclasses.fields(TrainConfig):
-        default = default_of(option)
-        kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": option.metadata["help"]}
-        if isinstance(default, tuple):
-            kwargs |= {"nargs": "+", "metavar": "PATH"}
-        elif isinstance(default, bool):
-            kwargs["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, dict):
-            kwargs |= {"nargs": "+", "metavar": "FIELD=VALUE"}
-        else:
-            kwargs |= {"type": type(default), "metavar": option.name.upper()}
-            kwargs["help"] += f" (default: {default})"
-        group.add_argument(f"--{option.name.replace('_', '-')}", dest=option.name, **kwargs)
+@Parameter(name="*")
+class Flags(RunOptions):
+    """Options of a run, as flags."""
 
+    model: Annotated[tuple[Annotated[str, AfterValidator(_check_assignment)], ...], Parameter(name="--model")] = ()
+    """model configuration fields that replace those of the preset, as FIELD=VALUE"""
 
-def given_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The config fields that were given as flags."""
-    names = {option.name for option in dataclasses.fields(TrainConfig)}
-    given = {name: value for name, value in vars(options).items() if name in names}
-    if "model" in given:
-        given["model"] = dict(_parse_field(item) for item in given["model"])
-    return given
+    def given(self, file: Path | None) -> dict[str, Any]:
+        """The options of the file, with the flags that were given over them."""
+        options = read_options(file) if file else {}
+        flags = self.model_dump(mode="json", exclude_unset=True)
+        if self.model:
+            in_file = options.get("model", {})
+            flags["model"] = {**(in_file if isinstance(in_file, dict) else {}), **dict(map(_parse_field, self.model))}
+        return options | flags
 
 
 def _parse_field(item: str) -> tuple[str, Any]:
-    name, separator, value = item.partition("=")
-    if not separator:
-        raise ValueError(f"--model: expected FIELD=VALUE, got '{item}'")
+    name, _, value = item.partition("=")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value  # a bare word is a string
 
 
-def run(options: argparse.Namespace) -> int:
-    """Start or continue a run."""
+def run(
+    *,
+    run: Annotated[Path | None, Parameter(help="folder of the new run")] = None,
+    resume: Annotated[Path | None, Parameter(help="folder of a run to continue")] = None,
+    config: ConfigFile = None,
+    flags: Flags = Flags(),
+) -> int:
+    """Start or continue a run. Ctrl-C saves a checkpoint; go on with --resume RUN."""
     started = time.monotonic()
-    given = read_given(options)
-    if options.resume:
-        directory = RunDirectory.open(options.resume)
+    given = flags.given(config)
+    if (run is None) == (resume is None):
+        raise ValueError("exactly one of --run and --resume must be given")
+    if resume is not None:
+        directory = RunDirectory.open(resume)
         _check_same(directory, given)
-    else:
-        directory = RunDirectory.create(options.run, TrainConfig.from_dict(given))
-    return finish(directory, started)
+        check_device(directory.config)
+        return finish(directory, started)
+    assert run is not None
+    options = TrainConfig.from_dict(given)
+    check_device(options)
+    check_sources(options.text)
+    return finish(RunDirectory.create(run, options), started)
 
 
-def read_given(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of the file, with those of the flags over them."""
-    given = read_options(options.config) if options.config else {}
-    flags = given_options(options)
-    if "model" in flags and isinstance(given.get("model"), dict):
-        flags["model"] = {**given["model"], **flags["model"]}
-    return given | flags
+def check_device(config: TrainConfig) -> None:
+    """Refuse a device that this machine does not have."""
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device must be a torch device of this machine, got {config.device}: {reason}") from error
 
 
 def finish(directory: RunDirectory, started: float) -> int:

@@ -1,42 +1,42 @@
 """`moduleformer-ext usage`."""
 
-import argparse
-import json
 from pathlib import Path
+from typing import Annotated, Any
 
-from moduleformer_ext.cli.measure import add_measuring_arguments, measure
-from moduleformer_ext.cli.source import HELP, check_new, load_source
-from moduleformer_ext.files import new_directory
+from cyclopts import Parameter
+
+from moduleformer_ext.cli.measure import Measuring
+from moduleformer_ext.cli.source import Model, check_new, load_source
+from moduleformer_ext.files import new_directory, read_json, to_json, write_file
 from moduleformer_ext.surgery import KINDS, ExpertUsage, divergences, plot_expert_usage, usage_table
 
 COUNTS_FILE = "usage.json"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", type=Path, help=HELP)
-    parser.add_argument("output", type=Path, help=f"folder to create, for {COUNTS_FILE}, usage.csv and usage.png")
-    add_measuring_arguments(parser)
-
-
-def run(options: argparse.Namespace) -> int:
+def run(
+    source: Model,
+    output: Annotated[Path, Parameter(help=f"folder to create, for {COUNTS_FILE}, usage.csv and usage.png")],
+    /,
+    *,
+    options: Measuring = Measuring(),
+) -> int:
     """Count the experts' slots by domain; write counts, frequencies, divergences and heat maps."""
-    check_new("usage", options.output)
-    model, tokenizer = load_source(options.model)
-    usage = {domain: score.usage for domain, score in measure(options, model, tokenizer).items()}
+    check_new("usage", output)
+    model, tokenizer = load_source(source)
+    usage = {domain: score.usage for domain, score in options.measure(source, model, tokenizer).items()}
     divergence = divergences(usage)
     record = {"domains": {domain: counted.to_dict() for domain, counted in usage.items()}, "divergence": divergence}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with new_directory(options.output) as scratch:
-        (scratch / COUNTS_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        (scratch / "usage.csv").write_text(usage_table(usage, model.config))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with new_directory(output) as scratch:
+        write_file(scratch / COUNTS_FILE, to_json(record))
+        write_file(scratch / "usage.csv", usage_table(usage, model.config))
         plot_expert_usage(scratch / "usage.png", usage)
     for kind in KINDS:
         for first, others in divergence[kind].items():
             for second, layers in others.items():
                 mean = sum(layers) / len(layers)
                 print(f"{kind:<9}  KL({first} || {second}), mean over layers: {mean:.3f} nats")
-    print(f"wrote {options.output}")
+    print(f"wrote {output}")
     return 0
 
 
@@ -46,7 +46,7 @@ def read_counts(path: Path) -> dict[str, ExpertUsage]:
     if not file.is_file():
         raise FileNotFoundError(f"usage: '{file}' does not exist; `moduleformer-ext usage` writes it")
     try:
-        domains = json.loads(file.read_text())["domains"]
+        domains = read_json(file, dict[str, Any])["domains"]
         return {domain: ExpertUsage.from_dict(counts) for domain, counts in domains.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"usage: '{file}' is not what `moduleformer-ext usage` writes: {error!r}") from error

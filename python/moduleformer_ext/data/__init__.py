@@ -1,14 +1,15 @@
 """Text to batches: corpora, split, tokenizer, token streams, Transformer-XL lanes, n-gram baselines."""
 
-from moduleformer_ext.data.corpus import Document, standard_library, text_files
+from moduleformer_ext.data.corpus import ALL, Document, check_source, check_sources, standard_library, text_files
 from moduleformer_ext.data.dataset import Dataset, build_dataset, open_dataset
 from moduleformer_ext.data.lanes import LaneReader, Segment, share_lanes
 from moduleformer_ext.data.ngram import Bigram, NGram, Unigram, stream_bits
 from moduleformer_ext.data.split import Split, split_documents
-from moduleformer_ext.data.stream import TokenStream, tokenize
-from moduleformer_ext.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, train_tokenizer
+from moduleformer_ext.data.stream import TokenStream, tokenize, tokenize_domains
+from moduleformer_ext.data.tokenizer import END_OF_TEXT, encode_texts, end_of_text_id, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "ALL",
     "END_OF_TEXT",
     "Bigram",
     "Dataset",
@@ -20,6 +21,9 @@ __all__ = [
     "TokenStream",
     "Unigram",
     "build_dataset",
+    "check_source",
+    "check_sources",
+    "encode_texts",
     "end_of_text_id",
     "load_tokenizer",
     "open_dataset",
@@ -29,5 +33,6 @@ __all__ = [
     "stream_bits",
     "text_files",
     "tokenize",
+    "tokenize_domains",
     "train_tokenizer",
 ]

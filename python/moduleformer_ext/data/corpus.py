@@ -18,6 +18,10 @@ _SKIPPED_FOLDERS = {
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+ALL = "all"
+"""Stands for all domains together, wherever results are listed by domain; no domain has this name."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One text of a domain. `name` is relative to its root, and alone decides the split it falls into."""
@@ -122,7 +126,7 @@ def text_files(sources: Sequence[str], *, without: Path | None = None) -> list[D
         domain, root = _parse_source(source)
         found = []
         for path in _files_below(root):
-            if without is not None and without.resolve() in path.resolve().parents:
+            if without is not None and Path(os.path.realpath(without)) in Path(os.path.realpath(path)).parents:
                 continue
             if (text := _read_text(path)) is not None:
                 name = path.name if path == root else path.relative_to(root).as_posix()
@@ -133,19 +137,35 @@ def text_files(sources: Sequence[str], *, without: Path | None = None) -> list[D
     return _distinct(documents)
 
 
+def check_source(source: str) -> str:
+    """Refuse what names no path, such as an unset variable of the shell, which would be the current folder."""
+    if not source or source.endswith("="):
+        raise ValueError(f"must be PATH or DOMAIN=PATH, got '{source}'; write . for the current folder")
+    return source
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Refuse sources that do not exist or whose domain has no proper name; no text is read."""
+    for source in sources:
+        _parse_source(source)
+
+
 def _parse_source(source: str) -> tuple[str, Path]:
+    check_source(source)
     name, separator, location = source.partition("=")
     if separator and not Path(source).exists():
         domain, root = name, Path(location)
     else:
         root = Path(source)
-        domain = root.resolve().stem
+        domain = Path(os.path.realpath(root)).stem
     if not root.exists():
         raise FileNotFoundError(f"text: '{root}' does not exist; expected a text file or a folder of text files")
     if not re.fullmatch(r"[\w.+-]+", domain):
         raise ValueError(
             f"text: a domain name takes letters, digits and ._+- but '{source}' gives '{domain}'; write NAME=PATH"
         )
+    if domain == ALL:
+        raise ValueError(f"text: '{ALL}' stands for all domains together, but '{source}' gives it; write NAME=PATH")
     return domain, root
 
 

@@ -1,20 +1,32 @@
 """A tokenised corpus on disk: the tokenizer and one stream per domain and split."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from typing_extensions import TypedDict  # pydantic reads the typing module's from Python 3.12 on
 
 from moduleformer_ext.data.corpus import Document
 from moduleformer_ext.data.split import split_documents
-from moduleformer_ext.data.stream import TokenStream, map_tokens, save_tokens, tokenize
+from moduleformer_ext.data.stream import TokenStream, map_tokens, save_tokens, tokenize_domains
 from moduleformer_ext.data.tokenizer import load_tokenizer, train_tokenizer
-from moduleformer_ext.files import new_directory
+from moduleformer_ext.files import new_directory, read_json, to_json
 
 _INDEX = "index.json"
 TOKENIZER = "tokenizer.json"
+
+
+class _Sizes(TypedDict):
+    num_bytes: int
+    num_documents: int
+
+
+class _Index(TypedDict):
+    """By domain."""
+
+    train: dict[str, _Sizes]
+    held_out: dict[str, _Sizes]
 
 
 @dataclass(frozen=True)
@@ -46,16 +58,17 @@ def build_dataset(
     split = split_documents(documents, held_out_fraction)
     if tokenizer is None:
         tokenizer = train_tokenizer((document.text for document in split.train), vocab_size)
-    index: dict[str, dict[str, dict[str, int]]] = {}
+    index: _Index = {"train": {}, "held_out": {}}
     with new_directory(directory) as scratch:
         tokenizer.save(str(scratch / TOKENIZER))
-        for name, members in (("train", split.train), ("held_out", split.held_out)):
-            index[name] = {}
-            for domain in sorted({document.domain for document in members}):
-                stream = tokenize([document for document in members if document.domain == domain], tokenizer)
+        for name, members, sizes in (
+            ("train", split.train, index["train"]),
+            ("held_out", split.held_out, index["held_out"]),
+        ):
+            for domain, stream in tokenize_domains(members, tokenizer).items():
                 save_tokens(scratch / f"{name}.{domain}.npy", stream.tokens)
-                index[name][domain] = {"num_bytes": stream.num_bytes, "num_documents": stream.num_documents}
-        (scratch / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                sizes[domain] = {"num_bytes": stream.num_bytes, "num_documents": stream.num_documents}
+        (scratch / _INDEX).write_text(to_json(index))
     return open_dataset(directory)
 
 
@@ -63,12 +76,13 @@ def open_dataset(directory: Path) -> Dataset:
     """Open what `build_dataset` wrote; tokens stay on disk, memory-mapped."""
     if not (directory / _INDEX).is_file():
         raise FileNotFoundError(f"dataset: '{directory}' holds no tokenised corpus ({_INDEX} is missing)")
-    index = json.loads((directory / _INDEX).read_text())
+    index = read_json(directory / _INDEX, _Index)
 
-    def streams(split: str) -> dict[str, TokenStream]:
+    def streams(split: str, domains: dict[str, _Sizes]) -> dict[str, TokenStream]:
         return {
             domain: TokenStream(map_tokens(directory / f"{split}.{domain}.npy"), **sizes)
-            for domain, sizes in index[split].items()
+            for domain, sizes in domains.items()
         }
 
-    return Dataset(load_tokenizer(directory / TOKENIZER), streams("train"), streams("held_out"))
+    tokenizer = load_tokenizer(directory / TOKENIZER)
+    return Dataset(tokenizer, streams("train", index["train"]), streams("held_out", index["held_out"]))

@@ -1,6 +1,7 @@
 """Deterministic train / held-out split of documents, by name."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ class Split:
 
 def name_hash(name: str, salt: str = "") -> float:
     """Map a name to [0, 1), uniformly over names and alike on every machine."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8, salt=salt.encode()).digest()
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8, salt=salt.encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

@@ -45,6 +45,12 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStream
     return TokenStream(np.concatenate(pieces), num_bytes, len(documents))
 
 
+def tokenize_domains(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, TokenStream]:
+    """Encode documents into one stream per domain."""
+    domains = sorted({document.domain for document in documents})
+    return {domain: tokenize([d for d in documents if d.domain == domain], tokenizer) for domain in domains}
+
+
 def save_tokens(path: Path, tokens: TokenArray) -> None:
     """Write token ids as .npy."""
     np.save(path, tokens, allow_pickle=False)
@@ -52,7 +58,10 @@ def save_tokens(path: Path, tokens: TokenArray) -> None:
 
 def map_tokens(path: Path) -> TokenArray:
     """Open token ids as a read-only memory map."""
-    tokens: TokenArray = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        tokens: TokenArray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"tokens: '{path}' is not a whole .npy file: {error}") from error
     if tokens.ndim != 1 or tokens.dtype.kind != "u":
         raise ValueError(f"tokens: '{path}' must hold unsigned integers [N], got {tokens.dtype} {tokens.shape}")
     return tokens

@@ -1,12 +1,18 @@
 """Byte-level BPE: any text becomes token ids and comes back byte for byte."""
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 """Stands before, between and after documents; the published MoLM tokenizer has the same."""
+
+_LONGEST_WORD = 256
+"""In characters, while a tokenizer is trained: the time for a word grows with the square of its length."""
+_Result = TypeVar("_Result")
 
 MIN_VOCAB_SIZE = 257
 """The 256 bytes and `END_OF_TEXT`."""
@@ -17,7 +23,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size: byte-level BPE needs at least {MIN_VOCAB_SIZE} entries, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(_LONGEST_WORD)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -25,7 +32,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    _interruptible(lambda: tokenizer.train_from_iterator(texts, trainer))
+    tokenizer.pre_tokenizer = words
     return tokenizer
 
 
@@ -51,6 +59,27 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = _interruptible(lambda: tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return [encoding.ids for encoding in encodings]
     finally:
         tokenizer.encode_special_tokens = before
+
+
+def _interruptible(work: Callable[[], _Result]) -> _Result:
+    """Do `work`, which returns from native code only at its end, such that Ctrl-C does not wait for it."""
+    results: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
+    return results[0]

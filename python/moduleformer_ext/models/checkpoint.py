@@ -168,4 +168,4 @@ def _own_config(weights: Path) -> dict[str, Any] | None:
         raise ValueError(f"'{weights}' is not a whole safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
         return None
-    return parse_json(metadata.get("config", ""), dict[str, Any], str(weights))
+    return parse_json(metadata.get("config", ""), dict[str, Any], f"'{weights}'")

@@ -1,15 +1,14 @@
 """The n-gram models that a trained model has to beat."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from moduleformer_ext.data import Bigram, Dataset, NGram, Unigram, stream_bits
-from moduleformer_ext.files import write_file
+from moduleformer_ext.data import ALL, Bigram, Dataset, NGram, Unigram, stream_bits
+from moduleformer_ext.files import read_json, to_json, write_file
 
 BitsPerByte = dict[str, dict[str, float]]
 """Held-out bits per byte, by model and then by domain; `ALL` is all domains together."""
-ALL = "all"
+BIGRAM = "bigram (Kneser-Ney)"
 
 
 def measure_baselines(dataset: Dataset) -> BitsPerByte:
@@ -18,7 +17,7 @@ def measure_baselines(dataset: Dataset) -> BitsPerByte:
     vocab_size = dataset.tokenizer.get_vocab_size()
     models: dict[str, NGram] = {
         "unigram": Unigram(streams, vocab_size),
-        "bigram (Kneser-Ney)": Bigram(streams, vocab_size),
+        BIGRAM: Bigram(streams, vocab_size),
     }
     sizes = {domain: stream.num_bytes for domain, stream in dataset.held_out.items()}
     return {
@@ -37,13 +36,12 @@ def per_byte(bits: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, f
 
 def load_baselines(path: Path) -> BitsPerByte:
     """Read what `save_baselines` wrote."""
-    baselines: BitsPerByte = json.loads(path.read_text())
-    return baselines
+    return read_json(path, BitsPerByte)
 
 
 def save_baselines(path: Path, baselines: BitsPerByte) -> None:
     """Write as JSON, atomically."""
-    write_file(path, json.dumps(baselines, indent=2) + "\n")
+    write_file(path, to_json(baselines))
 
 
 def format_table(results: BitsPerByte) -> str:

@@ -32,8 +32,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Per token: 2 ** (bits / tokens)."""
-        return float(2.0 ** (self.bits / self.num_tokens))
+        """Per token: 2 ** (bits / tokens); infinite where that is more than a float holds."""
+        try:
+            return float(2.0 ** (self.bits / self.num_tokens))
+        except OverflowError:
+            return math.inf
 
 
 def overall_bits_per_byte(scores: Mapping[str, Score]) -> float:
@@ -53,7 +56,14 @@ def evaluate(
 
     A stream is read by up to `batch_size` lanes of consecutive segments, the history of the segments before being
     carried along as in training; a lane's first segment has none.
+
+    Raises:
+        ValueError: `batch_size` or `segment_length` is below 1.
+        FloatingPointError: the loss is not a number.
     """
+    for name, value in (("batch_size", batch_size), ("segment_length", segment_length)):
+        if value < 1:
+            raise ValueError(f"evaluate: {name} must be at least 1, got {value}")
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -64,6 +74,8 @@ def evaluate(
             with torch.no_grad(), autocast(device, dtype):
                 for lanes in _split_lanes(stream.tokens, batch_size, segment_length):
                     _score_lanes(model, lanes.to(device), segment_length, score)
+            if math.isnan(score.bits):
+                raise FloatingPointError(f"evaluate: the loss on domain '{domain}' must be a number, got nan")
     finally:
         model.train(training)
     return scores

@@ -21,11 +21,13 @@ class MetricsLog:
     def read(self) -> list[dict[str, Any]]:
         """All whole records; a line cut short by a kill is left out."""
         records = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except ValueError:
                 continue
+            if isinstance(record, dict):
+                records.append(record)
         return records
 
     def rewind(self, step: int) -> None:

@@ -1,14 +1,13 @@
 """What is measured once, before the first step, and then stays: the arithmetic and the number of steps."""
 
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moduleformer_ext.data import TokenStream
-from moduleformer_ext.files import write_file
+from moduleformer_ext.files import read_json, to_json, write_file
+from moduleformer_ext.records import Count, Record
 from moduleformer_ext.train.evaluation import evaluate
 from moduleformer_ext.train.trainer import Trainer
 
@@ -17,33 +16,33 @@ _CLOSING_SECONDS = 12.0
 _SAFETY = 0.9
 """Part of the remaining time that is planned: other programs may slow the machine, and checkpoints take time."""
 _FEWEST_STEPS = 20
+Dtype = Literal["fp32", "bf16"]
 _PATIENCE_SECONDS = 8.0
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Record):
     """Fixed for the life of a run."""
 
-    steps: int
-    dtype: str
-    seconds_per_step: dict[str, float]
+    steps: Count
+    dtype: Dtype
+    seconds_per_step: dict[Dtype, float]
     """As measured, by dtype."""
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""
-        write_file(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_file(path, to_json(self))
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text()))
+        return read_json(path, cls)
 
 
 def make_plan(
     make_trainer: Callable[[str], Trainer],
     held_out: Mapping[str, TokenStream],
     *,
-    dtype: str,
+    dtype: Dtype | Literal["auto"],
     steps: int,
     deadline: float | None,
 ) -> Plan:
@@ -52,9 +51,9 @@ def make_plan(
     `dtype` "auto" takes the faster of fp32 and bf16. With `steps` 0, as many are planned as leave time for the
     evaluation before `deadline` (of `time.monotonic`).
     """
-    candidates = ("bf16", "fp32") if dtype == "auto" else (dtype,)
+    candidates: tuple[Dtype, ...] = ("bf16", "fp32") if dtype == "auto" else (dtype,)
     if steps and len(candidates) == 1:
-        return Plan(steps, dtype, {})
+        return Plan(steps=steps, dtype=candidates[0], seconds_per_step={})
     seconds = {name: _seconds_per_step(make_trainer(name)) for name in candidates}
     chosen = min(seconds, key=seconds.__getitem__)
     if not steps:
@@ -66,7 +65,7 @@ def make_plan(
                 f"minutes: the budget leaves room for {max(steps, 0)} steps of {seconds[chosen]:.2f} s, "
                 f"expected at least {_FEWEST_STEPS}; allow more time or shrink the model"
             )
-    return Plan(steps, chosen, seconds)
+    return Plan(steps=steps, dtype=chosen, seconds_per_step=seconds)
 
 
 def _seconds_per_step(trainer: Trainer) -> float:

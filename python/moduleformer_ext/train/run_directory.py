@@ -1,18 +1,22 @@
 """The folder of one run, and what is where in it."""
 
-import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from moduleformer_ext.data import Dataset, build_dataset, load_tokenizer, open_dataset, standard_library, text_files
 from moduleformer_ext.data.dataset import TOKENIZER
-from moduleformer_ext.files import new_directory, remove_directory, remove_partial, write_file
+from moduleformer_ext.files import new_directory, read_json, remove_directory, remove_partial, to_json, write_file
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.train.checkpoints import CheckpointStore
 from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.metrics import MetricsLog
 
 _CONFIG = "run.json"
+_LOCK = ".lock"
 
 
 class RunDirectory:
@@ -20,7 +24,7 @@ class RunDirectory:
     checkpoints/step-N/, metrics.jsonl, evaluation.json, samples.txt and expert_usage.png.
 
     Each is written once, atomically, in this order; what exists already is reused, which is how a run that was
-    stopped anywhere goes on.
+    stopped anywhere goes on. Only who holds `lock` writes or deletes; reading needs no lock.
     """
 
     def __init__(self, root: Path, config: TrainConfig) -> None:
@@ -45,7 +49,10 @@ class RunDirectory:
         `base` is a model to start from and the file of its tokenizer; the run keeps copies of both.
         """
         run = cls(root, config)
-        if is_run(root):
+        if not is_run(root) and root.exists() and (not root.is_dir() or any(p.name != _LOCK for p in root.iterdir())):
+            raise FileExistsError(f"run: '{root}' is not an empty folder; choose another")
+        root.mkdir(parents=True, exist_ok=True)
+        with run.lock():
             if run.plan.exists():
                 raise FileExistsError(
                     f"run: '{root}' already holds a run; continue it with --resume, or choose another folder"
@@ -54,15 +61,12 @@ class RunDirectory:
                 if made.exists():
                     remove_directory(made)
             run.baselines.unlink(missing_ok=True)
-        elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise FileExistsError(f"run: '{root}' is not an empty folder; choose another")
-        root.mkdir(parents=True, exist_ok=True)
-        if base is not None:
-            model, tokenizer = base
-            with new_directory(run.base) as scratch:
-                model.save_pretrained(scratch)
-                shutil.copyfile(tokenizer, scratch / TOKENIZER)
-        write_file(root / _CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+            if base is not None:
+                model, tokenizer = base
+                with new_directory(run.base) as scratch:
+                    model.save_pretrained(scratch)
+                    shutil.copyfile(tokenizer, scratch / TOKENIZER)
+            write_file(root / _CONFIG, to_json(config))
         return run
 
     @classmethod
@@ -70,8 +74,21 @@ class RunDirectory:
         """Open a run that `create` started."""
         if not is_run(root):
             raise FileNotFoundError(f"run: '{root}' is not a run directory ({_CONFIG} is missing)")
-        remove_partial(root)
-        return cls(root, TrainConfig.from_dict(json.loads((root / _CONFIG).read_text())))
+        return cls(root, read_json(root / _CONFIG, TrainConfig))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run alone while the block runs; a process that dies lets go of it.
+
+        Raises:
+            BlockingIOError: somebody else holds it.
+        """
+        try:
+            with FileLock(self.root / _LOCK, timeout=0):
+                remove_partial(self.root)
+                yield
+        except Timeout as error:
+            raise BlockingIOError(f"run: '{self.root}' is being trained by another process") from error
 
     def dataset(self) -> Dataset:
         """The tokenised corpus; made from the texts at first, from disk ever after."""

@@ -1,17 +1,17 @@
 """A whole run from text to figures: every stage finds what earlier ones, or an earlier process, left."""
 
-import json
 import sys
 import time
 from collections.abc import Callable
 
 from tqdm import tqdm
 
-from moduleformer_ext.data import Dataset, LaneReader, end_of_text_id, share_lanes
-from moduleformer_ext.files import write_file
+from moduleformer_ext.data import ALL, Dataset, LaneReader, end_of_text_id, share_lanes
+from moduleformer_ext.files import to_json, write_file
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train.baselines import (
+    BIGRAM,
     BitsPerByte,
     format_table,
     load_baselines,
@@ -40,12 +40,13 @@ def run_session(run: RunDirectory, *, started: float | None = None, say: Say = p
     """
     started = time.monotonic() if started is None else started
     keep_freed_memory()
-    dataset = _prepare_data(run, say)
-    baselines = _prepare_baselines(run, dataset, say)
-    trainer = _prepare_trainer(run, dataset, started, say)
-    if not _train(run, trainer, say):
-        return False
-    _conclude(run, dataset, baselines, trainer, say)
+    with run.lock():
+        dataset = _prepare_data(run, say)
+        baselines = _prepare_baselines(run, dataset, say)
+        trainer = _prepare_trainer(run, dataset, started, say)
+        if not _train(run, trainer, say):
+            return False
+        _conclude(run, dataset, baselines, trainer, say)
     say(f"total time {time.monotonic() - started:.0f} s; everything is in {run.root}")
     return True
 
@@ -172,12 +173,25 @@ def _conclude(run: RunDirectory, dataset: Dataset, baselines: BitsPerByte, train
     results = {**baselines, MODEL_NAME: per_byte(bits, sizes)}
     perplexity = {domain: score.perplexity for domain, score in scores.items()}
     record = {"step": trainer.step, "bits_per_byte": results, "perplexity": perplexity}
-    write_file(run.evaluation, json.dumps(record, indent=2) + "\n")
+    write_file(run.evaluation, to_json(record))
     run.metrics.append(event="evaluation", **record)
     say("\nheld-out bits per byte:\n" + format_table(results))
+    if results[MODEL_NAME][ALL] >= results[BIGRAM][ALL]:
+        say(_behind(trainer, dataset))
 
     plot_expert_usage(run.expert_usage, {domain: score.usage for domain, score in scores.items()})
     say(f"\nexpert usage by domain: {run.expert_usage}")
     samples = generate_samples(trainer.model, dataset, seed=run.config.seed)
     write_file(run.samples, samples)
     say("\n" + samples)
+
+
+def _behind(trainer: Trainer, dataset: Dataset) -> str:
+    """Why a model may be no better than counting pairs of tokens, and what helps."""
+    read = trainer.steps * trainer.reader.num_tokens
+    text = sum(stream.num_scored for stream in dataset.train.values())
+    return (
+        f"the model is behind the {BIGRAM} model, which counted all {text / 1e6:.2f} M tokens of the text: it read "
+        f"{read / 1e6:.2f} M in {trainer.steps} steps. A slow or busy machine takes fewer steps in the same time: give "
+        "it more minutes or steps, or a smaller model"
+    )

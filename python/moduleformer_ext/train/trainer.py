@@ -1,19 +1,18 @@
 """The training loop's state and step: model, optimiser, history, random state and data position."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from moduleformer_ext.data import LaneReader
+from moduleformer_ext.files import load_tensors, read_json, save_tensors, to_json
 from moduleformer_ext.models import KVCache, MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.nn import LayerCache
+from moduleformer_ext.records import Natural, Record
 from moduleformer_ext.surgery import load_entropy, routing_penalty, set_trainable
 from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.optimizer import build_optimizer, learning_rate
@@ -36,6 +35,13 @@ class StepResult(NamedTuple):
     learning_rate: float
     load_entropy: float
     """Of the experts, in [0, 1]."""
+
+
+class _Scalars(Record):
+    step: Natural
+    steps: Natural
+    position: Natural
+    dtype: str
 
 
 class Trainer:
@@ -103,30 +109,30 @@ class Trainer:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / _TENSORS)
-        scalars = {"step": self.step, "steps": self.steps, "position": self.reader.position}
-        (directory / _SCALARS).write_text(json.dumps({**scalars, "dtype": self.dtype}, indent=2) + "\n")
+        save_tensors(directory / _TENSORS, tensors)
+        state = _Scalars(step=self.step, steps=self.steps, position=self.reader.position, dtype=self.dtype)
+        (directory / _SCALARS).write_text(to_json(state))
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote; the trainer must have been made with the same configuration."""
         try:
-            scalars = json.loads((directory / _SCALARS).read_text())
-            tensors = load_file(directory / _TENSORS)
-        except (OSError, ValueError, SafetensorError) as error:
+            scalars = read_json(directory / _SCALARS, _Scalars)
+            tensors = load_tensors(directory / _TENSORS)
+        except (OSError, ValueError) as error:
             raise ValueError(f"checkpoint: '{directory}' cannot be read: {error}") from error
-        for name, own in (("steps", self.steps), ("dtype", self.dtype)):
-            if scalars[name] != own:
-                raise ValueError(f"checkpoint: '{directory}' has {name} {scalars[name]}, but the run has {own}")
+        for name, stored_value, own in (("steps", scalars.steps, self.steps), ("dtype", scalars.dtype, self.dtype)):
+            if stored_value != own:
+                raise ValueError(f"checkpoint: '{directory}' has {name} {stored_value}, but the run has {own}")
         stored = MoLMForCausalLM.from_pretrained(directory).state_dict()
         _check_matching(directory, self.model.state_dict(), stored)
         self.model.load_state_dict(stored)
-        self._load_moments(directory, tensors, scalars["step"])
+        self._load_moments(directory, tensors, scalars.step)
         self._load_history(tensors)
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        self.step = scalars["step"]
-        self.reader.position = scalars["position"]
+        self.step = scalars.step
+        self.reader.position = scalars.position
 
     def _moments(self) -> dict[str, Tensor]:
         """AdamW's state; its step count is ours."""
