@@ -49,9 +49,18 @@ def replacing(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in what goes wrong while it is written, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"'{path}' cannot be written: {error}") from error
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` (text as UTF-8)."""
-    with replacing(path) as scratch:
+    with writing(path), replacing(path) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -98,17 +107,17 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode  # the library replaces the file by a private one
-    try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata) if metadata else None
-        )
-    except SafetensorError as error:
-        raise OSError(f"'{path}' cannot be written: {error}") from error
-    path.chmod(mode)
-    if metadata:
-        _sort_metadata(path)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with writing(path):
+        path.touch()
+        mode = path.stat().st_mode  # the library replaces the file by a private one
+        try:
+            save_file(contiguous, path, dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise OSError(error) from error
+        path.chmod(mode)
+        if metadata:
+            _sort_metadata(path)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -119,7 +128,7 @@ def _sort_metadata(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
         if len(content) != size:
-            raise OSError(f"'{path}' cannot be written: the header of {size} bytes became {len(content)}")
+            raise OSError(f"the header of {size} bytes became {len(content)}")
         file.seek(8)
         file.write(content)
 

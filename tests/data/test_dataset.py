@@ -1,4 +1,9 @@
 import itertools
+import os
+import random
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ from moduleformer_ext.data import (
     tokenize,
     train_tokenizer,
 )
+from moduleformer_ext.data.tokenizer import _interruptible
 
 DOCUMENTS = [
     Document(
@@ -81,3 +87,40 @@ def test_wrong_inputs(tmp_path: Path) -> None:
         open_dataset(tmp_path)
     with pytest.raises(ValueError, match="separates documents"):
         end_of_text_id(Tokenizer(models.BPE()))
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n", "_-", "é"])
+def test_runs_of_one_kind_take_no_time(unit: str) -> None:
+    """A word of a million characters would take minutes."""
+    start = time.monotonic()
+    tokenizer = train_tokenizer([unit * (500_000 // len(unit))], 2048)
+    assert time.monotonic() - start < 20
+    text = f"{unit * 1000} end"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_random_letters_without_a_break_take_no_time() -> None:
+    letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=200_000))
+    start = time.monotonic()
+    train_tokenizer([letters], 2048)
+    assert time.monotonic() - start < 20
+
+
+def test_ctrl_c_does_not_wait_for_native_code() -> None:
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
+    start = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _interruptible(lambda: time.sleep(30))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - start < 10
+
+
+def test_errors_of_native_code_arrive() -> None:
+    def fail() -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        _interruptible(fail)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from moduleformer_ext.data import TokenStream
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.surgery.anatomy import KINDS
-from moduleformer_ext.train import evaluate, overall_bits_per_byte
+from moduleformer_ext.train import Score, evaluate, overall_bits_per_byte
 from moduleformer_ext.train.evaluation import _split_lanes
 
 TOKENS = np.random.default_rng(0).integers(0, 40, 103).astype(np.uint16)
@@ -58,3 +58,21 @@ def test_domains_add_up(model: MoLMForCausalLM) -> None:
     assert model.training
     total = scores["a"].bits_per_byte * 10 + scores["b"].bits_per_byte * 30
     assert overall_bits_per_byte(scores) == pytest.approx(total / 40)
+
+
+def test_a_loss_beyond_floats_is_an_infinite_perplexity() -> None:
+    assert Score(bits=1e6, num_tokens=10, num_bytes=10).perplexity == math.inf
+    assert Score(bits=10.0, num_tokens=10, num_bytes=10).perplexity == 2.0
+
+
+def test_a_loss_that_is_no_number_is_an_error(model: MoLMForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "cross_entropy", lambda *_, **__: torch.tensor(math.nan))
+    with pytest.raises(FloatingPointError, match="the loss on domain 'd' must be a number, got nan"):
+        evaluate(model, {"d": TokenStream(TOKENS, 300, 1)})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "segment_length"])
+@pytest.mark.parametrize("value", [0, -5])
+def test_sizes_below_one_are_errors(model: MoLMForCausalLM, name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"evaluate: {name} must be at least 1, got {value}"):
+        evaluate(model, {"d": TokenStream(TOKENS, 300, 1)}, **{name: value})

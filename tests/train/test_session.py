@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moduleformer_ext.train import RunDirectory, TrainConfig, Trainer, run_session
+from moduleformer_ext.train import RunDirectory, Score, TrainConfig, Trainer, evaluate, run_session
 
 ConfigMaker = Callable[..., TrainConfig]
 
@@ -45,6 +46,10 @@ def test_a_run_leaves_everything(tiny_config: ConfigMaker, tmp_path: Path, corpu
     text = "\n".join(said)
     for word in ("left", "right", "unigram", "bigram (Kneser-Ney)", "MoLM", "expert_usage.png"):
         assert word in text
+    results = json.loads(run.evaluation.read_text())["bits_per_byte"]
+    assert results["MoLM"]["all"] > results["bigram (Kneser-Ney)"]["all"]  # after six steps
+    assert "the model is behind the bigram (Kneser-Ney) model" in text
+    assert "give it more minutes or steps" in text
     names = sorted(path.name for path in run.root.iterdir())
     assert names == sorted(
         [
@@ -147,6 +152,31 @@ def test_budget_too_small(tiny_config: ConfigMaker, tmp_path: Path, corpus: list
 def test_segments_longer_than_the_text(tiny_config: ConfigMaker, tmp_path: Path, corpus: list[str]) -> None:
     with pytest.raises(ValueError, match="segment_length: must be below the number of tokens in domain"):
         _run(tmp_path / "run", tiny_config(text=corpus, segment_length=100_000))
+
+
+def test_the_same_run_is_the_same_bytes(tiny_config: ConfigMaker, tmp_path: Path, corpus: list[str]) -> None:
+    contents = []
+    for name in ("one", "two"):
+        root = _run(tmp_path / name, tiny_config(text=corpus)).root
+        contents.append({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()})
+        del contents[-1][Path("metrics.jsonl")]  # has the speed
+    assert contents[0].keys() == contents[1].keys()
+    assert [name for name in contents[0] if contents[0][name] != contents[1][name]] == []
+
+
+def test_a_huge_loss_ends_the_run_and_resumes(
+    tiny_config: ConfigMaker, tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def huge(*arguments: object, **options: object) -> dict[str, Score]:
+        scores = evaluate(*arguments, **options)  # type: ignore[arg-type]
+        for score in scores.values():
+            score.bits *= 1e6
+        return scores
+
+    monkeypatch.setattr("moduleformer_ext.train.session.evaluate", huge)
+    run = _run(tmp_path / "run", tiny_config(text=corpus, steps=1))
+    assert json.loads(run.evaluation.read_text())["perplexity"] == {"left": math.inf, "right": math.inf}
+    assert run_session(RunDirectory.open(run.root), say=lambda _: None)
 
 
 @pytest.mark.slow

@@ -1,16 +1,11 @@
 """The `moduleformer-ext` command: one module per verb, loaded only when asked for."""
 
+import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import Final
-
-from cyclopts import App, CycloptsError, Parameter
-from cyclopts.exceptions import MissingArgumentError
-from pydantic import ValidationError
-
-from moduleformer_ext.records import complaint
 
 VERBS: Final = {
     "train": "train a model on text files, or continue a run",
@@ -29,6 +24,13 @@ VERBS: Final = {
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 _TRACEBACK = "--traceback"
+_HELP = f"""usage: moduleformer-ext VERB ...
+
+The modular language models of moduleformer_ext.
+
+{chr(10).join(f"  {verb:<10} {summary}" for verb, summary in VERBS.items())}
+
+`moduleformer-ext VERB --help` explains a verb; with {_TRACEBACK} its errors say where in the code they arose."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,11 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number
             stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    name = " ".join(["moduleformer-ext", *(word for word in words[:1] if word in VERBS)])
+    if words[:1] in (["-h"], ["--help"]):
+        print(_HELP)
+        return 0
+    if words[:1] == [] or words[0] not in VERBS:
+        got = f"'{words[0]}'" if words else "none"
+        print(f"moduleformer-ext: VERB must be one of {', '.join(VERBS)}, got {got}; see --help", file=sys.stderr)
+        return 2
+    name = f"moduleformer-ext {words[0]}"
     try:
-        if not words:
-            raise ValueError("a verb must be given; --help lists them")
-        return int(_app()([word for word in words if word != _TRACEBACK]) or 0)
+        return _run(words[0], [word for word in words[1:] if word != _TRACEBACK])
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -59,24 +66,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _app() -> App:
+def _run(verb: str, words: list[str]) -> int:
+    from cyclopts import App, Parameter  # only a verb pays for it
+
     app = App(
-        name="moduleformer-ext",
-        help=f"The modular language models of moduleformer_ext. With {_TRACEBACK} errors say where in the code.",
+        name=f"moduleformer-ext {verb}",
+        help=f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}.",
         default_parameter=Parameter(allow_repeating=True, consume_multiple=1, negative_iterable=(), negative_none=()),
         version_flags=(),
         exit_on_error=False,
         print_error=False,
-        suppress_keyboard_interrupt=False,
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
-    for verb, summary in VERBS.items():
-        app.command(f"{__name__}.{verb}:run", name=verb, help=f"{summary[0].upper()}{summary[1:]}.")
-    return app
+    app.default(importlib.import_module(f"{__name__}.{verb}").run)
+    return int(app(words) or 0)
 
 
 def _expected(error: Exception) -> str | None:
     """What a user can be told of an error in one line; None for a fault of the program."""
+    from cyclopts import CycloptsError
+    from cyclopts.exceptions import MissingArgumentError
+    from pydantic import ValidationError
+
+    from moduleformer_ext.records import complaint
+
     match error:
         case CycloptsError(__cause__=ValidationError() as cause):
             field, problem = complaint(cause)
@@ -85,6 +99,8 @@ def _expected(error: Exception) -> str | None:
             return f"{argument.name} must be given a value"
         case CycloptsError() | ValueError() | OSError() | FloatingPointError():
             return " ".join(str(error).split("\n"))
-        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or "allocate" in str(error):
-            return f"there is not enough memory: {str(error).splitlines()[0] if str(error) else 'out of memory'}"
+        case MemoryError():
+            return "there is not enough memory"
+        case RuntimeError() if "allocate" in str(error):
+            return f"there is not enough memory: {str(error).splitlines()[0]}"
     return None

@@ -9,6 +9,7 @@ from pydantic import AfterValidator
 from moduleformer_ext.cli.measure import Measuring
 from moduleformer_ext.cli.source import AsJson, Model, load_source
 from moduleformer_ext.data import ALL
+from moduleformer_ext.files import writing
 from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train import Score, overall_bits_per_byte
 
@@ -32,7 +33,8 @@ def run(source: Model, /, *, options: Options = Options()) -> int:
     model, tokenizer = load_source(source)
     scores = options.measure(source, model, tokenizer)
     if options.expert_usage:
-        plot_expert_usage(options.expert_usage, {domain: score.usage for domain, score in scores.items()})
+        with writing(options.expert_usage):
+            plot_expert_usage(options.expert_usage, {domain: score.usage for domain, score in scores.items()})
     print(_as_json(scores) if options.as_json else _as_table(scores))
     return 0
 

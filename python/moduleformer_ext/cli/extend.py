@@ -9,7 +9,7 @@ from pydantic import Field
 from moduleformer_ext.cli.source import Model, Output, check_new, locate, new_model_directory
 from moduleformer_ext.cli.usage import read_counts
 from moduleformer_ext.models import MoLMForCausalLM
-from moduleformer_ext.records import Record, Seed
+from moduleformer_ext.records import Record, Seed, Text
 from moduleformer_ext.surgery import ExpertUsage, count_parameters, insert_experts
 
 _Numbers = tuple[Annotated[int, Field(ge=0, le=2**16)], ...]
@@ -27,7 +27,7 @@ class Options(Record):
     """copy: from experts of the layer"""
     usage: Path | None = None
     """folder of counts that `usage` wrote: copy the most used experts"""
-    domain: str | None = None
+    domain: Text | None = None
     """the domain of --usage that counts (default: its only one)"""
     seed: Seed = 0
     """of what is random"""

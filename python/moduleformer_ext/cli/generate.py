@@ -1,6 +1,7 @@
 """`moduleformer-ext generate`."""
 
 import sys
+from itertools import chain, islice
 from typing import Annotated
 
 import torch
@@ -10,14 +11,14 @@ from tokenizers.decoders import DecodeStream
 
 from moduleformer_ext.cli.source import Model, load_source
 from moduleformer_ext.data import encode_texts, end_of_text_id
-from moduleformer_ext.records import Count, Natural, NonNegative, Record, Seed
+from moduleformer_ext.records import Count, Natural, NonNegative, Record, Seed, Text
 
 
 @Parameter(name="*")
 class Options(Record):
     """How to continue the prompt."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     """text to continue (default: standard input; empty: start a document)"""
     max_new_tokens: Natural = 200
     """stop after so many"""
@@ -47,8 +48,9 @@ def run(source: Model, /, *, options: Options = Options()) -> int:
         seed=options.seed,
         eos_token_id=end,
     )
+    first = list(islice(tokens, 1))  # what can go wrong does before anything is written
     sys.stdout.write(prompt)
-    for token in tokens:
+    for token in chain(first, tokens):
         # None until the bytes so far make whole characters.
         sys.stdout.write(stream.step(tokenizer, int(token)) or "")
         sys.stdout.flush()

@@ -11,7 +11,7 @@ from moduleformer_ext.cli.measure import Measuring
 from moduleformer_ext.cli.source import Model, Output, Switch, check_new, load_source, locate, new_model_directory
 from moduleformer_ext.cli.usage import read_counts
 from moduleformer_ext.models import MoLMForCausalLM
-from moduleformer_ext.records import Fraction
+from moduleformer_ext.records import Fraction, Text
 from moduleformer_ext.surgery import ExpertUsage, plan_by_size, plan_by_threshold, prune
 
 
@@ -28,7 +28,7 @@ class Options(Measuring):
     """keep the pruned experts' router rows in the softmax"""
     usage: Path | None = None
     """folder of counts that `usage` wrote, instead of text"""
-    domain: tuple[str, ...] = ()
+    domain: tuple[Text, ...] = ()
     """count these domains only (default: all); what stays is their part of the model, as a model of its own"""
     dry_run: Switch = False
     """only print what would go"""

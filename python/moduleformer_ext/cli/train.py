@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from pydantic import AfterValidator
 
 from moduleformer_ext.data import check_sources
+from moduleformer_ext.records import Text
 from moduleformer_ext.train import RunDirectory, TrainConfig, run_session
 from moduleformer_ext.train.config import RunOptions, read_options
 
@@ -27,7 +28,7 @@ def _check_assignment(item: str) -> str:
 class Flags(RunOptions):
     """Options of a run, as flags."""
 
-    model: Annotated[tuple[Annotated[str, AfterValidator(_check_assignment)], ...], Parameter(name="--model")] = ()
+    model: Annotated[tuple[Annotated[Text, AfterValidator(_check_assignment)], ...], Parameter(name="--model")] = ()
     """model configuration fields that replace those of the preset, as FIELD=VALUE"""
 
     def given(self, file: Path | None) -> dict[str, Any]:
@@ -35,8 +36,7 @@ class Flags(RunOptions):
         options = read_options(file) if file else {}
         flags = self.model_dump(mode="json", exclude_unset=True)
         if self.model:
-            in_file = options.get("model", {})
-            flags["model"] = {**(in_file if isinstance(in_file, dict) else {}), **dict(map(_parse_field, self.model))}
+            flags["model"] = {**options.get("model", {}), **dict(map(_parse_field, self.model))}
         return options | flags
 
 

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from moduleformer_ext.cli.measure import Measuring
 from moduleformer_ext.cli.source import Model, check_new, load_source
-from moduleformer_ext.files import new_directory, read_json, to_json, write_file
+from moduleformer_ext.files import new_directory, read_json, to_json, write_file, writing
 from moduleformer_ext.surgery import KINDS, ExpertUsage, divergences, plot_expert_usage, usage_table
 
 COUNTS_FILE = "usage.json"
@@ -30,7 +30,8 @@ def run(
     with new_directory(output) as scratch:
         write_file(scratch / COUNTS_FILE, to_json(record))
         write_file(scratch / "usage.csv", usage_table(usage, model.config))
-        plot_expert_usage(scratch / "usage.png", usage)
+        with writing(output / "usage.png"):
+            plot_expert_usage(scratch / "usage.png", usage)
     for kind in KINDS:
         for first, others in divergence[kind].items():
             for second, layers in others.items():

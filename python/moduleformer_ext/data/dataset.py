@@ -11,7 +11,7 @@ from moduleformer_ext.data.corpus import Document
 from moduleformer_ext.data.split import split_documents
 from moduleformer_ext.data.stream import TokenStream, map_tokens, save_tokens, tokenize_domains
 from moduleformer_ext.data.tokenizer import load_tokenizer, train_tokenizer
-from moduleformer_ext.files import new_directory, read_json, to_json
+from moduleformer_ext.files import new_directory, read_json, to_json, write_file
 
 _INDEX = "index.json"
 TOKENIZER = "tokenizer.json"
@@ -60,7 +60,7 @@ def build_dataset(
         tokenizer = train_tokenizer((document.text for document in split.train), vocab_size)
     index: _Index = {"train": {}, "held_out": {}}
     with new_directory(directory) as scratch:
-        tokenizer.save(str(scratch / TOKENIZER))
+        write_file(scratch / TOKENIZER, tokenizer.to_str(pretty=True))
         for name, members, sizes in (
             ("train", split.train, index["train"]),
             ("held_out", split.held_out, index["held_out"]),
@@ -68,7 +68,7 @@ def build_dataset(
             for domain, stream in tokenize_domains(members, tokenizer).items():
                 save_tokens(scratch / f"{name}.{domain}.npy", stream.tokens)
                 sizes[domain] = {"num_bytes": stream.num_bytes, "num_documents": stream.num_documents}
-        (scratch / _INDEX).write_text(to_json(index))
+        write_file(scratch / _INDEX, to_json(index))
     return open_dataset(directory)
 
 

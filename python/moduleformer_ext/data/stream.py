@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from moduleformer_ext.data.corpus import Document
 from moduleformer_ext.data.tokenizer import encode_texts, end_of_text_id
+from moduleformer_ext.files import writing
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _DOCUMENTS_AT_ONCE = 256
@@ -53,7 +54,8 @@ def tokenize_domains(documents: Sequence[Document], tokenizer: Tokenizer) -> dic
 
 def save_tokens(path: Path, tokens: TokenArray) -> None:
     """Write token ids as .npy."""
-    np.save(path, tokens, allow_pickle=False)
+    with writing(path):
+        np.save(path, tokens, allow_pickle=False)
 
 
 def map_tokens(path: Path) -> TokenArray:

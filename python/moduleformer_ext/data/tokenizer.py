@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moduleformer_ext.files import read_text
+
 END_OF_TEXT = "<|endoftext|>"
 """Stands before, between and after documents; the published MoLM tokenizer has the same."""
 
@@ -41,8 +43,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Load a `tokenizer.json`."""
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer: '{path}' does not exist")
+    text = read_text(path)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"tokenizer: '{path}' is not a tokenizer.json: {error}") from error
 

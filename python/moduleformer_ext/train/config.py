@@ -14,14 +14,25 @@ else:
     import tomli as tomllib
 
 from moduleformer_ext.data import check_source
-from moduleformer_ext.files import parse_json, read_json, read_text
-from moduleformer_ext.records import Count, Fraction, InnerFraction, Lanes, Natural, NonNegative, Positive, Record, Seed
+from moduleformer_ext.files import parse_json, read_text
+from moduleformer_ext.records import (
+    Count,
+    Fraction,
+    InnerFraction,
+    Lanes,
+    Natural,
+    NonNegative,
+    Positive,
+    Record,
+    Seed,
+    Text,
+)
 
-Sources = tuple[Annotated[str, AfterValidator(check_source)], ...]
+Sources = tuple[Annotated[Text, AfterValidator(check_source)], ...]
 
 
 class RunOptions(Record):
-    """What flags and files say of a run."""
+    """What flags and files say of a run alike."""
 
     text: Sources = ()
     """text files or folders, PATH or DOMAIN=PATH; none: code and prose of the standard library"""
@@ -31,7 +42,7 @@ class RunOptions(Record):
     """entries of the byte-level BPE"""
     domain_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
     """batch lanes per domain in proportion to its size to this power"""
-    preset: str = "molm-tiny"
+    preset: Text = "molm-tiny"
     """named model configuration to start from"""
     batch_size: Lanes = 4
     """lanes read in parallel"""
@@ -69,7 +80,7 @@ class RunOptions(Record):
     """largest global norm of the gradient"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """fp32, bf16 (autocast), or auto: whichever is measured faster here"""
-    device: str = "cpu"
+    device: Text = "cpu"
     """torch device"""
     seed: Seed = 0
     """seed of the initial weights and of sampling"""
@@ -81,11 +92,15 @@ class RunOptions(Record):
     """steps between lines of metrics.jsonl"""
 
 
-class TrainConfig(RunOptions):
-    """Options of a run. Exactly one of `steps` and `minutes` sets its length."""
+class FileOptions(RunOptions):
+    """What a file says of a run, with flags to come over it."""
 
     model: dict[str, Any] = Field(default_factory=dict)
     """model configuration fields that replace those of the preset"""
+
+
+class TrainConfig(FileOptions):
+    """Options of a run. Exactly one of `steps` and `minutes` sets its length."""
 
     @model_validator(mode="after")
     def _check_length(self) -> "TrainConfig":
@@ -109,9 +124,10 @@ def read_options(path: Path) -> dict[str, Any]:
     """Read options from a .json or .toml file."""
     if not path.is_file():
         raise FileNotFoundError(f"config: '{path}' does not exist")
-    if path.suffix != ".toml":
-        return read_json(path, dict[str, Any])
-    try:
-        return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"'{path}': is not valid TOML: {error}") from error
+    text = read_text(path)
+    if path.suffix == ".toml":
+        try:
+            text = json.dumps(tomllib.loads(text), default=str)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"'{path}': is not valid TOML: {error}") from error
+    return parse_json(text, FileOptions, f"'{path}'").model_dump(mode="json", exclude_unset=True)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moduleformer_ext.files import write_file
+from moduleformer_ext.files import write_file, writing
 
 
 class MetricsLog:
@@ -15,7 +15,7 @@ class MetricsLog:
 
     def append(self, **record: Any) -> None:
         """Write one record."""
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:

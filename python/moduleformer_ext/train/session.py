@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from moduleformer_ext.data import ALL, Dataset, LaneReader, end_of_text_id, share_lanes
-from moduleformer_ext.files import to_json, write_file
+from moduleformer_ext.files import to_json, write_file, writing
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train.baselines import (
@@ -179,7 +179,8 @@ def _conclude(run: RunDirectory, dataset: Dataset, baselines: BitsPerByte, train
     if results[MODEL_NAME][ALL] >= results[BIGRAM][ALL]:
         say(_behind(trainer, dataset))
 
-    plot_expert_usage(run.expert_usage, {domain: score.usage for domain, score in scores.items()})
+    with writing(run.expert_usage):
+        plot_expert_usage(run.expert_usage, {domain: score.usage for domain, score in scores.items()})
     say(f"\nexpert usage by domain: {run.expert_usage}")
     samples = generate_samples(trainer.model, dataset, seed=run.config.seed)
     write_file(run.samples, samples)

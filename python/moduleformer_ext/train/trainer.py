@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moduleformer_ext.data import LaneReader
-from moduleformer_ext.files import load_tensors, read_json, save_tensors, to_json
+from moduleformer_ext.files import load_tensors, read_json, save_tensors, to_json, write_file
 from moduleformer_ext.models import KVCache, MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.nn import LayerCache
 from moduleformer_ext.records import Natural, Record
@@ -111,7 +111,7 @@ class Trainer:
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         save_tensors(directory / _TENSORS, tensors)
         state = _Scalars(step=self.step, steps=self.steps, position=self.reader.position, dtype=self.dtype)
-        (directory / _SCALARS).write_text(to_json(state))
+        write_file(directory / _SCALARS, to_json(state))
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote; the trainer must have been made with the same configuration."""
