@@ -6,9 +6,10 @@ import ctypes
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -126,14 +127,27 @@ def _best_seconds(function: Callable[[], object], budget: float) -> float:
     return best
 
 
-def _matrix_peak(dtype: torch.dtype, budget: float) -> float:
-    """FLOP/s of the best matrix product torch can do: oneDNN's linear beats the default mm on some machines."""
-    n = 1024
+def _matrix_peak(dtype: torch.dtype, budget: float, n: int = 1024) -> tuple[float, str]:
+    """FLOP/s of the best matrix product that torch has here, and which it is.
+
+    oneDNN's linear beats the default mm on some machines, and is missing for 16-bit types on others, whose way to a
+    16-bit product is the float32 one.
+    """
     a, b = torch.randn(2, n, n).to(dtype).unbind()
-    candidates: list[Callable[[], object]] = [lambda: a @ b]
+    candidates: dict[str, Callable[[], object]] = {"mm": lambda: a @ b}
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        candidates.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-    return max(2 * n**3 / _best_seconds(candidate, budget) for candidate in candidates)
+        candidates["oneDNN's linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    if dtype != torch.float32:
+        candidates["mm in float32"] = lambda: (a.float() @ b.float()).to(dtype)
+    rates: dict[str, float] = {}
+    for name, candidate in candidates.items():
+        try:
+            rates[name] = 2 * n**3 / _best_seconds(candidate, budget)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"limit of {dtype_name(dtype)} products: measured without {name}: {reason}", file=sys.stderr)
+    best = max(rates, key=rates.__getitem__)
+    return rates[best], best
 
 
 def _read_bandwidth(budget: float) -> float:
@@ -151,6 +165,8 @@ class Limits:
     threads: int
     matrix_flops: dict[str, float]
     read_bytes: float
+    matrix_by: dict[str, str] = field(default_factory=dict)
+    """The product that reached `matrix_flops`."""
 
     def seconds(self, work: Work) -> float:
         """The least time in which ``work`` can be done."""
@@ -162,7 +178,8 @@ def measure_limits(threads: int, *, seconds: float = 0.6) -> Limits:
     """Each probe runs for ``seconds``; its best run counts."""
     torch.set_num_threads(threads)
     peaks = {dtype_name(dtype): _matrix_peak(dtype, seconds) for dtype in (torch.float32, torch.bfloat16)}
-    return Limits(threads, peaks, _read_bandwidth(seconds))
+    flops = {name: rate for name, (rate, _) in peaks.items()}
+    return Limits(threads, flops, _read_bandwidth(seconds), {name: product for name, (_, product) in peaks.items()})
 
 
 def describe() -> dict[str, object]:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -144,3 +147,24 @@ def test_results_survive_and_are_reported(tmp_path) -> None:
 def test_unknown_goal_is_not_measured() -> None:
     outcome = judge(Goal("speedup", 2.0, REFERENCE), CellResult("k", "attention", "case", 1, {}))
     assert (outcome.value, outcome.met) == (None, None)
+
+
+PEAK = """
+import torch
+from benchmarks.machine import _matrix_peak
+print(*_matrix_peak(torch.bfloat16, 0.01, 128), sep=";")
+"""
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
+def test_the_limit_is_measured_where_onednn_has_no_16_bit_product(isa: str) -> None:
+    """As on processors without AVX-512; what is missing is said."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PEAK]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    rate, product = result.stdout.strip().split(";")
+    assert float(rate) > 0
+    assert product in ("mm", "oneDNN's linear", "mm in float32")
+    if isa == "AVX2":
+        assert product != "oneDNN's linear"
+        assert "limit of bf16 products: measured without oneDNN's linear" in result.stderr
