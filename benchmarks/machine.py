@@ -1,8 +1,7 @@
-"""The machine under test: its name, its measured limits, and how its heap behaves."""
+"""The machine under test: its name, its measured limits."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -15,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .cells import Work, dtype_name
+from moduleformer_ext.heap import glibc
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+from .cells import Work, dtype_name
 
 
 @cache
@@ -28,24 +27,6 @@ def _more_than_caches_hold() -> torch.Tensor:
 def evict() -> None:
     """In a model of many layers a layer's weights have left the caches before its next token comes."""
     _more_than_caches_hold().sum()
-
-
-def _libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
-
-
-def reuse_heap() -> None:
-    """Keep freed memory in the process instead of returning it to the system after every large tensor.
-
-    glibc maps large blocks afresh each time, and touching fresh pages costs several times what reading them does: a
-    contestant with large temporaries would be timed on page faults. Only glibc has this switch; elsewhere nothing is
-    done.
-    """
-    libc = _libc()
-    if libc is not None:
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
-        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def _status_kib(field: str) -> int:
@@ -59,7 +40,7 @@ def peak_extra_bytes(function: Callable[[], object]) -> int | None:
     """How far resident memory rises above its level before while ``function`` runs, everything included: tensors,
     kernels' scratch buffers, the result. None where the system cannot tell (it takes Linux).
     """
-    libc, high_water_mark = _libc(), Path("/proc/self/clear_refs")
+    libc, high_water_mark = glibc(), Path("/proc/self/clear_refs")
     if libc is None or not os.access(high_water_mark, os.W_OK):
         function()
         return None

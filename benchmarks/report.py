@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from moduleformer_ext.files import write_file
+
 from .cells import NOT_SLOWER, OURS, REFERENCE
 from .harness import CellResult, GoalOutcome
 from .results import Results
@@ -162,7 +164,7 @@ def write_table(results: Results, directory: Path, head: Callable[[Results], str
                 parts.append(f"![{title}: time of each contestant over ours]({name}.png)")
         if name in results.broken:
             parts.append(f"{title}: incomplete ({results.broken[name]}).")
-    (directory / "table.md").write_text("\n\n".join(parts) + "\n")
+    write_file(directory / "table.md", "\n\n".join(parts) + "\n")
 
 
 def write_index(root: Path, latest: Path) -> None:
@@ -176,4 +178,4 @@ def write_index(root: Path, latest: Path) -> None:
         machine_lines(results := Results.load(latest)),
         goals_table(results),
     ]
-    (root / "README.md").write_text("\n\n".join(parts) + "\n")
+    write_file(root / "README.md", "\n\n".join(parts) + "\n")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from moduleformer_ext.files import write_file
 
 from .harness import CellResult
 from .machine import Limits
@@ -38,9 +39,7 @@ class Results:
             "broken": self.broken,
         }
         directory.mkdir(parents=True, exist_ok=True)
-        unfinished = directory / f"{FILE}.part"
-        unfinished.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-        os.replace(unfinished, directory / FILE)
+        write_file(directory / FILE, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Results:

@@ -18,9 +18,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from moduleformer_ext.heap import keep_freed_memory
+
 from .cells import Cell
 from .harness import CellResult, Effort, measure
-from .machine import describe, measure_limits, reuse_heap, slug
+from .machine import describe, measure_limits, slug
 from .report import TITLES, write_index, write_table
 from .results import Results
 
@@ -67,7 +69,7 @@ def run_section(section: str, directory: Path, *, quick: bool, missing: bool, ma
     were passed.
     """
     deadline = time.monotonic() + budget
-    reuse_heap()
+    keep_freed_memory(one_arena=True)
     passed = True
     for cell in section_cells(section, quick):
         results = Results.load(directory)

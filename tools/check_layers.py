@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "moduleformer_ext"
 
 # Python: what each room may import besides itself. Rooms are the package's direct children.
-COMMON = {"types", "_version", "files", "records"}
+COMMON = {"types", "_version", "files", "heap", "records"}
 PYTHON_LAYERS: dict[str, set[str]] = {
     "_version": set(),
     "types": set(),
+    "heap": set(),
     "records": set(),
     "files": {"records"},
     "_extension": {"_C"},

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
-
-from moduleformer_ext.files import new_directory, remove_partial, write_file
+from moduleformer_ext.files import load_tensors, new_directory, remove_partial, save_tensors, write_file
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 
 from .baselines import DenseConfig, DenseForCausalLM, Model, RotaryMixtureOfAttention, make_rotary_molm
@@ -44,7 +42,7 @@ class Cells:
             model, result = train()
             with new_directory(path) as scratch:
                 _save_model(scratch, model)
-                (scratch / _RESULT).write_text(json.dumps(result, indent=1) + "\n")
+                write_file(scratch / _RESULT, json.dumps(result, indent=1) + "\n")
         return json.loads((path / _RESULT).read_text())
 
     def measured(self, name: str, seed: int, measure: Callable[[], Result]) -> Result:
@@ -63,7 +61,7 @@ class Cells:
         about = json.loads((path / _MODEL).read_text())
         make = DenseConfig if about["kind"] == "dense" else MoLMConfig.from_dict
         model = make_model(about["kind"], make(**about["config"]) if make is DenseConfig else make(about["config"]))
-        model.load_state_dict(load_file(path / _WEIGHTS))
+        model.load_state_dict(load_tensors(path / _WEIGHTS))
         return model.eval()
 
     def _path(self, name: str, seed: int) -> Path:
@@ -76,5 +74,5 @@ def _save_model(directory: Path, model: Model) -> None:
         about = {"kind": "rotary" if rotary else "molm", "config": model.config.to_dict()}
     else:
         about = {"kind": "dense", "config": dataclasses.asdict(model.config)}
-    (directory / _MODEL).write_text(json.dumps(about, indent=1) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / _WEIGHTS)
+    write_file(directory / _MODEL, json.dumps(about, indent=1) + "\n")
+    save_tensors(directory / _WEIGHTS, model.state_dict())

@@ -23,8 +23,8 @@ from statistics import median
 
 import torch
 
+from moduleformer_ext.heap import keep_freed_memory
 from moduleformer_ext.models import MoLMConfig
-from moduleformer_ext.train.heap import keep_freed_memory
 
 from .baselines import DenseConfig, Model, active_parameters
 from .cells import Result, make_model

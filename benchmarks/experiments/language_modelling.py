@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from moduleformer_ext.heap import keep_freed_memory
 from moduleformer_ext.models import KVCache, MoLMConfig
 from moduleformer_ext.surgery import ExpertUsage
-from moduleformer_ext.train.heap import keep_freed_memory
 from moduleformer_ext.train.optimizer import build_optimizer
 
 from ..machine import peak_extra_bytes

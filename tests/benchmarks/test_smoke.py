@@ -28,7 +28,7 @@ def test_full_cells_have_unique_keys_and_goals() -> None:
 
 
 def test_no_cell_begins_after_the_budget(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(run, "reuse_heap", lambda: None)  # would last beyond this test
+    monkeypatch.setattr(run, "keep_freed_memory", lambda **_: None)  # would last beyond this test
     settings = {"quick": True, "missing": False, "match": "linear gate, fp32 forward,"}
     assert run.run_section("router", tmp_path, **settings, budget=-1)
     assert not Results.load(tmp_path).cells

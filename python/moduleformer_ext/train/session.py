@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from moduleformer_ext.data import ALL, Dataset, LaneReader, end_of_text_id, share_lanes
 from moduleformer_ext.files import to_json, write_file, writing
+from moduleformer_ext.heap import keep_freed_memory
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train.baselines import (
@@ -21,7 +22,6 @@ from moduleformer_ext.train.baselines import (
 )
 from moduleformer_ext.train.evaluation import evaluate
 from moduleformer_ext.train.finetune import finetuned_config
-from moduleformer_ext.train.heap import keep_freed_memory
 from moduleformer_ext.train.interrupt import InterruptGuard
 from moduleformer_ext.train.plan import Plan, make_plan
 from moduleformer_ext.train.run_directory import RunDirectory

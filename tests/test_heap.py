@@ -7,7 +7,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import torch
-from moduleformer_ext.train.heap import keep_freed_memory
+from moduleformer_ext.heap import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(3):
