@@ -70,6 +70,7 @@ TRAINING = [
     ("--text", "--text must be given a value"),
     ("--model", "--model must be given a value"),
     ("--model n_embd", "--model must be FIELD=VALUE, got 'n_embd'"),
+    ("--model n_embed=3", "n_embed"),
 ]
 OTHERS = {
     "generate {run} --prompt x": [
@@ -106,7 +107,12 @@ OTHERS = {
         ("--minutes 0", "--minutes must be above 0, got 0"),
     ],
     "eval {run}": [("--expert-usage {out}/a.png", "--expert-usage must be a .png file in a folder that exists")],
-    "convert {run} {out}": [("--to elsewhere", "--to")],
+    "convert {run} {out}": [("--to elsewhere", "--to must be 'native' or 'published', got elsewhere")],
+    "train --run {out} --steps 1": [
+        ("--preset huge", "preset must be one of"),
+        ("--model n_layer=0", "n_layer must be a positive integer, got 0"),
+        ("--model resid_pdrop=x", "resid_pdrop"),
+    ],
     "train": [
         ("--steps 1", "exactly one of --run and --resume must be given"),
         ("--steps 1 --run {out} --resume {run}", "exactly one of --run and --resume must be given"),

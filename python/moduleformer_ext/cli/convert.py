@@ -1,32 +1,35 @@
 """`moduleformer-ext convert`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from cyclopts import Parameter
 
 from moduleformer_ext.cli.source import Model, Output, check_new, locate, new_model_directory
 from moduleformer_ext.files import save_tensors, to_json, write_file
 from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.records import Record
 
 
-def run(
-    model: Model,
-    output: Output,
-    /,
-    *,
-    to: Annotated[Literal["native", "published"], Parameter(help="format of the output")] = "native",
-) -> int:
+@Parameter(name="*")
+class Options(Record):
+    """Into what."""
+
+    to: Literal["native", "published"] = "native"
+    """format of the output"""
+
+
+def run(model: Model, output: Output, /, *, options: Options = Options()) -> int:
     """Write a model, with its tokenizer if it has one, as a new directory in the wanted format."""
-    check_new("convert", output)
+    check_new(output)
     directory, tokenizer = locate(model)
     source = MoLMForCausalLM.from_pretrained(directory)
     with new_model_directory(output, tokenizer) as scratch:
-        if to == "native":
+        if options.to == "native":
             source.save_pretrained(scratch)
         else:
             _save_published(source, scratch)
-    print(f"wrote {output} ({to} format)")
+    print(f"wrote {output} ({options.to} format)")
     return 0
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moduleformer_ext.cli.source import Model, load_source, locate
-from moduleformer_ext.cli.train import ConfigFile, Flags, check_device, finish
-from moduleformer_ext.data import check_sources
+from moduleformer_ext.cli.train import ConfigFile, Flags, check_surroundings, finish
 from moduleformer_ext.records import NonNegative
 from moduleformer_ext.train import RunDirectory, TrainConfig, is_run
 from moduleformer_ext.train.finetune import finetuned_config
@@ -43,8 +42,7 @@ def run(
         stored = RunDirectory.open(base).config.to_dict()
         given = {**{name: stored[name] for name in _INHERITED}, **given}
     settings = TrainConfig.from_dict(given)
-    check_device(settings)
-    check_sources(settings.text)
+    check_surroundings(settings)
     model, _ = load_source(base)
     finetuned_config(model.config, settings)  # complains before anything is written
     return finish(RunDirectory.create(run, settings, (model, locate(base)[1])), started)

@@ -17,7 +17,7 @@ def run(
     /,
 ) -> int:
     """Write a model with the experts of both."""
-    check_new("merge", output)
+    check_new(output)
     directories, tokenizers = zip(*map(locate, (first, second)), strict=True)
     texts = [path.read_bytes() if path.is_file() else None for path in tokenizers]
     if texts[0] != texts[1]:

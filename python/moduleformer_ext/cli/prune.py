@@ -41,26 +41,13 @@ def run(source: Model, output: Output, /, *, options: Options = Options()) -> in
     if options.usage and options.text:
         raise ValueError("--usage: gives the counts already; leave --text out")
     if not options.dry_run:
-        check_new("prune", output)
+        check_new(output)
     model, tokenizer = load_source(source)
     usage = _usage(options, source, model, tokenizer)
-    if options.threshold is not None:
-        plan = plan_by_threshold(
-            model.config,
-            usage,
-            options.threshold,
-            normalise=options.normalise,
-            keep_normaliser=options.keep_normaliser,
-        )
-    else:
-        assert options.remaining is not None
-        plan = plan_by_size(
-            model.config,
-            usage,
-            options.remaining,
-            normalise=options.normalise,
-            keep_normaliser=options.keep_normaliser,
-        )
+    make = plan_by_size if options.threshold is None else plan_by_threshold
+    amount = options.remaining if options.threshold is None else options.threshold
+    assert amount is not None
+    plan = make(model.config, usage, amount, normalise=options.normalise, keep_normaliser=options.keep_normaliser)
     print(plan.summary())
     if not options.dry_run:
         with new_model_directory(output, locate(source)[1]) as scratch:

@@ -52,10 +52,10 @@ def load_source(path: Path) -> tuple[MoLMForCausalLM, Tokenizer]:
     return model, tokenizer
 
 
-def check_new(verb: str, output: Path) -> None:
+def check_new(output: Path) -> None:
     """Refuse an output that exists."""
     if output.exists():
-        raise FileExistsError(f"{verb}: '{output}' exists; name a folder to create")
+        raise FileExistsError(f"'{output}' exists; name a folder to create")
 
 
 @contextmanager

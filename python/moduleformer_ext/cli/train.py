@@ -9,12 +9,12 @@ import torch
 from cyclopts import Parameter
 from pydantic import AfterValidator
 
+from moduleformer_ext.cli import INTERRUPTED
 from moduleformer_ext.data import check_sources
 from moduleformer_ext.records import Text
 from moduleformer_ext.train import RunDirectory, TrainConfig, run_session
 from moduleformer_ext.train.config import RunOptions, read_options
 
-INTERRUPTED = 130
 ConfigFile = Annotated[Path | None, Parameter(help="options as .json or .toml; flags win")]
 
 
@@ -63,22 +63,27 @@ def run(
     if resume is not None:
         directory = RunDirectory.open(resume)
         _check_same(directory, given)
-        check_device(directory.config)
+        _check_device(directory.config.device)
         return finish(directory, started)
     assert run is not None
     options = TrainConfig.from_dict(given)
-    check_device(options)
-    check_sources(options.text)
+    check_surroundings(options)
+    options.architecture(options.vocab_size)  # complains before anything is written
     return finish(RunDirectory.create(run, options), started)
 
 
-def check_device(config: TrainConfig) -> None:
-    """Refuse a device that this machine does not have."""
+def check_surroundings(config: TrainConfig) -> None:
+    """Refuse texts and a device that are not there."""
+    _check_device(config.device)
+    check_sources(config.text)
+
+
+def _check_device(device: str) -> None:
     try:
-        torch.empty(0, device=config.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device must be a torch device of this machine, got {config.device}: {reason}") from error
+        raise ValueError(f"--device must be a torch device of this machine, got {device}: {reason}") from error
 
 
 def finish(directory: RunDirectory, started: float) -> int:

@@ -21,7 +21,7 @@ def run(
     options: Measuring = Measuring(),
 ) -> int:
     """Count the experts' slots by domain; write counts, frequencies, divergences and heat maps."""
-    check_new("usage", output)
+    check_new(output)
     model, tokenizer = load_source(source)
     usage = {domain: score.usage for domain, score in options.measure(source, model, tokenizer).items()}
     divergence = divergences(usage)

@@ -1,10 +1,8 @@
 """The n-gram models that a trained model has to beat."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from moduleformer_ext.data import ALL, Bigram, Dataset, NGram, Unigram, stream_bits
-from moduleformer_ext.files import read_json, to_json, write_file
 
 BitsPerByte = dict[str, dict[str, float]]
 """Held-out bits per byte, by model and then by domain; `ALL` is all domains together."""
@@ -32,16 +30,6 @@ def per_byte(bits: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, f
         **{domain: bits[domain] / sizes[domain] for domain in sizes},
         ALL: sum(bits.values()) / sum(sizes.values()),
     }
-
-
-def load_baselines(path: Path) -> BitsPerByte:
-    """Read what `save_baselines` wrote."""
-    return read_json(path, BitsPerByte)
-
-
-def save_baselines(path: Path, baselines: BitsPerByte) -> None:
-    """Write as JSON, atomically."""
-    write_file(path, to_json(baselines))
 
 
 def format_table(results: BitsPerByte) -> str:

@@ -15,6 +15,7 @@ else:
 
 from moduleformer_ext.data import check_source
 from moduleformer_ext.files import parse_json, read_text
+from moduleformer_ext.models import MoLMConfig
 from moduleformer_ext.records import (
     Count,
     Fraction,
@@ -109,6 +110,18 @@ class TrainConfig(FileOptions):
                 f"exactly one of steps and minutes must be above 0, got steps={self.steps} minutes={self.minutes:g}"
             )
         return self
+
+    def architecture(self, vocab_size: int, eos_token_id: int = 0) -> MoLMConfig:
+        """The model of a run that starts from random weights."""
+        fields = {
+            "block_size": self.segment_length,
+            "history_length": self.history_length,
+            "aux_loss_weight": self.aux_loss_weight,
+            "eos_token_id": eos_token_id,
+            **self.model,
+            "vocab_size": vocab_size,
+        }
+        return MoLMConfig.preset(self.preset, **fields)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "TrainConfig":

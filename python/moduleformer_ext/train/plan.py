@@ -2,11 +2,9 @@
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Literal
 
 from moduleformer_ext.data import TokenStream
-from moduleformer_ext.files import read_json, to_json, write_file
 from moduleformer_ext.records import Count, Record
 from moduleformer_ext.train.evaluation import evaluate
 from moduleformer_ext.train.trainer import Trainer
@@ -27,15 +25,6 @@ class Plan(Record):
     dtype: Dtype
     seconds_per_step: dict[Dtype, float]
     """As measured, by dtype."""
-
-    def save(self, path: Path) -> None:
-        """Write as JSON, atomically."""
-        write_file(path, to_json(self))
-
-    @classmethod
-    def load(cls, path: Path) -> "Plan":
-        """Read what `save` wrote."""
-        return read_json(path, cls)
 
 
 def make_plan(

@@ -7,19 +7,11 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from moduleformer_ext.data import ALL, Dataset, LaneReader, end_of_text_id, share_lanes
-from moduleformer_ext.files import to_json, write_file, writing
+from moduleformer_ext.files import read_json, to_json, write_file, writing
 from moduleformer_ext.heap import keep_freed_memory
-from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.surgery import plot_expert_usage
-from moduleformer_ext.train.baselines import (
-    BIGRAM,
-    BitsPerByte,
-    format_table,
-    load_baselines,
-    measure_baselines,
-    per_byte,
-    save_baselines,
-)
+from moduleformer_ext.train.baselines import BIGRAM, BitsPerByte, format_table, measure_baselines, per_byte
 from moduleformer_ext.train.evaluation import evaluate
 from moduleformer_ext.train.finetune import finetuned_config
 from moduleformer_ext.train.interrupt import InterruptGuard
@@ -67,31 +59,19 @@ def _prepare_data(run: RunDirectory, say: Say) -> Dataset:
 
 def _prepare_baselines(run: RunDirectory, dataset: Dataset, say: Say) -> BitsPerByte:
     if not run.baselines.exists():
-        save_baselines(run.baselines, measure_baselines(dataset))
-    baselines = load_baselines(run.baselines)
+        write_file(run.baselines, to_json(measure_baselines(dataset)))
+    baselines = read_json(run.baselines, BitsPerByte)
     say("held-out bits per byte of the baselines:\n" + format_table(baselines))
     return baselines
 
 
-def model_config(run: RunDirectory, dataset: Dataset, base: MoLMForCausalLM | None = None) -> MoLMConfig:
-    """The configured model with the tokenizer's vocabulary, or the one to start from with the run's options."""
-    config, tokenizer = run.config, dataset.tokenizer
-    if base is not None:
-        return finetuned_config(base.config, config)
-    fields = {
-        "block_size": config.segment_length,
-        "history_length": config.history_length,
-        "aux_loss_weight": config.aux_loss_weight,
-        "eos_token_id": end_of_text_id(tokenizer),
-        **config.model,
-        "vocab_size": tokenizer.get_vocab_size(),
-    }
-    return MoLMConfig.preset(config.preset, **fields)
-
-
 def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: Say) -> Trainer:
     base = MoLMForCausalLM.from_pretrained(run.base) if run.base.exists() else None
-    config, architecture = run.config, model_config(run, dataset, base)
+    config, tokenizer = run.config, dataset.tokenizer
+    if base is None:
+        architecture = config.architecture(tokenizer.get_vocab_size(), end_of_text_id(tokenizer))
+    else:
+        architecture = finetuned_config(base.config, config)
     weights = None if base is None else base.state_dict()
 
     def make_trainer(dtype: str, steps: int = 1_000_000) -> Trainer:
@@ -104,8 +84,8 @@ def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: S
     if not run.plan.exists():
         deadline = started + 60.0 * config.minutes if config.minutes else None
         plan = make_plan(make_trainer, dataset.held_out, dtype=config.dtype, steps=config.steps, deadline=deadline)
-        plan.save(run.plan)
-    plan = Plan.load(run.plan)
+        write_file(run.plan, to_json(plan))
+    plan = read_json(run.plan, Plan)
     for dtype, seconds in plan.seconds_per_step.items():
         say(f"measured {seconds:.3f} s per step in {dtype}")
     trainer = make_trainer(plan.dtype, plan.steps)
