@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 __all__ = ["ExpertLayout", "RouteTopK", "Segments"]
 
@@ -60,3 +61,8 @@ class ExpertLayout(NamedTuple):
     def num_slots(self) -> int:
         """S = T * K."""
         return self.slot_order.shape[0]
+
+
+# Named tuples are pytrees by themselves; only an exported program that is saved needs to know them by name.
+pytree._register_namedtuple(RouteTopK, serialized_type_name="moduleformer_ext.types.RouteTopK")
+pytree._register_namedtuple(ExpertLayout, serialized_type_name="moduleformer_ext.types.ExpertLayout")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from moduleformer_ext.nn.attention import MixtureOfAttention
 from moduleformer_ext.nn.cache import LayerCache
@@ -17,6 +18,9 @@ class BlockRoutes(NamedTuple):
 
     attention: RouteTopK
     ffn: RouteTopK
+
+
+pytree._register_namedtuple(BlockRoutes, serialized_type_name="moduleformer_ext.nn.BlockRoutes")
 
 
 class Block(nn.Module):

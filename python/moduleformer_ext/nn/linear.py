@@ -18,7 +18,8 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        few = input.device.type == "cpu" and input.numel() <= MOST_ROWS * self.in_features
-        if few and SERVES_CPU and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        # The size last: an exported graph with gradients shall not depend on it.
+        served = SERVES_CPU and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        if served and input.device.type == "cpu" and input.numel() <= MOST_ROWS * self.in_features:
             return ops.linear_decode(input, self.weight, self.bias)
         return super().forward(input)
