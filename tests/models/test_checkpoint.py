@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_models import BASE, random_model, random_state
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize
 
 from moduleformer_ext.models import MoLM, MoLMConfig, MoLMForCausalLM, checkpoint
+from moduleformer_ext.nn.segments import split_parameter
 
 IDS = torch.arange(6)[None]
 
@@ -154,6 +158,136 @@ def test_a_classifiers_backbone_loads_without_its_head() -> None:
     del state["transformer.ln_f.bias"]
     with pytest.raises(ValueError, match=r"1 missing: ln_f\.bias"):
         MoLM.from_reference(BASE, state)
+
+
+def logits(model: MoLMForCausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def compile_block(model: MoLMForCausalLM) -> None:
+    model.transformer.h[1] = torch.compile(model.transformer.h[1], backend="eager")
+
+
+def parametrise_experts(model: MoLMForCausalLM) -> None:
+    for name, weight in (("mlpf.experts", "weight"), ("attn.q_proj.gate.w_gate.0", "bias")):
+        parametrize.register_parametrization(model.transformer.h[0].get_submodule(name), weight, torch.nn.Tanh())
+
+
+def wrap_for_checkpointing(model: MoLMForCausalLM) -> None:
+    model.transformer.h[0] = checkpoint_wrapper(model.transformer.h[0])
+
+
+def tie_by_hand(model: MoLMForCausalLM) -> None:
+    model.lm_head.weight = model.transformer.wte.weight
+
+
+def split_experts(model: MoLMForCausalLM) -> None:
+    split_parameter(model.transformer.h[0].mlpf.experts, "weight", 2)
+
+
+@pytest.mark.parametrize(
+    "change", [compile_block, parametrise_experts, wrap_for_checkpointing, tie_by_hand, split_experts]
+)
+def test_whatever_a_model_is_wrapped_in_it_is_saved_as_a_plain_one(
+    tmp_path: Path, change: Callable[[MoLMForCausalLM], None]
+) -> None:
+    model = random_model(torch.float32)
+    change(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = MoLMForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), expected)
+    assert loaded.state_dict().keys() == random_model().state_dict().keys()
+    assert model.to_reference()[1].keys() == loaded.state_dict().keys()
+
+
+def resize_head(model: MoLMForCausalLM) -> None:
+    model.lm_head = torch.nn.Linear(16, 40, bias=False)
+
+
+def add_head_bias(model: MoLMForCausalLM) -> None:
+    model.lm_head = torch.nn.Linear(16, 31)
+
+
+def drop_layer(model: MoLMForCausalLM) -> None:
+    del model.transformer.h[1].mlpf.experts.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (resize_head, r"of the wrong shape: lm_head\.weight \(expected \[31, 16\], got \[40, 16\]\)"),
+        (add_head_bias, r"1 unknown: lm_head\.bias"),
+        (drop_layer, r"1 missing: transformer\.h\.1\.mlpf\.experts\.weight"),
+    ],
+)
+def test_what_would_not_load_is_not_saved(
+    tmp_path: Path, change: Callable[[MoLMForCausalLM], None], words: str
+) -> None:
+    model = random_model(torch.float32)
+    change(model)
+    with pytest.raises(ValueError, match=rf"save_pretrained: the weights do not fit .*{words}"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_head_that_is_tied_in_name_only_is_not_saved(tmp_path: Path) -> None:
+    model = nano(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(1024, 128))
+    with pytest.raises(ValueError, match=r"lm_head\.weight must be transformer\.wte\.weight"):
+        model.save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("present", ["lm_head.weight", "transformer.wte.weight"])
+def test_one_tensor_of_tied_embeddings_is_enough(tmp_path: Path, present: str) -> None:
+    config, state = {**BASE, "tie_word_embeddings": True}, random_state(BASE)
+    for name in {"lm_head.weight", "transformer.wte.weight"} - {present}:
+        del state[name]
+    publish(tmp_path, "safetensors", config, state)
+    model = MoLMForCausalLM.from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.lm_head.weight, state[present])
+
+
+def test_bin_files_older_than_zip(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    torch.save(random_state(BASE), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert same(MoLMForCausalLM.from_pretrained(tmp_path), random_model())
+
+
+def test_weights_of_several_types_are_named_or_converted(tmp_path: Path) -> None:
+    state = random_state(BASE, torch.bfloat16)
+    for name in state:
+        if ".ln_" in name or ".gate." in name:
+            state[name] = state[name].float()
+    publish(tmp_path, "safetensors", BASE, state)
+    with pytest.raises(
+        ValueError, match=r"one type outside of the routers .*float32: transformer\.h\.0\.ln_1"
+    ) as error:
+        MoLMForCausalLM.from_pretrained(tmp_path)
+    assert ".gate." not in str(error.value)
+    model = MoLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    routers_in_float32 = {n: tensor if ".gate." in n else tensor.bfloat16() for n, tensor in state.items()}
+    model = MoLMForCausalLM.from_reference(BASE, routers_in_float32)
+    model(IDS, labels=IDS).loss.backward()
+    assert {p.grad.dtype for n, p in model.named_parameters() if ".gate." in n} == {torch.float32}
+    model.save_pretrained(tmp_path / "again")
+    assert same(model, MoLMForCausalLM.from_pretrained(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("name", ["n_embd", "n_mlp_experts", "resid_pdrop", "aux_loss_weight", "tie_word_embeddings"])
+@pytest.mark.parametrize("value", [None, "2"])
+def test_a_field_of_another_type_is_named(tmp_path: Path, name: str, value: object) -> None:
+    publish(tmp_path, "safetensors", {**BASE, name: value}, random_state(BASE))
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value!r}"):
+        MoLMForCausalLM.from_pretrained(tmp_path)
+
+
+def test_token_ids_may_be_null(tmp_path: Path) -> None:
+    publish(tmp_path, "safetensors", {**BASE, "eos_token_id": None, "bos_token_id": None}, random_state(BASE))
+    assert MoLMForCausalLM.from_pretrained(tmp_path).config.eos_token_id is None
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from small_models import random_model
 
-from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.models.generation import sample
+from moduleformer_ext.surgery import count_usage
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -92,7 +93,8 @@ def test_sampling_follows_the_distribution() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"temperature": -1.0}, "temperature must be >= 0 and finite, got -1.0"),
+        ({"temperature": float("inf")}, "temperature must be >= 0 and finite, got inf"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must be >= 1"),
         ({"temperature": 1.0, "top_p": 1.5}, r"top_p must be in \(0, 1\]"),
         ({"seed": 1, "generator": torch.Generator()}, "exclude"),
@@ -103,3 +105,100 @@ def test_sampling_follows_the_distribution() -> None:
 def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         random_model().generate(PROMPT, 2, **options)
+
+
+def modes(model: torch.nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_every_module_gets_its_own_mode_back() -> None:
+    model = random_model(moe_pdrop=0.5).train()
+    model.transformer.h[0].eval()
+    model.transformer.h[1].mlpf.gate.eval()
+    before = modes(model)
+    assert len(set(before)) == 2
+    model.generate(PROMPT, 2)
+    assert modes(model) == before
+    count_usage(model, [PROMPT])
+    assert modes(model) == before
+    with pytest.raises(IndexError):
+        model.generate(torch.full((1, 3), 31), 2)
+    assert modes(model) == before
+
+
+def test_interleaved_streams_run_in_evaluation_mode_and_leave_training_mode() -> None:
+    model = random_model(moe_pdrop=0.5, resid_pdrop=0.5).train()
+    expected = [model.generate(PROMPT, 4), model.generate(PROMPT.flip(1), 6)]
+    streams = [model.generate_stream(PROMPT, 4), model.generate_stream(PROMPT.flip(1), 6)]
+    tokens: list[list[torch.Tensor]] = [[], []]
+    for turn in (0, 1, 0, 1, 1, 0, 0, 1, 1, 1):
+        tokens[turn].append(next(streams[turn]))
+        assert all(modes(model))
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+    assert all(modes(model))
+    for part, whole in zip(tokens, expected, strict=True):
+        assert torch.equal(torch.stack(part, 1), whole[:, 5:])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stream_goes_on_across_inference_mode(any_model: MoLMForCausalLM, first: bool) -> None:
+    expected = any_model.generate(PROMPT, 6)[:, 5:]
+    stream = any_model.generate_stream(PROMPT, 6)
+    tokens = []
+    for step in range(6):
+        with torch.inference_mode(first == (step < 3)):
+            tokens.append(next(stream).clone())
+    assert torch.equal(torch.stack(tokens, 1), expected)
+
+
+def test_generation_goes_through_the_models_call(model: MoLMForCausalLM) -> None:
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append("before"))
+    model.register_forward_hook(lambda _m, _x, output: calls.append(output.logits.shape))
+    model.generate(PROMPT, 2)
+    assert calls == ["before", (2, 1, 31), "before", (2, 1, 31)]
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+def test_any_of_several_end_tokens_ends_a_sequence(model: MoLMForCausalLM, in_config: bool) -> None:
+    free = model.generate(PROMPT, 8)[:, 5:].tolist()
+    ends = (free[0][2], free[1][4])
+    options: dict[str, Any] = {"pad_token_id": 30}
+    if in_config:
+        model.config = MoLMConfig.from_dict({**model.config.to_dict(), "eos_token_id": list(ends)})
+        assert model.config.eos_token_id == ends
+    else:
+        options["eos_token_id"] = list(ends)
+    rows = model.generate(PROMPT, 8, **options)[:, 5:].tolist()
+    stops = [next(i for i, token in enumerate(row) if token in ends) for row in free]
+    assert len(rows[0]) == max(stops) + 1
+    for row, whole, stop in zip(rows, free, stops, strict=True):
+        assert row == whole[: stop + 1] + [30] * (len(row) - stop - 1)
+    del options["pad_token_id"]
+    padding = model.generate(PROMPT, 8, **options)[:, 5:]
+    shorter = stops.index(min(stops))
+    assert (padding[shorter, stops[shorter] + 1 :] == ends[0]).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-30, 1e-40, 1e-300, 5e-324])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tiny_temperatures_are_greedy_and_huge_ones_uniform(temperature: float, dtype: torch.dtype) -> None:
+    logits = torch.tensor([[-1e4, 3.0, 2.0, -torch.inf], [1e4, -3.0, 9e3, 0.0]], dtype=dtype)
+    assert sample(logits, temperature=temperature, generator=torch.Generator().manual_seed(0)).tolist() == [1, 0]
+    huge = [sample(logits, temperature=1e308, generator=torch.Generator().manual_seed(i)).tolist() for i in range(60)]
+    assert [set(column) for column in zip(*huge, strict=True)] == [{0, 1, 2}, {0, 1, 2, 3}]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(value: float, temperature: float) -> None:
+    logits = torch.zeros(2, 4)
+    logits[1, 2] = value
+    with pytest.raises(FloatingPointError, match="sample: logits must be finite"):
+        sample(logits, temperature=temperature)
+    model = random_model()
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError):
+        model.generate(PROMPT, 1, temperature=temperature)
