@@ -49,11 +49,13 @@ class Launches {
 
   Status status() const { return {status_.message, slow_}; }
 
-  RowMap map(const RoutedRows& rows) const;
+  RowMap map(const RoutedRows& rows) { return map(rows, element_size(dtype_)); }
   // Contiguous rows of `columns` elements.
-  RowMap map(void* data, RowOrder order, std::int64_t columns) const;
+  RowMap map(void* data, RowOrder order, std::int64_t columns) {
+    return map(data, order, columns, element_size(dtype_));
+  }
   // Where a product's rows go: contiguous to `out`, times their gates (or null), or, with `rows`, there for combine().
-  void write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, char* rows) const;
+  void write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, char* rows);
   // [rows, columns] matrices, one pointer per expert.
   ExpertMatrices matrices(const void* const* pointers, std::int64_t rows, std::int64_t columns);
 
@@ -68,6 +70,8 @@ class Launches {
   void activation_grad(const ActivationGradRows& rows, const RowMap& grad, const void* gates, void* grad_gates);
 
  private:
+  RowMap map(const RoutedRows& rows, std::int64_t element_bytes);
+  RowMap map(void* data, RowOrder order, std::int64_t columns, std::int64_t element_bytes);
   bool aligned(const RowMap& map) const;
   bool aligned(const ExpertMatrices& matrices) const;
   bool aligned(const void* data, std::int64_t columns) const;

@@ -9,32 +9,31 @@ namespace mfx::grouped {
 
 // n / divisor for 0 <= n < 2^31, without a division.
 struct FastDivide {
-  std::uint32_t divisor, multiplier, shift;
+  std::uint32_t multiplier, shift;
 
   FastDivide() = default;
-  explicit FastDivide(std::uint32_t d) : divisor(d), shift(31) {
-    while ((std::uint64_t{1} << (shift - 31)) < d) ++shift;
-    multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << shift) + d - 1) / d);
+  explicit FastDivide(std::uint32_t divisor) : shift(0) {
+    while ((std::uint64_t{1} << shift) < divisor) ++shift;
+    multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
   }
-  __device__ std::uint32_t operator()(std::uint32_t n) const {
-    return static_cast<std::uint32_t>((std::uint64_t{n} * multiplier) >> shift);
-  }
+  __device__ std::uint32_t operator()(std::uint32_t n) const { return __umulhi(2 * n, multiplier) >> shift; }
 };
 
 // Where the row of a position lies. Token and slot order go by way of the slot; expert order is the position itself.
+// Distances are counted in units of 16 bytes where all rows begin at multiples of them, else of an element, in 32 bits.
 struct RowMap {
+  static constexpr std::uint32_t kAlignedUnit = 16;
   char* data;
-  const std::int32_t* slot_order;      // null in expert order
-  std::int64_t stride, choice_stride;  // bytes
-  FastDivide choices;                  // by 1 in expert order
+  std::uint32_t unit;  // bytes
+  bool by_slot;
+  std::uint32_t slot_stride, token_stride;  // a row's place is the sum of both, modulo 2^32
+  FastDivide choices;                       // by 1 in expert order
 
-  __device__ std::int32_t fetch(std::int32_t position) const {
-    return slot_order != nullptr ? slot_order[position] : position;
-  }
-  // Bytes from `data` for what fetch() returned.
-  __device__ std::int64_t offset(std::int32_t slot) const {
-    const std::uint32_t token = choices(slot);
-    return token * stride + (slot - token * choices.divisor) * choice_stride;
+  // Units from `data` to the row of a slot, or of a position in expert order.
+  __device__ std::uint32_t units(std::int32_t slot) const { return choices(slot) * token_stride + slot * slot_stride; }
+  // Bytes from `data` to the row of a position.
+  __device__ std::int64_t offset(std::int32_t position, const std::int32_t* slot_order) const {
+    return std::int64_t{units(by_slot ? slot_order[position] : position)} * unit;
   }
 };
 
@@ -99,7 +98,7 @@ struct RowProductParams {
 
 // dW_e = sum over the positions p of expert e of x_p^T g_p.
 struct WeightGradParams {
-  const std::int32_t* offsets;
+  const std::int32_t *offsets, *slot_order;
   std::int32_t num_experts;
   std::int32_t in_features, out_features;
   RowMap x, grad;

@@ -59,26 +59,37 @@ void Launches::fail_if(bool failed, const char* message) {
   if (failed && status_.ok()) status_ = {message};
 }
 
-RowMap Launches::map(const RoutedRows& rows) const {
-  const std::int64_t size = element_size(dtype_);
-  const bool expert = rows.order == RowOrder::kExpert;
-  return {static_cast<char*>(const_cast<void*>(rows.data)), expert ? nullptr : layout_.slot_order, rows.stride * size,
-          rows.order == RowOrder::kSlot ? rows.choice_stride * size : 0,
-          FastDivide(expert ? 1 : static_cast<std::uint32_t>(layout_.num_choices))};
+RowMap Launches::map(const RoutedRows& rows, std::int64_t element_bytes) {
+  const bool by_slot = rows.order != RowOrder::kExpert;
+  const std::int64_t choices = by_slot ? layout_.num_choices : 1;
+  const std::int64_t stride = rows.stride * element_bytes;
+  const std::int64_t slot_stride = rows.order == RowOrder::kSlot ? rows.choice_stride * element_bytes : 0;
+  const bool aligned = multiple_of_16(rows.data) && stride % 16 == 0 && slot_stride % 16 == 0;
+  const std::int64_t unit = aligned ? std::int64_t{RowMap::kAlignedUnit} : element_bytes;
+  const std::int64_t last =
+      (by_slot ? layout_.num_tokens - 1 : layout_.num_slots() - 1) * stride + (choices - 1) * slot_stride;
+  fail_if(
+      last / unit > std::numeric_limits<std::uint32_t>::max(),
+      "the rows of a tensor must lie within 2^32 times 16 bytes, or elements where rows are not aligned to 16 bytes");
+  return {static_cast<char*>(const_cast<void*>(rows.data)),
+          static_cast<std::uint32_t>(unit),
+          by_slot,
+          static_cast<std::uint32_t>(slot_stride / unit),
+          static_cast<std::uint32_t>((stride - choices * slot_stride) / unit),
+          FastDivide(static_cast<std::uint32_t>(choices))};
 }
 
-RowMap Launches::map(void* data, RowOrder order, std::int64_t columns) const {
-  return map({data, order, order == RowOrder::kSlot ? layout_.num_choices * columns : columns, columns});
+RowMap Launches::map(void* data, RowOrder order, std::int64_t columns, std::int64_t element_bytes) {
+  return map({data, order, order == RowOrder::kSlot ? layout_.num_choices * columns : columns, columns}, element_bytes);
 }
 
-void Launches::write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, char* rows) const {
+void Launches::write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, char* rows) {
   if (rows == nullptr) {
     product->out = map(out, order, product->columns);
     product->gates = static_cast<const float*>(gates);
     return;
   }
-  product->out = map(rows, RowOrder::kExpert, product->columns);
-  product->out.stride = product->columns * static_cast<std::int64_t>(sizeof(float));
+  product->out = map(rows, RowOrder::kExpert, product->columns, sizeof(float));
   product->out_unrounded = true;
 }
 
@@ -103,7 +114,7 @@ ExpertMatrices Launches::matrices(const void* const* pointers, std::int64_t rows
 }
 
 bool Launches::aligned(const RowMap& map) const {
-  return multiple_of_16(map.data) && map.stride % 16 == 0 && map.choice_stride % 16 == 0;
+  return map.data == nullptr || map.unit == RowMap::kAlignedUnit;
 }
 
 bool Launches::aligned(const ExpertMatrices& matrices) const {
@@ -161,19 +172,20 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
 void Launches::weight_grad(const RowMap& x, const RowMap& grad, void* const* grad_weight, std::int64_t in_features,
                            std::int64_t out_features) {
   const WeightGradParams params{layout_.offsets,
+                                layout_.slot_order,
                                 static_cast<std::int32_t>(layout_.num_experts),
                                 static_cast<std::int32_t>(in_features),
                                 static_cast<std::int32_t>(out_features),
                                 x,
                                 grad,
                                 matrices(grad_weight, in_features, out_features)};
-  if (!status_.ok()) return;
   const ProductInstance& instance =
       choose(Product::kWeightGrad, aligned(x) && aligned(grad) && aligned(params.grad_weight));
   const std::int64_t tiles = (in_features + instance.rows - 1) / instance.rows *
                              ((out_features + instance.columns - 1) / instance.columns) * layout_.num_experts;
-  // One tile per block, as experts differ in depth: whoever is done first takes the next.
-  launch_product(instance, std::min<std::int64_t>(tiles, std::numeric_limits<std::int32_t>::max()), &params);
+  fail_if(tiles > std::numeric_limits<std::int32_t>::max(),
+          "the gradients of the matrices must have less than 2^31 tiles");
+  if (tiles > 0) launch_product(instance, tiles, &params);
 }
 
 void Launches::combine(const void* rows, const void* gates, void* out, std::int64_t columns) {

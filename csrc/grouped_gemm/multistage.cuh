@@ -26,8 +26,8 @@ class Multistage {
 
   // Adds left x right to `sums`. Only the warp's first `rows` are multiplied, in blocks of 16, and no more depth than
   // there is. Ends with a barrier: shared memory is free again.
-  template <typename LeftLoader, typename RightLoader>
-  __device__ void run(Accumulators<Shape>& sums, LeftLoader& left, RightLoader& right, int depth, int rows) const {
+  template <typename Loader>
+  __device__ void run(Accumulators<Shape>& sums, Loader&& loader, int depth, int rows) const {
     constexpr int kSliceDepth = Shape::kSteps * kStepDepth;
     const int slices = (depth + kSliceDepth - 1) / kSliceDepth;
     SharedAddress read = shared_, write = shared_;
@@ -36,11 +36,9 @@ class Multistage {
     };
     const auto load = [&](int slice) {
       if (slice < depth / kSliceDepth) {
-        left.template load<true>(write);
-        right.template load<true>(write + Shape::kLeftBytes);
+        loader.template load<true>(write);
       } else if (slice < slices) {
-        left.template load<false>(write);
-        right.template load<false>(write + Shape::kLeftBytes);
+        loader.template load<false>(write);
       }
       device::cp_async_commit();
       write = next(write);

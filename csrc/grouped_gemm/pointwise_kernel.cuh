@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kPointwiseThreads) combine(const CombineParams
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kPointwiseThreads) scale(const ScaleParams p) {
   for_each_row(p.slots, [&](std::int64_t position) {
-    const char* x = p.x.data + p.x.offset(p.x.fetch(position));
+    const char* x = p.x.data + p.x.offset(static_cast<std::int32_t>(position), p.slot_order);
     const float gate = p.gates[p.slot_order[position]];
     for_each_vector(p.columns, [&](int column) {
       const int left = p.columns - column;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kPointwiseThreads) scale(const ScaleParams p) 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kPointwiseThreads) activation_grad(const ActivationGradParams p) {
   for_each_row(p.slots, [&](std::int64_t position) {
-    const char* grad = p.grad.data + p.grad.offset(p.grad.fetch(position));
+    const char* grad = p.grad.data + p.grad.offset(static_cast<std::int32_t>(position), p.slot_order);
     const std::int32_t slot = p.slot_order[position];
     const float gate = p.gates != nullptr ? p.gates[slot] : 1.0f;
     float dot = 0.0f;

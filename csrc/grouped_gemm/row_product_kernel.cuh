@@ -53,7 +53,6 @@ class RowProduct {
   static constexpr int kElement = sizeof(T);
   using Table = RowTable<Shape::kRows>;
   using RowLoader = DepthMajorLoader<Math, Shape, Shape::kRows, kAligned>;
-  using RightSlice = Slice<Math, kRight, Shape::kColumns, Shape::kDepthBytes>;
   using Folded = FoldedColumns<Shape>;
   using Out = WayOut<Shape>;
 
@@ -73,7 +72,7 @@ class RowProduct {
          i += gridDim.x) {
       fill(table, p, tile);
       RowLoader left(tile.rows, p.depth,
-                     [&](int row) { return p.rows.data + p.rows.offset(p.rows.fetch(tile.first + row)); });
+                     [&](int row) { return p.rows.data + p.rows.offset(tile.first + row, p.slot_order); });
       const char* matrix = p.matrices[tile.expert];
       const int column = tile.column_tile * columns_per_tile;
       // Rows of this warp, none where its columns are beyond the last.
@@ -82,19 +81,19 @@ class RowProduct {
       const int rows = visible ? min(tile.rows - Shape::warp_row(), Shape::kRowsPerWarp) : 0;
       Accumulators<Shape> sums;
       if constexpr (kProduct == Product::kForward) {
-        ResultMajorLoader<Math, Shape, Shape::kColumns, kAligned, MatrixRows> right(
-            MatrixRows{p.matrices.row_bytes, RightSlice::kDepth * p.matrices.row_bytes}, p.depth,
+        MatrixLoader<Math, Shape, Shape::kColumns, kAligned> right(
+            p.matrices.row_bytes, p.depth,
             [&](int c) {
               const int at =
                   folded ? column + Folded::within_half(c) + (Folded::second_half(c) ? p.columns : 0) : column + c;
               return matrix + std::int64_t{at} * kElement;
             },
             [&](int c) { return p.columns - column - (folded ? Folded::within_half(c) : c); });
-        product.run(sums, left, right, p.depth, rows);
+        product.run(sums, BothOperands<Shape, RowLoader, decltype(right)>{left, right}, p.depth, rows);
       } else {
         DepthMajorLoader<Math, Shape, Shape::kColumns, kAligned> right(
             p.columns - column, p.depth, [&](int c) { return matrix + (column + c) * p.matrices.row_bytes; });
-        product.run(sums, left, right, p.depth, rows);
+        product.run(sums, BothOperands<Shape, RowLoader, decltype(right)>{left, right}, p.depth, rows);
       }
       if constexpr (kProduct == Product::kForward) {
         if (folded) {
@@ -117,13 +116,13 @@ class RowProduct {
   static __device__ void fill(Table& table, const RowProductParams& p, const RowTile& tile) {
     for (int row = threadIdx.x; row < tile.rows; row += Shape::kThreads) {
       const int position = tile.first + row;
-      const std::int64_t offset = p.out.data != nullptr ? p.out.offset(p.out.fetch(position)) : 0;
+      const std::int64_t offset = p.out.data != nullptr ? p.out.offset(position, p.slot_order) : 0;
       const float gate = p.gates != nullptr ? p.gates[p.slot_order[position]] : 1.0f;
       // In one piece: two would meet in the same banks.
       device::store_shared_128(
           device::shared_address(&table.out[row]),
           {static_cast<unsigned>(offset), static_cast<unsigned>(offset >> 32), __float_as_uint(gate), 0});
-      if (kProduct == Product::kInputGrad && p.dots != nullptr) table.x[row] = p.x.offset(p.x.fetch(position));
+      if (kProduct == Product::kInputGrad && p.dots != nullptr) table.x[row] = p.x.offset(position, p.slot_order);
     }
   }
 

@@ -81,24 +81,27 @@ class DepthMajorLoader {
   std::uint32_t to_;
 };
 
-// Rows of depth whose columns are columns (or rows) of the result; the columns stay, the rows advance. `Source` says
-// where a row lies, in two steps: its Place one slice ahead, because that may have to be read, then the offset.
-template <typename Math, typename Shape, int kSpan, bool kAligned, typename Source>
-class ResultMajorLoader {
+// The part of a thread in copying rows of depth, whose columns are columns (or rows) of the result: some chunks of
+// every kRowsPerPass-th row.
+template <typename Math, typename Shape, int kSpan, bool kAligned>
+class DepthRows {
   using T = typename Math::T;
   using S = Slice<Math, Major::kResult, kSpan, Shape::kDepthBytes>;
   static constexpr int kChunk = 16 / sizeof(T);                              // elements
   static constexpr int kLanes = S::kRowBytes < 128 ? S::kRowBytes / 16 : 8;  // eight lanes meet all banks
   static constexpr int kChunkPasses = S::kRowBytes / 16 / kLanes;
-  static constexpr int kRowsPerPass = Shape::kThreads / kLanes, kPasses = S::kDepth / kRowsPerPass;
-  static_assert(kPasses >= 1 && S::kDepth % kRowsPerPass == 0, "all threads copy in all passes");
 
  public:
+  static constexpr int kDepth = S::kDepth;
+  static constexpr int kRowsPerPass = Shape::kThreads / kLanes, kPasses = kDepth / kRowsPerPass;
+  static_assert(kPasses >= 1 && kDepth % kRowsPerPass == 0, "all threads copy in all passes");
+
+  static __device__ int first_row() { return threadIdx.x / kLanes; }
+
   // column_of(i): where the columns from i on come from; columns_left(i): how many of them there are.
   template <typename ColumnOf, typename ColumnsLeft>
-  __device__ ResultMajorLoader(const Source& source, int depth, ColumnOf column_of, ColumnsLeft columns_left)
-      : source_(source), row_(threadIdx.x / kLanes), depth_(depth) {
-    to_ = S::offset(row_, threadIdx.x % kLanes);
+  __device__ DepthRows(ColumnOf column_of, ColumnsLeft columns_left) {
+    to_ = S::offset(first_row(), threadIdx.x % kLanes);
 #pragma unroll
     for (int c = 0; c < kChunkPasses; ++c) {
       const int column = (threadIdx.x % kLanes + c * kLanes) * kChunk;
@@ -108,55 +111,64 @@ class ResultMajorLoader {
       device::keep(bytes_[c]);
     }
     device::keep(to_);
+  }
+
+  // The row of a pass, `offset` bytes from the first.
+  __device__ void copy(SharedAddress slice, int pass, std::int64_t offset, bool present) const {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) at_[i] = source_.first(row_ + i * kRowsPerPass, depth_);
+    for (int c = 0; c < kChunkPasses; ++c) {
+      copy_chunk<T, kAligned>(slice + to_ + pass * kRowsPerPass * S::kRowBytes + c * kLanes * 16, from_[c] + offset,
+                              present ? bytes_[c] : 0);
+    }
+  }
+
+ private:
+  const char* from_[kChunkPasses];
+  std::int32_t bytes_[kChunkPasses];
+  std::uint32_t to_;
+};
+
+// Consecutive rows of one matrix.
+template <typename Math, typename Shape, int kSpan, bool kAligned>
+class MatrixLoader {
+  using Rows = DepthRows<Math, Shape, kSpan, kAligned>;
+
+ public:
+  template <typename ColumnOf, typename ColumnsLeft>
+  __device__ MatrixLoader(std::int64_t row_bytes, int depth, ColumnOf column_of, ColumnsLeft columns_left)
+      : rows_(column_of, columns_left), slice_bytes_(Rows::kDepth * row_bytes), row_(Rows::first_row()), depth_(depth) {
+#pragma unroll
+    for (int i = 0; i < Rows::kPasses; ++i) offset_[i] = (row_ + i * Rows::kRowsPerPass) * row_bytes;
   }
 
   template <bool kWhole>
   __device__ void load(SharedAddress slice) {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const bool present = kWhole || row_ + i * kRowsPerPass < depth_;
-      const std::int64_t offset = source_.offset(at_[i]);
-#pragma unroll
-      for (int c = 0; c < kChunkPasses; ++c) {
-        copy_chunk<T, kAligned>(slice + to_ + i * kRowsPerPass * S::kRowBytes + c * kLanes * 16, from_[c] + offset,
-                                present ? bytes_[c] : 0);
-      }
+    for (int i = 0; i < Rows::kPasses; ++i) {
+      rows_.copy(slice, i, offset_[i], kWhole || row_ + i * Rows::kRowsPerPass < depth_);
+      offset_[i] += slice_bytes_;
     }
-    row_ += S::kDepth;
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) at_[i] = source_.next(at_[i], row_ + i * kRowsPerPass, depth_);
+    row_ += Rows::kDepth;
   }
 
  private:
-  Source source_;
-  const char* from_[kChunkPasses];
-  std::int32_t bytes_[kChunkPasses];
-  typename Source::Place at_[kPasses];
+  Rows rows_;
+  std::int64_t offset_[Rows::kPasses];
+  std::int64_t slice_bytes_;
   int row_, depth_;
-  std::uint32_t to_;
 };
 
-// Rows of one matrix.
-struct MatrixRows {
-  using Place = std::int64_t;  // bytes
-  std::int64_t row_bytes, slice_bytes;
+// Left and right operand of a slice by loaders of their own.
+template <typename Shape, typename Left, typename Right>
+struct BothOperands {
+  Left& left;
+  Right& right;
 
-  __device__ Place first(int row, int) const { return row * row_bytes; }
-  __device__ Place next(Place place, int, int) const { return place + slice_bytes; }
-  __device__ std::int64_t offset(Place place) const { return place; }
-};
-
-// Rows of one expert's positions.
-struct RoutedDepth {
-  using Place = std::int32_t;  // as RowMap fetches it
-  const RowMap& map;
-  std::int32_t begin;
-
-  __device__ Place first(int row, int depth) const { return row < depth ? map.fetch(begin + row) : 0; }
-  __device__ Place next(Place, int row, int depth) const { return first(row, depth); }
-  __device__ std::int64_t offset(Place slot) const { return map.offset(slot); }
+  template <bool kWhole>
+  __device__ void load(SharedAddress stage) {
+    left.template load<kWhole>(stage);
+    right.template load<kWhole>(stage + Shape::kLeftBytes);
+  }
 };
 
 }  // namespace mfx::grouped

@@ -23,6 +23,15 @@ class WayOut {
   template <bool kFolded>
   static constexpr int kLanes = kColumns<kFolded> / kVector;
 
+  // Rows that the warps of one piece visit at a time.
+  template <bool kFolded>
+  static constexpr int kRowsPerPass = 32 * Shape::kWarpDepth / kLanes<kFolded>;
+  // The first row that this lane visits, counted from the tile's first.
+  template <bool kFolded>
+  static __device__ int first_row() {
+    return Shape::warp_row() + (Shape::warp_depth() * 32 + threadIdx.x % 32) / kLanes<kFolded>;
+  }
+
   // The first of the four columns that this lane visits, counted from the tile's first.
   template <bool kFolded>
   static __device__ int column() {
@@ -33,7 +42,6 @@ class WayOut {
   // first. The whole warp visits together: up to the next multiple of the rows that it visits at a time.
   template <bool kFolded, typename F>
   static __device__ void visit(const Accumulators<Shape>& sums, SharedAddress shared, int rows, F f) {
-    constexpr int kRowsPerPass = 32 * Shape::kWarpDepth / kLanes<kFolded>;
     const int lane = threadIdx.x % 32, group = Shape::warp_depth();
     const SharedAddress first = shared + (Shape::warp() - group) * kFloats * 4;
     const SharedAddress to = first + (group * kFloats + lane / 4 * kPitch + lane % 4 * 2) * 4;
@@ -56,10 +64,10 @@ class WayOut {
     const int first_row = (group * 32 + lane) / kLanes<kFolded>;
     SharedAddress from = first + (first_row * kPitch + lane % kLanes<kFolded> * kVector) * 4;
 #pragma unroll 2
-    for (int begin = group * 32 / kLanes<kFolded>; begin < rows; begin += kRowsPerPass) {
+    for (int begin = group * 32 / kLanes<kFolded>; begin < rows; begin += kRowsPerPass<kFolded>) {
       const float4 total = sum(from), partner = kFolded ? sum(from + kColumns<kFolded> * 4) : float4{};
       f(Shape::warp_row() + begin + lane / kLanes<kFolded>, total, partner);
-      from += kRowsPerPass * kPitch * 4;
+      from += kRowsPerPass<kFolded> * kPitch * 4;
     }
   }
 

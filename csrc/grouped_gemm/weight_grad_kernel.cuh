@@ -10,6 +10,58 @@
 
 namespace mfx::grouped {
 
+// Both operands' rows of an expert's positions. A position's slot is read one slice ahead of its rows.
+template <typename Math, typename Shape, bool kAligned>
+class RoutedLoader {
+  using LeftRows = DepthRows<Math, Shape, Shape::kRows, kAligned>;
+  using RightRows = DepthRows<Math, Shape, Shape::kColumns, kAligned>;
+  static constexpr int kPasses = LeftRows::kPasses, kRowsPerPass = LeftRows::kRowsPerPass;
+  static_assert(kPasses == RightRows::kPasses, "a thread copies the same positions of both");
+  static constexpr int kElement = sizeof(typename Math::T);
+
+ public:
+  __device__ RoutedLoader(const WeightGradParams& p, int row, int column, int first, int depth)
+      : p_(p),
+        left_([&](int c) { return p.x.data + std::int64_t{row + c} * kElement; },
+              [&](int c) { return p.in_features - row - c; }),
+        right_([&](int c) { return p.grad.data + std::int64_t{column + c} * kElement; },
+               [&](int c) { return p.out_features - column - c; }),
+        position_(first + LeftRows::first_row()),
+        end_(first + depth) {
+    if (depth > 0) fetch_slots();
+  }
+
+  template <bool kWhole>
+  __device__ void load(SharedAddress stage) {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const bool present = kWhole || position(i) < end_;
+      left_.copy(stage, i, offset(p_.x, i), present);
+      right_.copy(stage + Shape::kLeftBytes, i, offset(p_.grad, i), present);
+    }
+    position_ += LeftRows::kDepth;
+    fetch_slots();
+  }
+
+ private:
+  __device__ int position(int pass) const { return position_ + pass * kRowsPerPass; }
+  __device__ std::int64_t offset(const RowMap& map, int pass) const {
+    const std::uint32_t units = map.units(map.by_slot ? slot_[pass] : min(position(pass), end_ - 1));
+    return std::int64_t{units} * (kAligned ? RowMap::kAlignedUnit : map.unit);
+  }
+  // Beyond the end the last one's: its rows are not copied, but their addresses are computed.
+  __device__ void fetch_slots() {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) slot_[i] = p_.slot_order[min(position(i), end_ - 1)];
+  }
+
+  const WeightGradParams& p_;
+  LeftRows left_;
+  RightRows right_;
+  std::int32_t slot_[kPasses];
+  int position_, end_;
+};
+
 template <typename Math, typename Shape_, bool kAligned_>
 class WeightGrad {
  public:
@@ -21,44 +73,35 @@ class WeightGrad {
 
  private:
   using T = typename Math::T;
-  static constexpr int kElement = sizeof(T);
-  using LeftLoader = ResultMajorLoader<Math, Shape, Shape::kRows, kAligned, RoutedDepth>;
-  using RightLoader = ResultMajorLoader<Math, Shape, Shape::kColumns, kAligned, RoutedDepth>;
 
  public:
   static __device__ void run(const WeightGradParams& p) {
     extern __shared__ __align__(1024) unsigned char shared[];
+    const unsigned row_tiles = (p.in_features + Shape::kRows - 1) / Shape::kRows;
+    const unsigned column_tiles = (p.out_features + Shape::kColumns - 1) / Shape::kColumns;
+    const unsigned expert = blockIdx.x / (row_tiles * column_tiles), local = blockIdx.x % (row_tiles * column_tiles);
+    char* const grad = p.grad_weight[expert];
+    if (grad == nullptr) return;
+    const int row = local % row_tiles * Shape::kRows, column = local / row_tiles * Shape::kColumns;
+    const int first = p.offsets[expert], depth = p.offsets[expert + 1] - first;
+    const int rows = column + Shape::warp_column() < p.out_features
+                         ? min(p.in_features - row - Shape::warp_row(), Shape::kRowsPerWarp)
+                         : 0;
+    Accumulators<Shape> sums;
     const Multistage<Math, Shape, Major::kResult, Major::kResult> product(device::shared_address(shared));
-    const int row_tiles = (p.in_features + Shape::kRows - 1) / Shape::kRows;
-    const int column_tiles = (p.out_features + Shape::kColumns - 1) / Shape::kColumns;
-    const std::int64_t per_expert = std::int64_t{row_tiles} * column_tiles;
-    for (std::int64_t i = blockIdx.x; i < per_expert * p.num_experts; i += gridDim.x) {
-      const int expert = static_cast<int>(i / per_expert), local = static_cast<int>(i % per_expert);
-      char* const grad = p.grad_weight[expert];
-      if (grad == nullptr) continue;
-      const int row = local % row_tiles * Shape::kRows, column = local / row_tiles * Shape::kColumns;
-      const int first = p.offsets[expert], depth = p.offsets[expert + 1] - first;
-      LeftLoader left(
-          RoutedDepth{p.x, first}, depth, [&](int c) { return p.x.data + std::int64_t{row + c} * kElement; },
-          [&](int c) { return p.in_features - row - c; });
-      RightLoader right(
-          RoutedDepth{p.grad, first}, depth, [&](int c) { return p.grad.data + std::int64_t{column + c} * kElement; },
-          [&](int c) { return p.out_features - column - c; });
-      const int rows = column + Shape::warp_column() < p.out_features
-                           ? min(p.in_features - row - Shape::warp_row(), Shape::kRowsPerWarp)
-                           : 0;
-      Accumulators<Shape> sums;
-      product.run(sums, left, right, depth, rows);
-      const int first_column = column + WayOut<Shape>::template column<false>();
-      const int columns_left = p.out_features - first_column;
-      char* const to = grad + row * p.grad_weight.row_bytes + std::int64_t{first_column} * kElement;
-      WayOut<Shape>::template visit<false>(sums, device::shared_address(shared), rows,
-                                           [&](int r, const float4& sum, const float4&) {
-                                             if (row + r >= p.in_features || columns_left <= 0) return;
-                                             store4<T, kAligned>(to + r * p.grad_weight.row_bytes, sum, columns_left);
-                                           });
-      __syncthreads();
-    }
+    product.run(sums, RoutedLoader<Math, Shape, kAligned>(p, row, column, first, depth), depth, rows);
+
+    const int first_column = column + WayOut<Shape>::template column<false>();
+    const int columns_left = p.out_features - first_column;
+    const int end = columns_left > 0 ? p.in_features - row : 0;
+    const std::int64_t row_bytes = p.grad_weight.row_bytes;
+    const int lane_row = WayOut<Shape>::template first_row<false>();
+    char* to = grad + (row + lane_row) * row_bytes + first_column * static_cast<std::int64_t>(sizeof(T));
+    WayOut<Shape>::template visit<false>(sums, device::shared_address(shared), rows,
+                                         [&](int r, const float4& sum, const float4&) {
+                                           if (r < end) store4<T, kAligned>(to, sum, columns_left);
+                                           to += WayOut<Shape>::template kRowsPerPass<false> * row_bytes;
+                                         });
   }
 };
 

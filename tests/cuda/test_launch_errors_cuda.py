@@ -1,4 +1,4 @@
-"""What a refused launch says and leaves behind, on an emulated device with 99 KiB of shared memory per block (sm_86)."""
+"""What a refused launch says and leaves behind, on an emulated device with 99 KiB of shared memory per block."""
 
 import os
 import subprocess

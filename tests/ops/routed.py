@@ -61,3 +61,7 @@ def as_leaves(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list
 
 def gradients(out: Tensor, inputs: list[Tensor | None], grad: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(out, [i for i in inputs if i is not None], grad.to(out.dtype)))
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm()).item()
