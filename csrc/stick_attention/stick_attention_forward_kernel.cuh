@@ -9,6 +9,7 @@
 // V is copied once. Shared memory: Q [64, D] and kStages of K and V [keys, D], swizzled; Q's place takes O at the end.
 #pragma once
 
+#include "stick_attention/stick_row_by_row.cuh"
 #include "stick_attention/stick_store.cuh"
 
 namespace mfx {
@@ -137,22 +138,24 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   }
   const StickRowTile done = kKeepQueries ? tile : StickRowTile::again(p, kStickTileRows);  // where registers allow
   const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
+  const StickRounded<T, kDim / 8> rounded(o);
+  const std::uint32_t spoilt = stick_rows_not_finite(rounded);
   const device::SharedAddress scratch = queries + row_in_tile * kRowBytes;  // read by this warp only
-  const auto store = [&](void* tensor, bool aligned) {
+  const auto store = [&](void* tensor, const StickRounded<T, kDim / 8>& what, bool aligned) {
     const StickRows<T> rows(static_cast<T*>(tensor), params.o_strides, p, done.s, done.head, done.first_row);
-    stick_store_rows<T>(o, scratch, rows, row_in_tile, static_cast<int>(p.head_dim), aligned);
+    stick_store_rows<T>(what, scratch, rows, row_in_tile, static_cast<int>(p.head_dim), aligned);
   };
-  store(params.o, launch.o_aligned);
+  store(params.o, rounded, launch.o_aligned);
   if constexpr (sizeof(T) == 2) {
     if (params.residual != nullptr) {
-#pragma unroll
-      for (int t = 0; t < kDim / 8; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[t][i] -= device::to_float(device::from_float<T>(o[t][i]));
-      }
-      store(params.residual, launch.residual_aligned);
+      rounded.take_from(o);
+      store(params.residual, StickRounded<T, kDim / 8>(o), launch.residual_aligned);
     }
   }
+  stick_row_by_row(spoilt, [&](int row) {
+    stick_forward_row<Op, kDim>(params, launch.factor, done, done.first_row + row_in_tile + row, (key_tile + 1) * kKeys,
+                                0);
+  });
   if (lane % 4 < 2) {  // lane 0 of a quad reports row g, lane 1 row g + 8
     const int row = done.first_row + row_in_tile + lane / 4 + 8 * (lane % 4);
     if (row < done.s.rows) {

@@ -140,7 +140,7 @@ struct StickKeyTile {
         any(first_key < s.keys && first_key < launch.window_end) {}
 };
 
-// lengths[slot] = greatest |v|^2 of 64 keys: a warp each.
+// lengths[slot] = greatest |v|^2 of 64 keys, of those that are kept: a warp each.
 template <typename T>
 __device__ inline void stick_value_lengths(const StickBackwardLaunch& launch) {
   constexpr int kElements = 16 / static_cast<int>(sizeof(T));
@@ -154,35 +154,39 @@ __device__ inline void stick_value_lengths(const StickBackwardLaunch& launch) {
   const int keys = s.keys - tile * kStickLengthKeys, columns = static_cast<int>(p.head_dim);
   const T* from =
       stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head, tile * kStickLengthKeys + row) + own_column;
-  const std::int64_t half_stride = 8 * p.v_strides.token;
-  float longest = 0.0f;
-  const auto measure = [&](auto whole) {  // whether every chunk is there and aligned
+  const bool* const mask =
+      p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k + tile * kStickLengthKeys;
+  const auto there = [&](int key) { return key < keys && (mask == nullptr || mask[key]); };
+  device::RowProducts<T> squares[kStickLengthKeys / 16];
+  const auto measure = [&](auto whole) {  // whether every chunk is there, kept and aligned
+#pragma unroll 1
+    for (int column = 0; column < columns; column += 4 * kElements) {
+      const T* chunk = from + column;
 #pragma unroll
-    for (int first = 0; first < kStickLengthKeys; first += 16) {
-      device::RowProducts<T> squares;
-      for (int column = 0; column < columns; column += 4 * kElements) {
+      for (int i = 0; i < kStickLengthKeys / 16; ++i) {
         uint4 x[2] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const T* const chunk = from + column + half * half_stride;
           if (whole) {
             x[half] = device::load_global_128_constant(chunk);
-          } else if (column + own_column < columns && first + row + 8 * half < keys) {
+          } else if (column + own_column < columns && there(16 * i + 8 * half + row)) {
             x[half] = launch.v_aligned ? device::load_global_128_constant(chunk) : stick_gather_chunk(chunk);
           }
+          chunk += 8 * p.v_strides.token;
         }
-        squares.add(x, x);
+        squares[i].add(x, x);
       }
-      longest = device::max_nan(longest, device::max_nan(squares(0), squares(1)));
-      from += 2 * half_stride;
     }
   };
-  if (launch.v_aligned && keys >= kStickLengthKeys && columns % (4 * kElements) == 0) {
+  if (launch.v_aligned && keys >= kStickLengthKeys && mask == nullptr && columns % (4 * kElements) == 0) {
     measure(std::true_type{});
   } else {
     measure(std::false_type{});
   }
-  longest = device::lanes_max(longest);
+  float longest = 0.0f;
+#pragma unroll
+  for (const auto& of_rows : squares) longest = fmaxf(longest, fmaxf(of_rows(0), of_rows(1)));
+  longest = device::lanes_max(longest);  // without NaN: who sees that needs no bound
   if (lane == 0) launch.lengths[at] = longest;
 }
 

@@ -136,29 +136,34 @@ __device__ inline void stick_forward_wide(const StickForwardLaunch& launch) {
   device::cp_async_wait_all();
 
   const StickRowTile done = StickRowTile::again(p, kRows);
+  key_tile = max(key_tile, 0);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int i = 0; i < Wide::kColumnTiles * 4; ++i) o[m][i / 4][i % 4] *= 1.0f / kUnit;
-    const auto store = [&](void* to, bool aligned) {
+    const StickRounded<T, Wide::kColumnTiles> rounded(o[m]);
+    const std::uint32_t spoilt = stick_rows_not_finite(rounded);
+    const auto store = [&](void* to, const StickRounded<T, Wide::kColumnTiles>& what, bool aligned) {
       const StickRows<T> rows(static_cast<T*>(to) + column, params.o_strides, p, done.s, done.head, done.first_row);
-      stick_store_rows<T>(o[m], tiles, rows, 16 * m, columns, aligned);
+      stick_store_rows<T>(what, tiles, rows, 16 * m, columns, aligned);
     };
-    store(params.o, launch.o_aligned);
-    if (sizeof(T) == 2 && params.residual != nullptr) {
-#pragma unroll
-      for (int i = 0; i < Wide::kColumnTiles * 4; ++i) {
-        float& x = o[m][i / 4][i % 4];
-        x -= device::to_float(device::from_float<T>(x));
+    store(params.o, rounded, launch.o_aligned);
+    if constexpr (sizeof(T) == 2) {
+      if (params.residual != nullptr) {
+        rounded.take_from(o[m]);
+        store(params.residual, StickRounded<T, Wide::kColumnTiles>(o[m]), launch.residual_aligned);
       }
-      store(params.residual, launch.residual_aligned);
     }
+    stick_row_by_row(spoilt, [&](int row) {
+      stick_forward_row<Op, Wide::kColumns>(params, launch.factor, done, done.first_row + 16 * m + row,
+                                            key_tile * kKeys, column);
+    });
   }
   const int row = done.first_row + static_cast<int>(threadIdx.x);
   if (threadIdx.x < kRows && row < done.s.rows) {
     const std::int64_t flat = stick_flat_row(p, done.s, done.head, row);
     static_cast<float*>(params.remainder)[flat] = sticks[threadIdx.x];
-    params.first_tiles[flat] = max(key_tile, 0);
+    params.first_tiles[flat] = key_tile;
   }
 }
 

@@ -10,7 +10,7 @@
 // Shared memory: K and V, kStages of Q and dO, weights and dS.
 #pragma once
 
-#include "stick_attention/stick_backward.cuh"
+#include "stick_attention/stick_row_by_row.cuh"
 
 namespace mfx {
 
@@ -281,15 +281,21 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const device::SharedAddress scratch = ring + warp * (16 * stick_store_bytes<T>(kPartTiles));
   const int first_column = part * (kDim / Tiles::kParts);
   const StickKeyTile done = StickKeyTile::again(launch, kKeys);
-  const auto store = [&](const float (&grad)[kPartTiles][4], void* tensor, const StickKeyStrides& strides,
+  const StickRounded<T, kPartTiles> rounded_k(grad_k), rounded_v(grad_v);
+  const std::uint32_t spoilt = stick_rows_not_finite(rounded_k, rounded_v);
+  const auto store = [&](const StickRounded<T, kPartTiles>& grad, void* tensor, const StickKeyStrides& strides,
                          bool aligned) {
     const int first = done.first_key + key_in_tile;
     const StickKeyRows<T> keys = {stick_keys(static_cast<T*>(tensor), strides, done.s, done.head, first) + first_column,
                                   strides.token, done.s.keys - first};
     stick_store_rows<T>(grad, scratch, keys, 0, static_cast<int>(p.head_dim) - first_column, aligned);
   };
-  store(grad_k, params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
-  if (!both) store(grad_v, params.grad_v, params.grad_v_strides, launch.grad_v_aligned);
+  store(rounded_k, params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
+  if (!both) store(rounded_v, params.grad_v, params.grad_v_strides, launch.grad_v_aligned);
+  stick_row_by_row(spoilt, [&](int key) {
+    stick_key_grad_row<Op, kDim / Tiles::kParts, kSpan, kStickRuns>(launch, done.s, done.head,
+                                                                    done.first_key + key_in_tile + key, first_column);
+  });
 }
 
 }  // namespace mfx

@@ -128,23 +128,28 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
   device::make_opaque(own_warp);
   const int own_column = static_cast<int>(own_warp) * Wide::kColumns;
   const device::SharedAddress scratch = device::shared_address(shared) + own_warp * (2 * Wide::kTileBytes);
-  const auto store = [&](const float (&grad)[Wide::kColumnTiles][4], void* tensor, const StickKeyStrides& strides,
-                         bool aligned) {
-    const StickKeyRows<T> keys = {stick_keys(static_cast<T*>(tensor), strides, done.s, done.head) + own_column,
-                                  strides.token, done.s.keys};
-    stick_store_rows<T>(grad, scratch, keys, done.first_key, static_cast<int>(p.head_dim) - own_column, aligned);
-  };
+  const bool both = params.grad_v == nullptr;  // K is V
   if constexpr (!Wide::kOne) {
-    const bool both = params.grad_v == nullptr;  // K is V
 #pragma unroll
     for (int i = 0; i < 4 * Wide::kColumnTiles; ++i) {
       float &grad_k = grads[0][i / 4][i % 4], &grad_v = grads[1][i / 4][i % 4];
       grad_v *= 1.0f / kStickWeightUnit<Op>;
       grad_k = grad_k * launch.scale + (both ? grad_v : 0.0f);
     }
-    if (!both) store(grads[1], params.grad_v, params.grad_v_strides, launch.grad_v_aligned);
   }
-  store(grads[0], params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
+  const StickRounded<T, Wide::kColumnTiles> rounded_k(grads[0]), rounded_v(grads[Wide::kOne ? 0 : 1]);
+  const std::uint32_t spoilt = stick_rows_not_finite(rounded_k, rounded_v);
+  const auto store = [&](const StickRounded<T, Wide::kColumnTiles>& grad, void* tensor, const StickKeyStrides& strides,
+                         bool aligned) {
+    const StickKeyRows<T> keys = {stick_keys(static_cast<T*>(tensor), strides, done.s, done.head) + own_column,
+                                  strides.token, done.s.keys};
+    stick_store_rows<T>(grad, scratch, keys, done.first_key, static_cast<int>(p.head_dim) - own_column, aligned);
+  };
+  store(rounded_k, params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
+  if (!both) store(rounded_v, params.grad_v, params.grad_v_strides, launch.grad_v_aligned);
+  stick_row_by_row(spoilt, [&](int key) {
+    stick_key_grad_row<Op, Wide::kColumns, kKeys, 1>(launch, done.s, done.head, done.first_key + key, own_column);
+  });
 }
 
 }  // namespace mfx

@@ -5,7 +5,7 @@
 // Shared memory: Q and dO, and a ring of kStages of K and V; Q's place takes dQ at the end.
 #pragma once
 
-#include "stick_attention/stick_backward.cuh"
+#include "stick_attention/stick_row_by_row.cuh"
 
 namespace mfx {
 
@@ -153,7 +153,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
 
   // dQ in accumulator layout, at the same place for every window.
   float grad_q[kDim / 8][4] = {};
-  const auto for_sums = [&](const StickRowTile& of, auto&& each) {
+  const auto for_sums = [&](const StickRowTile& of, std::uint32_t but, auto&& each) {
     const int row = of.first_row + row_in_tile + lane / 4;
     float* const sums = launch.sums + stick_workspace_row(launch, of.s, of.head, row) * p.head_dim;
 #pragma unroll
@@ -161,7 +161,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
       const int column = 8 * t + 2 * (lane % 4);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (row + 8 * half < of.s.rows && column < p.head_dim) {
+        if (row + 8 * half < of.s.rows && column < p.head_dim && (but >> (lane / 4 + 8 * half) & 1) == 0) {
           each(*reinterpret_cast<float2*>(sums + 8 * half * p.head_dim + column), grad_q[t][2 * half],
                grad_q[t][2 * half + 1]);
         }
@@ -169,7 +169,7 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
     }
   };
   if (!keys.starts) {
-    for_sums(tile, [](const float2& sum, float& x, float& y) {
+    for_sums(tile, 0, [](const float2& sum, float& x, float& y) {
       x = sum.x;
       y = sum.y;
     });
@@ -245,20 +245,32 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) grad_q[t][i] *= launch.scale;
     }
+  }
+  const StickRounded<T, kDim / 8> rounded(grad_q);
+  const std::uint32_t spoilt = stick_rows_not_finite(rounded);
+  if (keys.finishes) {
     const StickRows<T> rows(static_cast<T*>(params.grad_q), params.grad_q_strides, p, done.s, done.head,
                             done.first_row);
-    stick_store_rows<T>(grad_q, queries + row_in_tile * kRowBytes, rows, row_in_tile, static_cast<int>(p.head_dim),
+    stick_store_rows<T>(rounded, queries + row_in_tile * kRowBytes, rows, row_in_tile, static_cast<int>(p.head_dim),
                         launch.grad_q_aligned);
   } else {
-    for_sums(done, [](float2& sum, float x, float y) { sum = {x, y}; });
+    for_sums(done, spoilt, [](float2& sum, float x, float y) { sum = {x, y}; });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = done.first_row + row_in_tile + lane / 4 + 8 * half;
-      if (lane % 4 == 0 && row < done.s.rows) {
-        launch.states[stick_workspace_row(launch, done.s, done.head, row)] = {stick[half], passed[half]};
+      const int row = row_in_tile + lane / 4 + 8 * half;
+      if (lane % 4 == 0 && done.first_row + row < done.s.rows && (spoilt >> row % 16 & 1) == 0) {
+        launch.states[stick_workspace_row(launch, done.s, done.head, done.first_row + row)] = {stick[half],
+                                                                                               passed[half]};
       }
     }
   }
+  stick_row_by_row(spoilt, [&](int row) {
+    const int of_row = row % 8 * 4;
+    const float own_delta = device::of_lane(row < 8 ? delta[0] : delta[1], of_row);
+    const float own_reach = device::of_lane(row < 8 ? reach[0] : reach[1], of_row);
+    stick_query_grad_row<Op, kDim, kKeys, kStickRuns>(launch, done, keys, done.first_row + row_in_tile + row, 0,
+                                                      own_delta, own_reach);
+  });
 }
 
 }  // namespace mfx

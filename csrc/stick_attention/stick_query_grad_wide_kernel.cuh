@@ -137,17 +137,17 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
 
   // dQ in accumulator layout, at the same place for every window.
   float grad_q[Wide::kColumnTiles][4] = {};
-  const auto for_sums = [&](const StickRowTile& of, auto&& each) {
+  const auto for_sums = [&](const StickRowTile& of, std::uint32_t but, auto&& each) {
 #pragma unroll
     for (int i = 0; i < 2 * Wide::kColumnTiles; ++i) {
       const int of_row = of.first_row + lane / 4 + 8 * (i % 2), c = 8 * (i / 2) + 2 * (lane % 4);
-      if (of_row >= of.s.rows || c >= columns) continue;
+      if (of_row >= of.s.rows || c >= columns || (but >> (lane / 4 + 8 * (i % 2)) & 1) != 0) continue;
       const std::int64_t at = stick_workspace_row(launch, of.s, of.head, of_row) * p.head_dim + column + c;
       each(*reinterpret_cast<float2*>(launch.sums + at), grad_q[i / 2][i % 2 * 2], grad_q[i / 2][i % 2 * 2 + 1]);
     }
   };
   if (!keys.starts) {
-    for_sums(tile, [](const float2& sum, float& x, float& y) {
+    for_sums(tile, 0, [](const float2& sum, float& x, float& y) {
       x = sum.x;
       y = sum.y;
     });
@@ -221,16 +221,29 @@ __device__ inline void stick_query_grad_wide(const StickBackwardLaunch& launch) 
   if (keys.finishes) {
 #pragma unroll
     for (int i = 0; i < 4 * Wide::kColumnTiles; ++i) grad_q[i / 4][i % 4] *= launch.scale;
+  }
+  const StickRounded<T, Wide::kColumnTiles> rounded(grad_q);
+  const std::uint32_t own_spoilt = stick_rows_not_finite(rounded);
+  std::uint32_t spoilt = 0;  // for any warp
+  if (__syncthreads_or(own_spoilt != 0)) {
+#pragma unroll 1
+    for (int i = 0; i < kRows; ++i) spoilt |= __syncthreads_or(own_spoilt >> i & 1) ? 1u << i : 0;
+  }
+  if (keys.finishes) {
     const StickRows<T> rows(static_cast<T*>(params.grad_q) + column, params.grad_q_strides, p, done.s, done.head,
                             done.first_row);
-    stick_store_rows<T>(grad_q, tiles, rows, 0, columns, launch.grad_q_aligned);
+    stick_store_rows<T>(rounded, tiles, rows, 0, columns, launch.grad_q_aligned);
   } else {
-    for_sums(done, [](float2& sum, float x, float y) { sum = {x, y}; });
-    if (scans && done.first_row + row < done.s.rows && lane % 8 == 0) {
+    for_sums(done, spoilt, [](float2& sum, float x, float y) { sum = {x, y}; });
+    if (scans && done.first_row + row < done.s.rows && lane % 8 == 0 && (spoilt >> row & 1) == 0) {
       const std::int64_t at = stick_workspace_row(launch, done.s, done.head, done.first_row + row);
       launch.states[at] = {states[row].x, states[row].y};
     }
   }
+  stick_row_by_row(spoilt, [&](int i) {
+    stick_query_grad_row<Op, Wide::kColumns, kKeys, 1>(launch, done, keys, done.first_row + i, column, states[i].z,
+                                                       states[i].w);
+  });
 }
 
 }  // namespace mfx

@@ -1,6 +1,7 @@
 // How results leave a block.
 #pragma once
 
+#include "device/all_finite.cuh"
 #include "stick_attention/stick_geometry.cuh"
 
 namespace mfx {
@@ -15,17 +16,68 @@ struct StickStorage<device::Tf32> {
   using Type = float;
 };
 
+// An accumulator [16, 8 kTiles] rounded to T: per tile of columns this lane's pair of row g and that of row g + 8.
+template <typename T, int kTiles>
+struct StickRounded {
+  static constexpr int kWordsOfPair = sizeof(T) / 2;
+  std::uint32_t words[2 * kTiles * kWordsOfPair];
+
+  __device__ explicit StickRounded(const float (&acc)[kTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const StickPair<T> pair = stick_pair<T>(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+      for (int word = 0; word < kWordsOfPair; ++word) words[i * kWordsOfPair + word] = pair.words[word];
+    }
+  }
+
+  __device__ std::uint32_t rows_not_finite() const {
+    std::uint32_t rows = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float zero = 0.0f;  // NaN if a number is not finite
+#pragma unroll
+      for (int i = half; i < 2 * kTiles; i += 2) {
+        StickPair<T> pair;
+#pragma unroll
+        for (int word = 0; word < kWordsOfPair; ++word) pair.words[word] = words[i * kWordsOfPair + word];
+        zero += 0.0f * stick_rounded(pair).x + 0.0f * stick_rounded(pair).y;
+      }
+      const std::uint32_t lanes = __ballot_sync(device::kAllLanes, zero != 0.0f);
+#pragma unroll
+      for (int g = 0; g < 8; ++g) rows |= (lanes >> 4 * g & 15) != 0 ? 1u << (8 * half + g) : 0;
+    }
+    return rows;
+  }
+
+  // What rounding took from the accumulator.
+  __device__ void take_from(float (&acc)[kTiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const float2 rounded = stick_rounded(StickPair<T>{words[i]});
+      acc[i / 2][i % 2 * 2] -= rounded.x;
+      acc[i / 2][i % 2 * 2 + 1] -= rounded.y;
+    }
+  }
+};
+
+// The rows that are not finite in one of several, a bit each, the same in all lanes.
+template <typename T, int... kTiles>
+__device__ inline std::uint32_t stick_rows_not_finite(const StickRounded<T, kTiles>&... rounded) {
+  return device::warp_all_finite<T>(rounded.words...) ? 0 : (rounded.rows_not_finite() | ...);
+}
+
 template <typename T>
 constexpr int stick_store_bytes(int tiles) {
   const int bytes = 8 * tiles * static_cast<int>(sizeof(T));
   return bytes < 128 ? 128 : bytes;
 }
 
-// Writes a warp's [16, 8 kTiles] to rows [first, first + 16) of StickRows or StickKeyRows, through its own shared
+// Writes a warp's results to rows [first, first + 16) of StickRows or StickKeyRows, through its own shared
 // memory (16 rows of stick_store_bytes), so that they leave in chunks of 16 bytes. Of the columns `columns` exist.
 template <typename T, int kTiles, typename Rows>
-__device__ inline void stick_store_rows(const float (&acc)[kTiles][4], device::SharedAddress scratch, const Rows& rows,
-                                        int first, int columns, bool aligned) {
+__device__ inline void stick_store_rows(const StickRounded<T, kTiles>& rounded, device::SharedAddress scratch,
+                                        const Rows& rows, int first, int columns, bool aligned) {
   constexpr int kRowBytes = stick_store_bytes<T>(kTiles), kElements = 16 / static_cast<int>(sizeof(T));
   const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
   // As in device/tile_product.cuh: XOR selects a chunk of 128 bytes, the rest of the way is an immediate offset.
@@ -37,11 +89,11 @@ __device__ inline void stick_store_rows(const float (&acc)[kTiles][4], device::S
     constexpr int kBits = tile * kTileBytes % 128, kOffset = tile * kTileBytes - kBits;
     const device::SharedAddress at = own ^ kBits;
     device::static_for<2>([&](auto half) {
-      const float x = acc[tile][2 * half], y = acc[tile][2 * half + 1];
+      const std::uint32_t* const pair = &rounded.words[(2 * tile + half) * rounded.kWordsOfPair];
       if constexpr (sizeof(T) == 2) {
-        device::store_shared_32<kOffset + half * 8 * kRowBytes>(at, device::pack_pair<T>(x, y));
+        device::store_shared_32<kOffset + half * 8 * kRowBytes>(at, pair[0]);
       } else {
-        device::store_shared_64<kOffset + half * 8 * kRowBytes>(at, {__float_as_uint(x), __float_as_uint(y)});
+        device::store_shared_64<kOffset + half * 8 * kRowBytes>(at, {pair[0], pair[1]});
       }
     });
   });

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "device/opaque.cuh"
+#include "stick_attention/stick_row_by_row.cuh"
 #include "stick_attention/stick_store.cuh"
 
 namespace mfx {

@@ -1,7 +1,7 @@
 """What the kernels of stick_attention execute, counted on the emulated device: upper bounds, a regression fails.
 
 Counts are of PTX and per causal score (bf16, one head, stick_epsilon 0). The goals were 18.2 and 23.6 lane instructions
-forward, 59 and 88 backward (head dim 64 and 128).
+forward, 59 and 88 backward (head dim 64 and 128). Forward for training also writes what rounding took from o.
 """
 
 import pytest
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(build_info()["cuda_dispatch"] != "CPU", reason="
 
 
 def launches(t, dim):
-    """Statistics per kernel of one forward and backward pass, and the number of scores."""
+    """Statistics per kernel of forward alone and of a forward and a backward pass, and the number of scores."""
     import cudasim
 
     generator = torch.Generator().manual_seed(0)
@@ -22,20 +22,24 @@ def launches(t, dim):
     cudasim.reset_stats()
     with torch.no_grad():
         stick_attention(q, k, v, stick_epsilon=0.0)
-    forward = cudasim.stats()
+    (inference,) = cudasim.stats()
+    cudasim.reset_stats()
     stick_attention(q, k, v, stick_epsilon=0.0).sum().backward()
-    (plain,) = forward
+    (training,) = (s for s in cudasim.stats() if s["kernel"].startswith("stick_fwd"))
     backward = [s for s in cudasim.stats() if s["kernel"].startswith("stick_bwd")]
     assert len(backward) == 3  # bounds of |v|, query kernel, key kernel: one window
-    return plain, backward, t * (t + 1) / 2
+    return inference, training, backward, t * (t + 1) / 2
 
 
-@pytest.mark.parametrize(("dim", "most_forward", "most_backward"), [(64, 18.1, 59.0), (128, 22.6, 86.5)])
-def test_instructions_per_score(dim, most_forward, most_backward):
-    forward, backward, scores = launches(512, dim)
-    assert forward["thread_instructions"] / scores <= most_forward
+@pytest.mark.parametrize(
+    ("dim", "most_inference", "most_training", "most_backward"), [(64, 18.1, 19.3, 59.0), (128, 22.6, 24.7, 86.5)]
+)
+def test_instructions_per_score(dim, most_inference, most_training, most_backward):
+    inference, training, backward, scores = launches(512, dim)
+    assert inference["thread_instructions"] / scores <= most_inference
+    assert training["thread_instructions"] / scores <= most_training
     assert sum(s["thread_instructions"] for s in backward) / scores <= most_backward
-    for stats in (forward, *backward):
+    for stats in (inference, training, *backward):
         assert 32 * stats["issued"]["sfu"] / scores <= 2.4, stats["kernel"]
         assert stats["shared_excess_wavefronts"] == 0, stats["kernel"]  # bank conflicts
 
@@ -43,7 +47,7 @@ def test_instructions_per_score(dim, most_forward, most_backward):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_traffic_and_flops(dim):
     t = 1024
-    forward, backward, scores = launches(t, dim)
+    forward, training, backward, scores = launches(t, dim)
     useful = 2 * dim * scores  # of one product
     assert forward["mma_flops"] <= 1.03 * 2 * useful
     assert sum(s["mma_flops"] for s in backward) <= 1.05 * 7 * useful  # S and dP in both kernels, dQ, dK, dV
@@ -53,3 +57,5 @@ def test_traffic_and_flops(dim):
     least_written = t * sectors + 2 * t * 4 // 32  # o, remainder, first_tiles
     assert forward["global_load_sectors"] <= 1.1 * least_read
     assert forward["global_store_sectors"] <= 1.1 * least_written
+    assert training["global_load_sectors"] <= 1.1 * least_read
+    assert training["global_store_sectors"] <= 1.1 * (least_written + t * sectors)  # and the residual

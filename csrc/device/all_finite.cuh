@@ -1,0 +1,27 @@
+// Whether results that are about to be stored are finite.
+#pragma once
+
+#include "device/tile_product.cuh"
+#include "device/warp.cuh"
+
+namespace mfx::device {
+
+// Whether all words that a warp's lanes hold, elements of type Op, are finite, the same in all lanes. They are
+// multiplied with one another, six words a lane at a time: what is not finite stays so in a product of matrices. Where
+// squares overflow the answer may be no.
+template <typename Op, int... kWords>
+__device__ inline bool warp_all_finite(const std::uint32_t (&... words)[kWords]) {
+  float sum[4] = {};
+  const auto add = [&](const auto& of, int count) {
+    const auto at = [&](int i) { return i < count ? of[i] : 0; };
+#pragma unroll
+    for (int i = 0; i < count; i += 6) {
+      const FragmentA a = {at(i), at(i + 1), at(i + 2), at(i + 3)};
+      multiply_step<std::conditional_t<kIs16Bit<Op>, Op, Tf32>>(sum, a, at(i + 4), at(i + 5));
+    }
+  };
+  (add(words, kWords), ...);
+  return __all_sync(kAllLanes, fabsf((sum[0] + sum[1]) + (sum[2] + sum[3])) < __int_as_float(0x7f800000));
+}
+
+}  // namespace mfx::device

@@ -1,0 +1,348 @@
+// How a block of stick_attention_decode walks one slot of a cache (stick_attention_decode_kernel.cuh), in tiles.
+//
+// A key is read by the lanes of kLanes neighbours (or several warps), each of which owns one 16-byte chunk of the head
+// dimension: of q, of the sums and of every key and value, all in registers, so that where K is V a key is loaded once
+// for both products. Partial dot products of kKeys keys x kRows rows meet in a transposing butterfly, about one shuffle
+// each. One warp per row then scans the tile: nothing of the scan is rounded below binary32, and the stick itself is
+// carried in binary64, since a long walk multiplies it thousands of times.
+#pragma once
+
+#include "device/convert.cuh"
+#include "device/vector_memory.cuh"
+#include "device/warp.cuh"
+#include "stick_attention/stick_attention_decode_plan.hpp"
+
+namespace mfx::stick_decode {
+
+using namespace mfx::device;
+
+constexpr float kScoreBound = 80.0f;  // beyond, beta is 0 or 1 to every digit, and 1 - beta is still a normal number
+
+template <typename T, int kLanesPerKey, int kRowsPerGroup>
+struct Shape {
+  static constexpr int kLanes = kLanesPerKey;  // 32: and as many warps as the head dimension needs
+  static constexpr int kRows = kRowsPerGroup;
+  static constexpr int kVec = 16 / sizeof(T);
+  static constexpr int kThreads = kLanes == 32 ? 256 : 128;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kKeys = kLanes == 32 && kRows <= 4 && sizeof(T) == 2 ? 8 : 4;  // of a tile, per thread
+  static constexpr int kMaxTile = kThreads / kLanes * kKeys;
+  static constexpr int kMaxDim = kLanes == 32 ? 1024 : kLanes * kVec;
+};
+
+// Where a thread stands: keys key_lane * kKeys.. of each tile, head dimensions d...
+template <typename S>
+struct Place {
+  int warp, lane;
+  int warps_per_key, key_lanes;  // key_lanes * kKeys keys make a tile
+  int key_lane, d;
+  bool active;
+
+  __device__ explicit Place(std::int64_t head_dim) : warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
+    constexpr int kChunk = S::kLanes * S::kVec;
+    warps_per_key = S::kLanes == 32 ? (static_cast<int>(head_dim) + kChunk - 1) / kChunk : 1;
+    key_lanes = S::kWarps / warps_per_key * (32 / S::kLanes);
+    key_lane = warp / warps_per_key * (32 / S::kLanes) + lane / S::kLanes;
+    d = (warp % warps_per_key * S::kLanes + lane % S::kLanes) * S::kVec;
+    active = d < head_dim && key_lane < key_lanes;
+  }
+  __device__ int tile() const { return key_lanes * S::kKeys; }
+};
+
+// The rows one block works for.
+struct Group {
+  std::int64_t index, batch, head, first_row;
+  int rows;
+
+  __device__ Group(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, std::int64_t index)
+      : index(index),
+        batch(index / (plan.groups_per_kv * p.num_kv_heads)),
+        head(index / plan.groups_per_kv % p.num_kv_heads),
+        first_row(index % plan.groups_per_kv * StickDecodePlan::kMaxRows) {
+    const std::int64_t left = p.num_new * p.group_size - first_row;
+    rows = static_cast<int>(left < plan.rows ? left : plan.rows);
+  }
+  __device__ std::int64_t token(const StickAttentionDecodeParams& p, int row) const {
+    return (first_row + row) / p.group_size;
+  }
+  __device__ std::int64_t query_head(const StickAttentionDecodeParams& p, int row) const {
+    return (first_row + row) % p.group_size;
+  }
+  template <typename T>
+  __device__ const T* query(const StickAttentionDecodeParams& p, int row) const {
+    return static_cast<const T*>(p.q) + batch * p.q_batch_stride + head * p.q_head_stride +
+           token(p, row) * p.q_token_stride + query_head(p, row) * p.q_group_stride;
+  }
+};
+
+// The lengths live on the device, where nobody can be told about a wrong one: nothing outside the cache is read.
+__device__ inline int clamped_length(const StickAttentionDecodeParams& p, std::int64_t batch) {
+  const int length = p.lengths[batch];
+  return length < 0 ? 0 : length > p.max_keys ? static_cast<int>(p.max_keys) : length;
+}
+
+// A stick that is NaN has ended, too: nothing older can change the result.
+__device__ inline bool has_ended(double stick, double epsilon) {
+  return epsilon > 0 && !(stick > epsilon);
+}
+
+template <typename T>
+struct Chunk {
+  uint4 bits;
+
+  // 16 bytes; one by one where an address is not a multiple of 16.
+  __device__ static Chunk load(const T* from, bool aligned) {
+    if (aligned) return {load_global_128_constant(from)};
+    constexpr int kVec = 16 / sizeof(T);
+    alignas(16) T words[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) words[i] = from[i];
+    return {*reinterpret_cast<const uint4*>(words)};
+  }
+  __device__ void widen(float (&x)[16 / sizeof(T)]) const { unpack_chunk<T>(bits, x); }
+};
+
+// kKeys keys (or values) of a tile, this thread's chunk of each; zeros for keys older than `begin`.
+template <typename T, typename S>
+__device__ inline void load_tile(Chunk<T> (&chunk)[S::kKeys], const Place<S>& at, const T* base,
+                                 std::int64_t key_stride, int first, int begin, bool aligned) {
+#pragma unroll
+  for (int j = 0; j < S::kKeys; ++j) {
+    const int key = first + at.key_lane * S::kKeys + j;
+    chunk[j].bits = make_uint4(0, 0, 0, 0);
+    if (at.active && key >= begin) chunk[j] = Chunk<T>::load(base + key * key_stride + at.d, aligned);
+  }
+}
+
+template <typename S>
+struct Shared {
+  static constexpr int kPitch = S::kMaxTile + S::kKeys;  // spreads the rows over the banks
+  alignas(16) float weights[S::kRows][S::kMaxTile];
+  float scores[S::kWarps][S::kRows][kPitch];     // partial dot products, per warp of a key
+  alignas(16) float sums[S::kRows][S::kMaxDim];  // by sum_index()
+  double sticks[S::kRows];
+
+  // Fours of neighbouring chunks lie side by side, so that a warp that stores its chunks meets every bank once.
+  __device__ static int sum_index(int d) {
+    return (d % S::kVec / 4 * (S::kMaxDim / S::kVec) + d / S::kVec) * 4 + d % 4;
+  }
+};
+
+// What sum_and_spread() left in this lane.
+template <typename S>
+__device__ inline void store_scores(Shared<S>& shared, const Place<S>& at, const float (&sums)[S::kRows * S::kKeys]) {
+  constexpr int kCount = S::kRows * S::kKeys;
+  constexpr int kEach = kCount < S::kLanes ? 1 : kCount / S::kLanes;
+  constexpr int kCopies = kCount < S::kLanes ? S::kLanes / kCount : 1;  // lanes with the same sum
+  const int lane = at.lane % S::kLanes;
+  if (lane % kCopies != 0) return;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int index = lane / kCopies * kEach + i;
+    shared.scores[at.warp % at.warps_per_key][index / S::kKeys][at.key_lane * S::kKeys + index % S::kKeys] = sums[i];
+  }
+}
+
+// What a key takes of the stick that comes to it, and what it leaves, as parts.
+struct Odds {
+  float take, leave;
+
+  __device__ explicit Odds(float s) {
+    s = s > kScoreBound ? kScoreBound : s < -kScoreBound ? -kScoreBound : s;  // NaN passes through
+    const float e = expf(s);
+    leave = 1.0f / (1.0f + e);
+    take = e * leave;
+  }
+};
+
+// The cache of a group's sequence and K/V head.
+template <typename T>
+struct Cache {
+  const T *keys, *values;
+  const bool* mask;
+  int newest_of_first_token;
+
+  __device__ Cache(const StickAttentionDecodeParams& p, const Group& group)
+      : keys(static_cast<const T*>(p.k_cache) + group.batch * p.k_batch_stride + group.head * p.k_head_stride),
+        values(static_cast<const T*>(p.v_cache) + group.batch * p.v_batch_stride + group.head * p.v_head_stride),
+        mask(p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + group.batch * p.mask_batch_stride),
+        newest_of_first_token(clamped_length(p, group.batch) - static_cast<int>(p.num_new) -
+                              (p.attend_current ? 0 : 1)) {}
+
+  __device__ int newest_key(const StickAttentionDecodeParams& p, const Group& group, int row) const {
+    return newest_of_first_token + static_cast<int>(group.token(p, row));
+  }
+  __device__ bool kept(const StickAttentionDecodeParams& p, int key) const {
+    return mask == nullptr || mask[key * p.mask_key_stride];
+  }
+};
+
+// Turns a row's scores of the keys first..first + tile into weights A for a whole stick times `stick`, which it
+// updates. One warp; each lane has two neighbouring keys.
+template <typename T, typename S>
+__device__ inline void scan_row(Shared<S>& shared, const StickAttentionDecodeParams& p, const Cache<T>& cache,
+                                const Place<S>& at, int row, int first, int begin, int last, double& stick) {
+  float take[2] = {0, 0}, leave[2] = {1, 1};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int j = 2 * at.lane + i, key = first + j;
+    const bool visible = j < at.tile() && key >= begin && key <= last;
+    if (!visible || !cache.kept(p, key)) continue;
+    float s = 0;
+    for (int part = 0; part < at.warps_per_key; ++part) s += shared.scores[part][row][j];
+    const Odds odds(s * static_cast<float>(p.scale));
+    take[i] = odds.take;
+    leave[i] = odds.leave;
+  }
+  float left = leave[0] * leave[1];  // of this lane's and, step by step, more newer keys
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const float newer = __shfl_down_sync(kAllLanes, left, step);
+    if (at.lane + step < 32) left *= newer;
+  }
+  const float newer = __shfl_down_sync(kAllLanes, left, 1);
+  const float before = at.lane == 31 ? 1.0f : newer;
+  const float weight1 = take[1] * before, weight0 = take[0] * (before * leave[1]);
+  const float mass = lanes_sum(weight0 + weight1);
+  const float whole = __shfl_sync(kAllLanes, left, 0);
+  const float scale = static_cast<float>(stick);
+  if (2 * at.lane < at.tile()) {
+    *reinterpret_cast<float2*>(&shared.weights[row][2 * at.lane]) = make_float2(weight0 * scale, weight1 * scale);
+  }
+  // 1 - mass keeps a long tail of tiny weights exact, the product keeps a nearly used-up stick exact.
+  stick *= mass < 0.5f ? 1.0 - static_cast<double>(mass) : static_cast<double>(whole);
+}
+
+// shared.sums of the keys end - 1 .. begin again, from the keys that a row sees alone: a weight of 0 does not keep NaN
+// or infinity of others from a sum. A warp per row, lanes on the head dimension.
+template <typename T, typename S>
+__device__ void sum_row_by_row(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group,
+                               const Cache<T>& cache, int begin, int end) {
+  const int lane = threadIdx.x % 32;
+  for (int row = threadIdx.x / 32; row < group.rows; row += S::kWarps) {
+    const T* const q = group.query<T>(p, row);
+    const auto sum = [&](int d) -> float& { return shared.sums[row][Shared<S>::sum_index(d)]; };
+    for (int d = lane; d < p.head_dim; d += 32) sum(d) = 0;
+    double stick = 1;
+    for (int key = min(end - 1, cache.newest_key(p, group, row)); key >= begin; --key) {
+      if (has_ended(stick, p.stick_epsilon)) break;
+      if (!cache.kept(p, key)) continue;
+      const T *const k = cache.keys + key * p.k_key_stride, *const v = cache.values + key * p.v_key_stride;
+      float score = 0;
+      for (int d = lane; d < p.head_dim; d += 32) score += to_float(q[d]) * to_float(k[d]);
+      const Odds odds(lanes_sum(score) * static_cast<float>(p.scale));
+      const float weight = odds.take * static_cast<float>(stick);
+      for (int d = lane; d < p.head_dim; d += 32) sum(d) += weight * to_float(v[d]);
+      stick *= odds.leave;
+    }
+  }
+  __syncthreads();
+}
+
+// Walks the keys end - 1 .. begin. On return shared.sums and shared.sticks hold what they take from whole sticks.
+template <typename T, typename S, bool kShared>
+__device__ void walk(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group, bool aligned,
+                     int begin, int end) {
+  constexpr int kRounds = (S::kRows + S::kWarps - 1) / S::kWarps;
+  const Place<S> at(p.head_dim);
+  const Cache<T> cache(p, group);
+  Chunk<T> now[S::kKeys], then[S::kKeys];  // K, and the older tile's K where K is V, else V
+  load_tile<T, S>(now, at, cache.keys, p.k_key_stride, end - at.tile(), begin, aligned);
+  float q[S::kRows][S::kVec] = {}, sum[S::kRows][S::kVec] = {};
+#pragma unroll
+  for (int row = 0; row < S::kRows; ++row) {
+    if (row >= group.rows || !at.active) continue;
+    Chunk<T>::load(group.query<T>(p, row) + at.d, aligned).widen(q[row]);
+  }
+  double stick[kRounds];  // of the rows this warp scans: warp, warp + kWarps..
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) stick[i] = 1;
+
+  for (int first = end - at.tile();; first -= at.tile()) {
+    if constexpr (kShared) {
+      load_tile<T, S>(then, at, cache.keys, p.k_key_stride, first - at.tile(), begin, aligned);
+    } else {
+      load_tile<T, S>(then, at, cache.values, p.v_key_stride, first, begin, aligned);
+    }
+    float dot[S::kRows * S::kKeys];
+#pragma unroll
+    for (int j = 0; j < S::kKeys; ++j) {
+      float x[S::kVec];
+      now[j].widen(x);
+#pragma unroll
+      for (int row = 0; row < S::kRows; ++row) {
+        float s = x[0] * q[row][0];
+#pragma unroll
+        for (int i = 1; i < S::kVec; ++i) s += x[i] * q[row][i];
+        dot[row * S::kKeys + j] = s;
+      }
+    }
+    if constexpr (!kShared) load_tile<T, S>(now, at, cache.keys, p.k_key_stride, first - at.tile(), begin, aligned);
+
+    sum_and_spread<S::kLanes, S::kRows * S::kKeys>(dot);
+    store_scores<S>(shared, at, dot);
+    __syncthreads();
+    bool ended = true;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int row = at.warp + i * S::kWarps;
+      if (row >= S::kRows) break;
+      scan_row(shared, p, cache, at, row, first, begin, cache.newest_key(p, group, row), stick[i]);
+      ended = ended && (row >= group.rows || has_ended(stick[i], p.stick_epsilon));
+    }
+    const bool all_ended = __syncthreads_and(ended);
+    if (at.active) {
+#pragma unroll
+      for (int j = 0; j < S::kKeys; ++j) {
+        float x[S::kVec];
+        (kShared ? now : then)[j].widen(x);
+#pragma unroll
+        for (int row = 0; row < S::kRows; ++row) {
+          const float weight = shared.weights[row][at.key_lane * S::kKeys + j];
+#pragma unroll
+          for (int i = 0; i < S::kVec; ++i) sum[row][i] += weight * x[i];
+        }
+      }
+    }
+    if (all_ended || first <= begin) break;
+    if constexpr (kShared) {
+#pragma unroll
+      for (int j = 0; j < S::kKeys; ++j) now[j] = then[j];
+    }
+  }
+
+  float zero = 0;  // NaN if a sum is not finite
+#pragma unroll
+  for (int row = 0; row < S::kRows; ++row) {
+#pragma unroll
+    for (int i = 0; i < S::kVec; ++i) {
+      zero += 0.0f * sum[row][i];
+#pragma unroll
+      for (int step = S::kLanes; step < 32; step *= 2) {
+        sum[row][i] += __shfl_xor_sync(kAllLanes, sum[row][i], step);
+      }
+    }
+  }
+  for (int turn = 0; turn < S::kWarps / at.warps_per_key; ++turn) {
+    if (at.warp / at.warps_per_key == turn && at.lane < S::kLanes && at.active) {
+#pragma unroll
+      for (int row = 0; row < S::kRows; ++row) {
+#pragma unroll
+        for (int i = 0; i < S::kVec; i += 4) {
+          float4& total = *reinterpret_cast<float4*>(&shared.sums[row][Shared<S>::sum_index(at.d + i)]);
+          const float4 newer = turn == 0 ? make_float4(0, 0, 0, 0) : total;
+          total = make_float4(newer.x + sum[row][i], newer.y + sum[row][i + 1], newer.z + sum[row][i + 2],
+                              newer.w + sum[row][i + 3]);
+        }
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    if (at.lane == 0 && at.warp + i * S::kWarps < S::kRows) shared.sticks[at.warp + i * S::kWarps] = stick[i];
+  }
+  if (__syncthreads_or(zero != 0)) sum_row_by_row<T, S>(shared, p, group, cache, begin, end);
+}
+
+}  // namespace mfx::stick_decode

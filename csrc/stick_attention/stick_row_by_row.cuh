@@ -1,0 +1,238 @@
+// What a row does not see cannot reach it. The products of the tiled kernels multiply what is there with a weight of 0
+// instead, which NaN and infinity survive: rows (of keys, in the key kernel) whose results are not finite are computed
+// anew here, over the pairs that see each other alone. Slow, and only for what is within a tile of something that is
+// not finite, or sees it.
+//
+// A warp works on a row, its lanes on the head dimension. Results go to columns [first_column, first_column +
+// kColumns).
+#pragma once
+
+#include "stick_attention/stick_backward.cuh"
+
+namespace mfx {
+
+// Calls each(row) for every bit of `rows` that is set, when all lanes have written what they had to.
+template <typename Each>
+__device__ inline void stick_row_by_row(std::uint32_t rows, Each&& each) {
+  __syncwarp();
+#pragma unroll 1
+  for (; rows != 0; rows &= rows - 1) each(__ffs(static_cast<int>(rows)) - 1);
+}
+
+// A weight as the products of the tiled kernels take it.
+template <typename Op>
+__device__ inline float stick_as_operand(float weight) {
+  constexpr float kUnit = kStickWeightUnit<Op>;
+  return stick_rounded(stick_pair<Op>(weight * kUnit, 0.0f)).x * (1.0f / kUnit);
+}
+
+// This lane's columns of a row.
+template <int kColumns>
+struct StickColumns {
+  int first, end;
+  float sum[kColumns / 32] = {};
+
+  __device__ StickColumns(const StickAttentionProblem& p, int first_column)
+      : first(first_column + static_cast<int>(threadIdx.x & 31)), end(static_cast<int>(p.head_dim)) {}
+
+  // Calls each(column, sum of the column).
+  template <typename Each>
+  __device__ void each(Each&& each) {
+#pragma unroll
+    for (int i = 0; i < kColumns / 32; ++i) {
+      if (first + 32 * i < end) each(first + 32 * i, sum[i]);
+    }
+  }
+  template <typename T>
+  __device__ void add(float factor, const T* row) {
+    each([&](int column, float& x) { x += factor * device::to_float(row[column]); });
+  }
+};
+
+// The keys of a block's sequence and head.
+template <typename T>
+struct StickKeysOf {
+  const StickAttentionProblem& p;
+  const bool* mask;
+  const T *k, *v;
+  StickBeta beta_of;
+
+  __device__ StickKeysOf(const StickAttentionProblem& p, const StickSequence& s, std::int64_t head, float factor)
+      : p(p),
+        mask(p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k),
+        k(stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head)),
+        v(stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head)),
+        beta_of{-factor} {}
+
+  __device__ bool kept(int key) const { return mask == nullptr || mask[key]; }
+  __device__ const T* value(int key) const { return v + key * p.v_strides.token; }
+  __device__ float beta(const T* q, int key) const { return beta_of(dot(q, k + key * p.k_strides.token)); }
+
+  // The inner product of two rows, in all lanes.
+  __device__ float dot(const T* x, const T* y) const {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int i = threadIdx.x & 31; i < p.head_dim; i += 32) sum += device::to_float(x[i]) * device::to_float(y[i]);
+    return device::lanes_sum(sum);
+  }
+};
+
+// o and its residual. The walk ends at `oldest_key`, as that of the row's tile did.
+template <typename Op, int kColumns>
+__device__ inline void stick_forward_row(const StickAttentionForwardParams& params, float factor,
+                                         const StickRowTile& tile, int row, int oldest_key, int first_column) {
+  using T = typename StickStorage<Op>::Type;
+  const StickAttentionProblem& p = params.problem;
+  const StickSequence& s = tile.s;
+  if (row >= s.rows) return;
+  const auto row_of = [&](auto* tensor, const StickQueryStrides& strides) {
+    return StickRows<std::remove_pointer_t<decltype(tensor)>>(tensor, strides, p, s, tile.head, row).at(0);
+  };
+  const T* const q = row_of(static_cast<const T*>(p.q), p.q_strides);
+  const StickKeysOf<T> keys(p, s, tile.head, factor);
+  StickColumns<kColumns> o(p, first_column);
+  double rest = 1.0;
+  for (int key = s.newest_key(p, row); key >= oldest_key; --key) {
+    if (!keys.kept(key)) continue;
+    const double weight = rest * keys.beta(q, key);
+    rest -= weight;
+    o.add(stick_as_operand<Op>(static_cast<float>(weight)), keys.value(key));
+  }
+  T* const to = row_of(static_cast<T*>(params.o), params.o_strides);
+  T* const residual = params.residual == nullptr ? nullptr : row_of(static_cast<T*>(params.residual), params.o_strides);
+  o.each([&](int column, float x) {
+    to[column] = device::from_float<T>(x);
+    if (residual != nullptr) residual[column] = device::from_float<T>(x - device::to_float(to[column]));
+  });
+}
+
+// The runs of keys that have a note each: kRuns in every kSpan keys or, of 16 rows that see but a part of these, in the
+// oldest half or quarter of them.
+template <int kSpan, int kRuns>
+struct StickRunsOf {
+  const StickBackwardLaunch& launch;
+  const StickSequence& s;
+  std::int64_t head;
+
+  struct Run {
+    int first, end;  // keys
+    StickNote* note;
+  };
+  // The run that has `key`, for a row that sees it.
+  __device__ Run operator()(int row, int key) const {
+    const StickAttentionProblem& p = launch.params.problem;
+    const int span = key / kSpan * kSpan, last_row = min(row | 15, s.rows - 1);
+    int taken = kSpan;
+    if constexpr (kRuns > 1) {
+      stick_take_oldest<kSpan / 8>(s.newest_key(p, last_row) - span, 1, [&](auto tiles) { taken = 8 * tiles; });
+    }
+    const int length = taken / kRuns, run = (key - span) / length;
+    const std::int64_t at =
+        (span - launch.window_begin) / kSpan * (p.heads * launch.rows) + stick_workspace_row(launch, s, head, row);
+    return {span + run * length, span + (run + 1) * length, launch.notes + at * kRuns + run};
+  }
+};
+
+// dq of a row in this window, its notes, and what it hands over to the next one. delta and reach: stick_row_sums().
+template <typename Op, int kColumns, int kSpan, int kRuns>
+__device__ inline void stick_query_grad_row(const StickBackwardLaunch& launch, const StickRowTile& tile,
+                                            const StickWindowWalk& walk, int row, int first_column, float delta,
+                                            float reach) {
+  using T = typename StickStorage<Op>::Type;
+  const StickAttentionBackwardParams& params = launch.params;
+  const StickAttentionProblem& p = params.problem;
+  const StickSequence& s = tile.s;
+  if (row >= s.rows) return;
+  const T* const q = StickRows<const T>(static_cast<const T*>(p.q), p.q_strides, p, s, tile.head, row).at(0);
+  const T* const grad_o =
+      StickRows<const T>(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, tile.head, row).at(0);
+  const StickKeysOf<T> keys(p, s, tile.head, launch.factor);
+  const StickRunsOf<kSpan, kRuns> runs{launch, s, tile.head};
+  const std::int64_t at = stick_workspace_row(launch, s, tile.head, row);
+  StickColumns<kColumns> grad_q(p, first_column);
+  float* const sums = launch.sums + at * p.head_dim;
+  const bool owner = first_column == 0 && (threadIdx.x & 31) == 0;  // of what there is once per row
+  double rest = 1.0;
+  float passed = 0.0f;
+  if (!walk.starts) {
+    rest = launch.states[at].x;
+    passed = launch.states[at].y;
+    grad_q.each([&](int column, float& x) { x = sums[column]; });
+  }
+  // What follows is written over what all lanes (of head dims above 256, all warps) have read or written.
+  if constexpr (kRuns == 1) __syncthreads();
+  __syncwarp();
+  const auto older = [&] {
+    const float most = static_cast<float>(rest) * reach;
+    return device::max_nan(-most, device::min_nan(most, delta - passed));
+  };
+  for (int key = min(s.newest_key(p, row), walk.end - 1); key >= walk.begin;) {
+    const auto run = runs(row, key);
+    const auto newer_edge = static_cast<float>(rest);
+    for (; key >= run.first; --key) {
+      if (!keys.kept(key)) continue;
+      const float beta = keys.beta(q, key);
+      const double weight = rest * beta;
+      rest -= weight;
+      const float g = stick_as_operand<Op>(static_cast<float>(weight)) * keys.dot(grad_o, keys.value(key));
+      passed += g;
+      grad_q.add(g - beta * (g + older()), keys.k + key * p.k_strides.token);
+    }
+    if (owner) *run.note = StickNote{newer_edge, older()};
+  }
+  T* const to = StickRows<T>(static_cast<T*>(params.grad_q), params.grad_q_strides, p, s, tile.head, row).at(0);
+  grad_q.each([&](int column, float x) {
+    if (walk.finishes) {
+      to[column] = device::from_float<T>(x * launch.scale);
+    } else {
+      sums[column] = x;
+    }
+  });
+  if (owner && !walk.finishes) launch.states[at] = {static_cast<float>(rest), passed};
+}
+
+// dk and dv of a key, or, where K is V, their sum.
+template <typename Op, int kColumns, int kSpan, int kRuns>
+__device__ inline void stick_key_grad_row(const StickBackwardLaunch& launch, const StickSequence& s, std::int64_t head,
+                                          int key, int first_column) {
+  using T = typename StickStorage<Op>::Type;
+  const StickAttentionBackwardParams& params = launch.params;
+  const StickAttentionProblem& p = params.problem;
+  if (key >= s.keys) return;
+  const StickKeysOf<T> keys(p, s, head, launch.factor);
+  const StickRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
+  const StickRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
+  const StickRunsOf<kSpan, kRuns> runs{launch, s, head};
+  StickColumns<kColumns> grad_k(p, first_column), grad_v(p, first_column);
+  for (int row = keys.kept(key) ? max(s.first_row(p, key), 0) : s.rows; row < s.rows; ++row) {
+    if (stick_first_key(launch, s, head, row) > key) continue;
+    const T *const q_row = q.at(row), *const grad_row = grad_o.at(row);
+    const auto run = runs(row, key);
+    float rest = run.note->stick, older = run.note->older, beta = 0.0f, weight = 0.0f, g = 0.0f;
+    // From the run's newest key that the row sees on. The key's own share is that of the last step that is not behind
+    // it.
+    for (int i = min(run.end - 1, s.newest_key(p, row)); i >= run.first; --i) {
+      if (!keys.kept(i)) continue;
+      const float beta_of_i = keys.beta(q_row, i), weight_of_i = beta_of_i * rest;
+      rest -= weight_of_i;
+      if (i > key) continue;
+      const float g_of_i = weight_of_i * keys.dot(grad_row, keys.value(i));
+      older += g_of_i;  // from here to the oldest key, at the end
+      if (i < key) continue;
+      beta = beta_of_i;
+      weight = weight_of_i;
+      g = g_of_i;
+    }
+    grad_v.add(stick_as_operand<Op>(weight), grad_row);
+    grad_k.add(g - beta * older, q_row);
+  }
+  T* const to_k = stick_keys(static_cast<T*>(params.grad_k), params.grad_k_strides, s, head, key);
+  const bool both = params.grad_v == nullptr;
+  T* const to_v = both ? nullptr : stick_keys(static_cast<T*>(params.grad_v), params.grad_v_strides, s, head, key);
+#pragma unroll
+  for (int i = 0; i < kColumns / 32; ++i) grad_k.sum[i] = grad_k.sum[i] * launch.scale + (both ? grad_v.sum[i] : 0.0f);
+  grad_k.each([&](int column, float x) { to_k[column] = device::from_float<T>(x); });
+  if (!both) grad_v.each([&](int column, float x) { to_v[column] = device::from_float<T>(x); });
+}
+
+}  // namespace mfx
