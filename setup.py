@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.resolve()
 OPTIONS = (
     "MFX_CUDA",
     "MFX_CUDA_ARCHS",
-    "MFX_CUDA_DISPATCH",
     "MFX_CPU_ISAS",
+    "MFX_NATIVE",
     "MFX_SANITIZE",
     "MFX_WERROR",
 )

@@ -1,7 +1,8 @@
 # CUDA kernels and launchers: a torch-free shared library, linked to the shared cudart, opened by _C when first
-# needed. No GPU is looked for. Sources are csrc/*/*_cuda.cu.
+# needed. No GPU is looked for, except by MFX_NATIVE. Sources are csrc/*/*_cuda.cu.
 set(MFX_CUDA_STATUS "off")
-if(MFX_CUDA STREQUAL "OFF")
+install(CODE [[file(REMOVE "${CMAKE_INSTALL_PREFIX}/libmoduleformer_ext_cuda.so")]])  # an earlier build's
+if(MFX_CUDA STREQUAL "OFF" OR (MFX_CUDA STREQUAL "AUTO" AND MFX_NATIVE AND NOT EXISTS /dev/nvidiactl))
   return()
 endif()
 include(CheckLanguage)

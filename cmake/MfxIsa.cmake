@@ -2,15 +2,26 @@
 # by csrc/core/isa.cpp. Only *_cpu_kernel.cpp files carry the flags, so no shared inline function can pick them up.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(MFX_ISAS_KNOWN baseline avx2 avx512 avx512_bf16)
+  set(MFX_ISA_MACROS __SSE2__ __AVX2__ __AVX512DQ__ __AVX512BF16__)  # what compilers define where it may be used
 else()
   set(MFX_ISAS_KNOWN baseline)
+  set(MFX_ISA_MACROS "")
 endif()
 set(MFX_FLAGS_baseline "")
 set(MFX_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(MFX_FLAGS_avx512 ${MFX_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
 set(MFX_FLAGS_avx512_bf16 ${MFX_FLAGS_avx512} -mavx512bf16)
 
-if(NOT MFX_CPU_ISAS)
+if(NOT MFX_CPU_ISAS AND MFX_NATIVE)  # the best that this processor has, and baseline, which is a must
+  execute_process(COMMAND "${CMAKE_CXX_COMPILER}" -march=native -dM -E -x c++ /dev/null
+    OUTPUT_VARIABLE MFX_NATIVE_MACROS COMMAND_ERROR_IS_FATAL ANY)
+  set(MFX_CPU_ISAS baseline)
+  foreach(isa macro IN ZIP_LISTS MFX_ISAS_KNOWN MFX_ISA_MACROS)
+    if(MFX_NATIVE_MACROS MATCHES "#define ${macro} 1\n" AND NOT isa STREQUAL "baseline")
+      set(MFX_CPU_ISAS baseline ${isa})
+    endif()
+  endforeach()
+elseif(NOT MFX_CPU_ISAS)
   set(MFX_CPU_ISAS ${MFX_ISAS_KNOWN})
 endif()
 foreach(isa IN LISTS MFX_CPU_ISAS)

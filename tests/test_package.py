@@ -64,11 +64,23 @@ def test_an_unknown_instruction_set_is_refused(isa):
     assert f"got '{isa}'" in result.stderr
 
 
+@pytest.mark.parametrize(("value", "reason"), [("GPU", "must be CUDA or CPU"), ("CPU", "needs the emulated device")])
+def test_cuda_kernels_serve_cpu_tensors_on_the_emulated_device_alone(value, reason):
+    code = (
+        "import os; os.environ['MFX_CUDA_DISPATCH'] = {!r}; os.environ.pop('LD_PRELOAD', None)\n"
+        "import moduleformer_ext.ops"
+    )
+    result = run(code.format(value))
+    assert result.returncode != 0
+    assert reason in result.stderr.splitlines()[-1]
+
+
 def test_readme_example_of_the_ops_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     exec(compile(blocks[0], "README.md", "exec"), {})
 
 
-def test_layers():
-    result = subprocess.run([sys.executable, ROOT / "tools" / "check_layers.py"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["check_layers.py", "check_docs.py"])
+def test_layers_and_documentation(script):
+    result = subprocess.run([sys.executable, ROOT / "tools" / script], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

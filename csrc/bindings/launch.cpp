@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
 
 #include <cstdlib>
 #include <mutex>
@@ -41,9 +42,17 @@ std::string shapes_of(at::TensorList inputs) {
 
 }  // namespace
 
-// The only file that knows MFX_CUDA_DISPATCH.
 bool cuda_serves_cpu() {
-  return MFX_CUDA_SERVES_CPU;
+  static const bool serves = [] {
+    const char* value = std::getenv("MFX_CUDA_DISPATCH");
+    if (value == nullptr || std::string_view(value) == "CUDA") return false;
+    TORCH_CHECK_VALUE(std::string_view(value) == "CPU", "MFX_CUDA_DISPATCH must be CUDA or CPU, got ", value);
+    // A GPU cannot reach the memory of CPU tensors.
+    TORCH_CHECK_VALUE(dlsym(RTLD_DEFAULT, "cudasim_register") != nullptr,
+                      "MFX_CUDA_DISPATCH=CPU needs the emulated device, and this process runs without it");
+    return true;
+  }();
+  return serves;
 }
 
 Backend backend_of(const char* op, const char* argument, const at::Tensor& tensor) {

@@ -24,7 +24,8 @@ void check_cpu(const char* op, const char* argument, const at::Tensor& tensor);
 // fp32_precision, or allow_tf32 before it, says. Asked of float32 on CUDA alone.
 bool allow_tf32(Backend backend, DType dtype);
 
-// Whether this build runs the CUDA kernels on CPU tensors (MFX_CUDA_DISPATCH=CPU, for an emulated device).
+// Whether the CUDA kernels serve CPU tensors: on the emulated device, which the environment asks for
+// (MFX_CUDA_DISPATCH=CPU).
 bool cuda_serves_cpu();
 
 // The current stream of a device; null for the CPU.

@@ -1,6 +1,6 @@
 """Tests of the CUDA kernels: on a GPU, or on the emulated device with `make test-emulated`.
 
-There the extension serves CPU tensors with its CUDA kernels (MFX_CUDA_DISPATCH=CPU). The references are plain PyTorch
+There MFX_CUDA_DISPATCH=CPU makes the CUDA kernels serve CPU tensors. The references are plain PyTorch
 and run on the CPU as ever.
 """
 

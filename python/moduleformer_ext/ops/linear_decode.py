@@ -8,7 +8,7 @@ from torch import Tensor
 from moduleformer_ext._extension import build_info
 
 SERVES_CPU = build_info()["cuda_dispatch"] != "CPU"
-"""False in a build whose CUDA kernels serve CPU tensors, as that for the emulated device: there are none of this op."""
+"""False on the emulated device, whose CUDA kernels serve CPU tensors: there are none of this op."""
 
 
 def linear_decode(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
