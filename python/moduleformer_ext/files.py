@@ -37,13 +37,25 @@ def _scratch(path: Path) -> Path:
 
 
 @contextmanager
+def _as(path: Path, scratch: Path) -> Iterator[None]:
+    """Errors speak of the final name."""
+    try:
+        yield
+    except OSError as error:
+        if str(scratch) not in str(error):
+            raise
+        raise OSError(str(error).replace(str(scratch), str(path))) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a scratch name for a file that replaces `path`, durably and in one step, when the block ends well."""
     scratch = _scratch(path)
     try:
-        yield scratch
-        _sync(scratch)
-        os.replace(scratch, path)
+        with _as(path, scratch):
+            yield scratch
+            _sync(scratch)
+            os.replace(scratch, path)
         _sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
@@ -74,16 +86,16 @@ def new_directory(path: Path) -> Iterator[Path]:
     scratch = _scratch(path)
     scratch.mkdir()
     try:
-        yield scratch
-        for folder, _, names in os.walk(scratch, topdown=False):
-            for name in names:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
-        os.rename(scratch, path)
-    except BaseException:
+        with _as(path, scratch):
+            yield scratch
+            for folder, _, names in os.walk(scratch, topdown=False):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            os.rename(scratch, path)
+        _sync(path.parent)
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    _sync(path.parent)
 
 
 def remove_directory(path: Path) -> None:

@@ -360,6 +360,8 @@ def test_a_second_trainer_is_refused_by_name(run: Path, tmp_path: Path, capsys: 
         assert f"run: '{root}' is being trained by another process" in _complaint(
             ["train", "--resume", str(root)], capsys
         )
+        assert "is being trained by another process" in _complaint(["demo", "--run", str(root)], capsys)
+        assert (root / "evaluation.json").is_file()
         assert main(["eval", str(root)]) == 0
         assert main(["generate", str(root), "--prompt", "x", "--max-new-tokens", "1"]) == 0
         assert (root / ".partial-data").is_dir()
