@@ -83,7 +83,8 @@ class Tree:
 def is_symbol(text: str) -> bool:
     name = re.split(r"\.|::", text.removesuffix("()"))[-1]
     inner = re.search(r"[A-Za-z0-9]_(?:[A-Za-z0-9]{2}|\*)|[a-z][A-Z]", name)  # x_s is x with a subscript
-    return bool(inner or text.endswith("()")) and not re.match(FOREIGN, text) and "XX" not in name
+    ours = not re.match(FOREIGN, text) and not name.startswith("CMAKE_") and "XX" not in name
+    return bool(inner or text.endswith("()")) and ours
 
 
 def expand_braces(text: str) -> str:
