@@ -13,13 +13,22 @@ namespace mfx::MFX_ISA {
 template <typename Row>
 inline std::uint64_t non_finite_rows(std::int64_t count, std::int64_t head_dim, Row&& row) {
   using T = std::remove_cvref_t<decltype(*row(0))>;
+  using V = Vec<Accumulate<T>>;
   constexpr int w = kWidth<Accumulate<T>>;
   const auto finite = [&](std::int64_t begin, std::int64_t end) {
-    Vec<Accumulate<T>> zero{};  // NaN once something is not finite
+    V zero{};  // NaN once something is not finite
     for (std::int64_t i = begin; i < end; ++i) {
-      for (std::int64_t d = 0; d < head_dim; d += w) {
-        zero += load_words(row(i) + d, static_cast<int>(std::min<std::int64_t>(w, head_dim - d))) * Accumulate<T>(0);
+      V first{}, second{};  // of this row: one chain of sums over all would wait for itself
+      std::int64_t d = 0;
+      for (; d + 2 * w <= head_dim; d += 2 * w) {
+        const auto pair = load_pair(row(i) + d);
+        first += pair.first * Accumulate<T>(0);
+        second += pair.second * Accumulate<T>(0);
       }
+      for (; d < head_dim; d += w) {
+        first += load_words(row(i) + d, static_cast<int>(std::min<std::int64_t>(w, head_dim - d))) * Accumulate<T>(0);
+      }
+      zero += first + second;
     }
     return reduce_add(zero) == 0;
   };
