@@ -1,0 +1,152 @@
+"""How many floating-point operations the ops take, for :class:`torch.utils.flop_counter.FlopCounterMode`.
+
+As torch counts its own operators: matrix products alone, a multiplication and an addition being two operations, and for
+attention the whole rectangle of queries and keys. Causal kernels do about half of that, and those of stick-breaking
+attention less where sticks end early. A backward pass counts the products that the wanted gradients need; where only
+some segments of a parameter want one, slots are taken to be spread evenly over the experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+_OPS = torch.ops.moduleformer_ext
+
+Shape = Sequence[int]
+
+
+def _share(segments: Sequence[Shape], wanted: Sequence[bool]) -> float:
+    """Of the experts in segments whose gradient is wanted."""
+    experts = sum(segment[0] for segment in segments)
+    return sum(segment[0] for segment, wants in zip(segments, wanted, strict=True) if wants) / max(experts, 1)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+@register_flop_formula(_OPS.linear_decode)
+def _linear_decode(x: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(x[:-1]) * prod(weight)
+
+
+@register_flop_formula([_OPS.route_topk, _OPS.route_topk_forward])
+def _route_topk(
+    x: Shape,
+    gate: str,
+    hidden_weight: Shape | None,
+    hidden_bias: Shape | None,
+    weight: Sequence[Shape],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * x[0] * (prod(hidden_weight or [0]) + sum(map(prod, weight)))
+
+
+@register_flop_formula(_OPS.route_topk_backward)
+def _route_topk_backward(*args: Any, **kwargs: Any) -> int:
+    x, _, hidden_weight, _, weight = args[5:10]
+    wants_x, wants_hidden_weight, wants_hidden_bias, *wants_weight = args[14]
+    experts = sum(map(prod, weight))
+    to_weight = _share(weight, wants_weight) * experts
+    if hidden_weight is None:
+        return int(2 * x[0] * (wants_x * experts + to_weight))
+    hidden = prod(hidden_weight)
+    to_hidden_layer = (wants_x or wants_hidden_weight or wants_hidden_bias) * experts
+    return int(2 * x[0] * (to_hidden_layer + to_weight + (wants_x + wants_hidden_weight) * hidden))
+
+
+@register_flop_formula([_OPS.grouped_gemm, _OPS.grouped_gemm_forward])
+def _grouped_gemm(
+    x: Shape, weight: Sequence[Shape], offsets: Shape, slot_order: Shape, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * slot_order[0] * prod(weight[0][1:])
+
+
+@register_flop_formula(_OPS.grouped_gemm_backward)
+def _grouped_gemm_backward(
+    grad: Shape, x: Shape, weight: Sequence[Shape], offsets: Shape, slot_order: Shape, *args: Any, **kwargs: Any
+) -> int:
+    gates, activation, _, wants_x, wants_gates, wants_weight = args[4:10]
+    # Behind an activation the gradient of the gates comes from what was saved, else from x and its gradient.
+    through_weight = wants_x or (wants_gates and gates is not None and activation is None)
+    return int(2 * slot_order[0] * prod(weight[0][1:]) * (through_weight + _share(weight, wants_weight)))
+
+
+@register_flop_formula([_OPS.expert_ffn, _OPS.expert_ffn_forward])
+def _expert_ffn(
+    x: Shape, up: Sequence[Shape], down: Sequence[Shape], offsets: Shape, slot_order: Shape, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * slot_order[0] * (prod(up[0][1:]) + prod(down[0][1:]))
+
+
+@register_flop_formula(_OPS.expert_ffn_backward)
+def _expert_ffn_backward(
+    grad: Shape,
+    x: Shape,
+    up: Sequence[Shape],
+    down: Sequence[Shape],
+    offsets: Shape,
+    slot_order: Shape,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    wants_x, wants_gates, wants_up, wants_down = args[5:9]
+    of_up, of_down = prod(up[0][1:]), prod(down[0][1:])
+    to_hidden = wants_x or wants_gates or any(wants_up)
+    through_down = of_down * (to_hidden + _share(down, wants_down))
+    return int(2 * slot_order[0] * (through_down + of_up * (wants_x + _share(up, wants_up))))
+
+
+def _pairs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
+    """Queries times keys of one head, over all sequences."""
+    if cu_seqlens_q is None:
+        return q.shape[0] * q.shape[1] * k.shape[1]
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    if not _has_values(cu_seqlens_q):  # at most
+        return q.shape[0] * k.shape[0]
+    return int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff()).sum())
+
+
+def _heads_and_dim(q: Tensor, packed: bool) -> int:
+    return prod(q.shape[1 if packed else 2 :])
+
+
+@register_flop_formula(_OPS.stick_attention_forward, get_raw=True)
+def _stick_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    scale: Any,
+    attend_current: Any,
+    mask: Any,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * 2 * _pairs(q, k, cu_seqlens_q, cu_seqlens_k) * _heads_and_dim(q, cu_seqlens_q is not None)
+
+
+@register_flop_formula(_OPS.stick_attention_backward, get_raw=True)
+def _stick_attention_backward(*args: Any, **kwargs: Any) -> int:
+    q, k = args[2:4]
+    cu_seqlens_q, cu_seqlens_k = args[12:14]
+    # Scores and weights once more, and the gradients of weights, v, q and k.
+    return 2 * 5 * _pairs(q, k, cu_seqlens_q, cu_seqlens_k) * _heads_and_dim(q, cu_seqlens_q is not None)
+
+
+@register_flop_formula(_OPS.stick_attention_decode, get_raw=True)
+def _stick_attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, cache_lengths: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    batch, most_keys = k_cache.shape[:2]
+    keys = int(cache_lengths.sum()) if _has_values(cache_lengths) else batch * most_keys
+    return 2 * 2 * keys * prod(q.shape[1:])

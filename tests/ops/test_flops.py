@@ -1,0 +1,111 @@
+"""torch's FLOP counter against numbers worked out by hand."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moduleformer_ext import reference
+from moduleformer_ext.ops import (
+    expert_ffn,
+    grouped_gemm,
+    linear_decode,
+    route_topk,
+    route_topk_gmm,
+    route_topk_linear,
+    route_topk_mlp,
+    stick_attention,
+    stick_attention_decode,
+)
+
+T, D, G, E, K = 4, 8, 6, 3, 2
+S = T * K
+LAYOUT = reference.expert_layout(torch.tensor([[0, 1], [2, 1], [0, 2], [1, 0]], dtype=torch.int32), E)
+
+
+def leaf(*shape, grad=True):
+    return torch.randn(*shape).requires_grad_(grad)
+
+
+def count(function, *args, **kwargs):
+    """Operations of a forward pass and of the backward pass behind it."""
+    with FlopCounterMode(display=False) as forward:
+        out = function(*args, **kwargs)
+    out = out.gates if hasattr(out, "gates") else out
+    if not out.requires_grad:
+        return forward.get_total_flops(), 0
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def test_routers():
+    assert count(route_topk, leaf(T, E), K) == (0, 0)
+    product = 2 * T * D * E
+    assert count(route_topk_linear, leaf(T, D), leaf(E, D), K) == (product, 2 * product)
+    assert count(route_topk_linear, leaf(T, D, grad=False), leaf(E, D), K) == (product, product)
+    assert count(route_topk_linear, leaf(T, D, grad=False), leaf(E, D, grad=False), K) == (product, 0)
+    segments = [leaf(1, D, grad=False), leaf(2, D)]
+    assert count(route_topk_linear, leaf(T, D, grad=False), segments, K) == (product, product * 2 // 3)
+    inner, outer = 2 * T * D * G, 2 * T * G * E
+    mlp = leaf(T, D), leaf(G, D), leaf(G), leaf(E, G)
+    assert count(route_topk_mlp, *mlp, K) == (inner + outer, 2 * (inner + outer))
+    bias_alone = leaf(T, D, grad=False), leaf(G, D, grad=False), leaf(G), leaf(E, G, grad=False)
+    assert count(route_topk_mlp, *bias_alone, K) == (inner + outer, outer)
+    gmm = leaf(T, D), leaf(G, D), leaf(E, G), leaf(1)
+    assert count(route_topk_gmm, *gmm, K) == (inner + outer, 2 * (inner + outer))
+
+
+def test_grouped_gemm():
+    product = 2 * S * D * G
+    assert count(grouped_gemm, leaf(T, D), leaf(E, D, G), LAYOUT) == (product, 2 * product)
+    with torch.no_grad():
+        assert count(grouped_gemm, leaf(T, D), leaf(E, D, G), LAYOUT, activation="swiglu") == (product, 0)
+    frozen = leaf(T, D, grad=False), leaf(E, D, G, grad=False)
+    gated = {"out_order": "token", "gates": leaf(T, K)}
+    assert count(grouped_gemm, *frozen, LAYOUT, **gated) == (product, product)
+    assert count(grouped_gemm, *frozen, LAYOUT, activation="relu", **gated) == (product, 0)
+    segments = [leaf(2, D, G, grad=False), leaf(1, D, G)]
+    assert count(grouped_gemm, leaf(T, D, grad=False), segments, LAYOUT) == (product, product // 3)
+
+
+def test_expert_ffn():
+    up, down = 2 * S * D * 2 * G, 2 * S * G * D
+    operands = leaf(T, D), leaf(E, D, 2 * G), leaf(E, G, D), LAYOUT, leaf(T, K)
+    assert count(expert_ffn, *operands, activation="swiglu") == (up + down, 2 * (up + down))
+    frozen = leaf(T, D, grad=False), leaf(E, D, 2 * G, grad=False), leaf(E, G, D, grad=False), LAYOUT
+    assert count(expert_ffn, *frozen, leaf(T, K), activation="swiglu") == (up + down, down)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_stick_attention_counts_the_rectangle(shared):
+    batch, queries, keys, heads, dim = 2, 3, 5, 4, 8
+    q, k = leaf(batch, queries, heads, dim), leaf(batch, keys, 2, dim)
+    values = None if shared else leaf(batch, keys, 2, dim)
+    pairs = batch * heads * queries * keys
+    assert count(stick_attention, q, k, values) == (2 * 2 * pairs * dim, 2 * 5 * pairs * dim)
+    with FlopCounterMode(display=False) as plain:
+        reference.stick_attention(q, k, values)
+    assert plain.get_total_flops() == 2 * 2 * pairs * dim
+
+
+def test_packed_stick_attention_counts_each_sequence():
+    cu_q, cu_k = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)
+    q, k = leaf(5, 2, 2, 8), leaf(9, 2, 8)
+    pairs = 4 * (2 * 4 + 3 * 5)
+    options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    assert count(stick_attention, q, k, **options) == (2 * 2 * pairs * 8, 2 * 5 * pairs * 8)
+    same = {"cu_seqlens_q": cu_q}
+    assert count(stick_attention, q, k[:5], **same)[0] == 2 * 2 * 4 * (2 * 2 + 3 * 3) * 8
+    meta = {name: tensor.to("meta") for name, tensor in options.items()}
+    with torch.no_grad():
+        at_most = count(stick_attention, q.to("meta"), k.to("meta"), **meta)
+    assert at_most == (2 * 2 * 4 * 5 * 9 * 8, 0)
+
+
+def test_decoding():
+    assert count(linear_decode, leaf(2, 3, D, grad=False), leaf(5, D, grad=False)) == (2 * 6 * D * 5, 0)
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+    q, k = leaf(2, 1, 2, 2, 8, grad=False), leaf(2, 10, 2, 8, grad=False)
+    assert count(stick_attention_decode, q, k, None, lengths) == (2 * 2 * 4 * (3 + 5) * 8, 0)
+    meta = q.to("meta"), k.to("meta"), None, lengths.to("meta")
+    assert count(stick_attention_decode, *meta) == (2 * 2 * 4 * 2 * 10 * 8, 0)
