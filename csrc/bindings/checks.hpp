@@ -13,12 +13,10 @@
 namespace mfx {
 
 // Turns a launcher's status into an exception.
-inline void check_status(const Status& status) {
-  TORCH_CHECK_VALUE(status.ok(), status.message);
-}
-// For launchers behind several ops, whose messages leave the op out.
 inline void check_status(const char* op, const Status& status) {
-  TORCH_CHECK_VALUE(status.ok(), op, ": ", status.message);
+  if (status.ok()) return;
+  TORCH_CHECK_VALUE(status.index < 0, op, ": ", status.message, ", got ", status.got, " at index ", status.index);
+  TORCH_CHECK_VALUE(false, op, ": ", status.message);
 }
 
 inline void check_dim(const char* op, const char* argument, const at::Tensor& tensor, int64_t dim) {
@@ -35,6 +33,23 @@ inline void check_same_dtype(const char* op, const char* argument, const at::Ten
                              const at::Tensor& other) {
   MFX_CHECK_ARG(tensor.scalar_type() == other.scalar_type(), op, argument,
                 c10::str("have the dtype of ", other_name, " (", other.scalar_type(), ")"), tensor.scalar_type());
+}
+
+inline void check_dtype(const char* op, const char* argument, const at::Tensor& tensor, at::ScalarType dtype) {
+  MFX_CHECK_ARG(tensor.scalar_type() == dtype, op, argument, c10::str("be ", dtype), tensor.scalar_type());
+}
+
+inline void check_shape(const char* op, const char* argument, const at::Tensor& tensor, at::SymIntArrayRef shape) {
+  MFX_CHECK_ARG(tensor.sym_sizes() == shape, op, argument, c10::str("have shape ", shape), "shape ",
+                tensor.sym_sizes());
+}
+
+// A tensor of which everything is known: one that another op returned, or a gradient of one.
+inline void check_tensor(const char* op, const char* argument, const at::Tensor& tensor, at::SymIntArrayRef shape,
+                         at::ScalarType dtype, const char* other_name, const at::Tensor& other) {
+  check_shape(op, argument, tensor, shape);
+  check_dtype(op, argument, tensor, dtype);
+  check_same_device(op, argument, tensor, other_name, other);
 }
 
 // Every op computes in float32, float64, bfloat16 and float16.

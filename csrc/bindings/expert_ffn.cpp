@@ -138,11 +138,10 @@ std::vector<at::Tensor> allocate_gradients(const Arguments& a, const Needs& need
 void check_backward(const Arguments& a, const at::Tensor& grad, const at::Tensor& hidden) {
   check_rows(kOp, "grad", grad, a.layout, RowOrder::kToken);
   check_same_dtype(kOp, "grad", grad, "x", a.x);
+  check_same_device(kOp, "grad", grad, "x", a.x);
   MFX_CHECK_ARG(grad.sym_size(1) == a.model_features(), kOp, "grad",
                 c10::str("have ", a.model_features(), " columns like the output"), grad.sym_size(1));
-  MFX_CHECK_ARG(hidden.dim() == 2 && hidden.sym_size(0) == a.layout.num_slots() &&
-                    hidden.sym_size(1) == a.up_columns() && hidden.scalar_type() == a.x.scalar_type(),
-                kOp, "hidden", "be the pre-activation that the forward pass saved", "shape ", hidden.sym_sizes());
+  check_hidden(kOp, hidden, {a.layout.num_slots(), a.up_columns()}, a.x);
 }
 
 using Backward = std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, at::TensorList, at::TensorList,

@@ -13,13 +13,15 @@ namespace mfx {
 namespace {
 
 constexpr const char* kOp = "expert_layout";
+constexpr int64_t kMostExperts = 1 << 24;  // far beyond use; more would only run out of memory, unclearly
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 void check_arguments(const at::Tensor& expert_ids, int64_t num_experts) {
   check_dim(kOp, "expert_ids", expert_ids, 2);
   MFX_CHECK_ARG(expert_ids.scalar_type() == at::kInt || expert_ids.scalar_type() == at::kLong, kOp, "expert_ids",
                 "be int32 or int64", expert_ids.scalar_type());
-  MFX_CHECK_ARG(num_experts >= 1, kOp, "num_experts", "be at least 1", num_experts);
+  MFX_CHECK_ARG(num_experts >= 1 && num_experts <= kMostExperts, kOp, "num_experts",
+                c10::str("be in [1, ", kMostExperts, "]"), num_experts);
 }
 
 Outputs allocate(const at::Tensor& expert_ids, int64_t num_experts) {
@@ -52,7 +54,7 @@ Outputs expert_layout(const at::Tensor& expert_ids, int64_t num_experts) {
       .position = position.mutable_data_ptr<int32_t>(),
   };
   switch (backend_of(kOp, "expert_ids", ids)) {
-    case Backend::kCpu: check_status(expert_layout_cpu(params)); break;
+    case Backend::kCpu: check_status(kOp, expert_layout_cpu(params)); break;
     case Backend::kCuda:
       launch_cuda(kOp, {ids}, params, MFX_CUDA_FUNCTION(mfx_expert_layout_cuda),
                   MFX_CUDA_FUNCTION(mfx_expert_layout_cuda_workspace));

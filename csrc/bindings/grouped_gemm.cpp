@@ -56,10 +56,15 @@ Arguments check_arguments(const at::Tensor& x, at::TensorList weight, const Layo
   return a;
 }
 
+// Of the pre-activation, which is empty where there is none.
+c10::SymDimVector hidden_shape(const Arguments& a, bool save) {
+  if (!save || a.activation.function == Activation::kNone) return {0};
+  return {a.layout.num_slots(), a.weight[0].sym_size(2)};
+}
+
 std::tuple<at::Tensor, at::Tensor> allocate(const Arguments& a, bool save_hidden) {
-  const bool hidden = save_hidden && a.activation.function != Activation::kNone;
   return {empty_rows(rows_shape(a.layout, a.out_order, a.out_columns()), a.x.options()),
-          hidden ? empty_rows({a.layout.num_slots(), a.weight[0].sym_size(2)}, a.x.options()) : no_tensor(a.x)};
+          empty_rows(hidden_shape(a, save_hidden), a.x.options())};
 }
 
 // Tensors that the parameters of a launch point into.
@@ -144,12 +149,10 @@ std::vector<at::Tensor> allocate_gradients(const Arguments& a, const Needs& need
 void check_backward(const Arguments& a, const at::Tensor& grad, const at::Tensor& hidden) {
   check_rows(kOp, "grad", grad, a.layout, a.out_order);
   check_same_dtype(kOp, "grad", grad, "x", a.x);
+  check_same_device(kOp, "grad", grad, "x", a.x);
   MFX_CHECK_ARG(grad.sym_size(-1) == a.out_columns(), kOp, "grad",
                 c10::str("have ", a.out_columns(), " columns like the output"), grad.sym_size(-1));
-  if (a.activation.function == Activation::kNone) return;
-  MFX_CHECK_ARG(hidden.dim() == 2 && hidden.sym_size(0) == a.layout.num_slots() &&
-                    hidden.sym_size(1) == a.weight[0].sym_size(2) && hidden.scalar_type() == a.x.scalar_type(),
-                kOp, "hidden", "be the pre-activation that the forward pass saved", "shape ", hidden.sym_sizes());
+  check_hidden(kOp, hidden, hidden_shape(a, /*save=*/true), a.x);
 }
 
 using Backward = std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, at::TensorList, const at::Tensor&,

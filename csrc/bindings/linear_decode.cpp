@@ -61,7 +61,7 @@ at::Tensor linear_decode(const at::Tensor& x, const at::Tensor& weight, const Op
       .in = weight.size(1),
       .out = weight.size(0),
   };
-  check_status(linear_decode_cpu(params));
+  check_status(kOp, linear_decode_cpu(params));
   return y;
 }
 

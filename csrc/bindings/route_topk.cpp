@@ -240,7 +240,7 @@ ResultsAndHidden forward(const Tensor& x, std::string_view gate, const OptionalT
       .hidden = save_hidden && has_hidden_layer(network.gate) ? hidden.mutable_data_ptr() : nullptr,
   };
   switch (backend) {
-    case Backend::kCpu: check_status(route_topk_cpu(call)); break;
+    case Backend::kCpu: check_status(network.op, route_topk_cpu(call)); break;
     case Backend::kCuda:
       launch_cuda(network.op, {x, logits, gates}, call, MFX_CUDA_FUNCTION(mfx_route_topk_cuda),
                   MFX_CUDA_FUNCTION(mfx_route_topk_cuda_workspace));
@@ -262,6 +262,37 @@ Results route_topk(const Tensor& x, std::string_view gate, const OptionalTensor&
       kForward(x, gate, hidden_weight, hidden_bias, weight, k, order, noise, num_sampled, /*save_hidden=*/false));
 }
 
+// What the forward pass returned, and gradients of that.
+struct Saved {
+  const OptionalTensor &grad_gates, &grad_prob_sum, &grad_plogp_sum, &grad_logsumexp_sq_sum, &grad_logits;
+  const Tensor &expert_ids, &logits, &hidden;
+
+  void check(const Network& network) const {
+    check_dim(network.op, "expert_ids", expert_ids, 2);
+    const auto tokens = network.x.sym_size(0), experts = network.num_experts(), k = expert_ids.sym_size(1);
+    MFX_CHECK_ARG(expert_ids.sym_size(0) == tokens && k >= 1 && k <= experts, network.op, "expert_ids",
+                  c10::str("have shape [T, k] with T = ", tokens, " and k in [1, ", experts, "]"), "shape ",
+                  expert_ids.sym_sizes());
+    check_dtype(network.op, "expert_ids", expert_ids, at::kInt);
+    check_same_device(network.op, "expert_ids", expert_ids, "x", network.x);
+    const auto check_result = [&](const char* name, const OptionalTensor& tensor, at::SymIntArrayRef shape) {
+      if (!tensor.has_value()) return;
+      check_tensor(network.op, name, *tensor, shape, result_type(network.x), "x", network.x);
+    };
+    check_result("logits", logits, {tokens, experts});
+    if (has_hidden_layer(network.gate)) {
+      check_result("hidden", hidden, {tokens, network.hidden_dim()});
+    } else {
+      check_result("hidden", hidden, {0});
+    }
+    check_result("grad_gates", grad_gates, {tokens, k});
+    check_result("grad_prob_sum", grad_prob_sum, {experts});
+    check_result("grad_plogp_sum", grad_plogp_sum, {});
+    check_result("grad_logsumexp_sq_sum", grad_logsumexp_sq_sum, {});
+    check_result("grad_logits", grad_logits, {tokens, experts});
+  }
+};
+
 // One per wanted input, in order; `wanted` has a flag for x, hidden_weight, hidden_bias and each segment.
 std::vector<Tensor> allocate_gradients(const Network& network, const c10::List<bool>& wanted) {
   MFX_CHECK_ARG(wanted.size() == 3 + network.weight.size(), network.op, "wanted",
@@ -271,17 +302,24 @@ std::vector<Tensor> allocate_gradients(const Network& network, const c10::List<b
   inputs.insert(inputs.end(), network.weight.begin(), network.weight.end());
   std::vector<Tensor> gradients;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
+    MFX_CHECK_ARG(!wanted[i] || inputs[i].defined(), network.op, "wanted", "be true for inputs that are there alone",
+                  "true for input ", i);
     if (wanted[i]) gradients.push_back(at::empty_symint(inputs[i].sym_sizes(), inputs[i].options()));
   }
   return gradients;
 }
 
-std::vector<Tensor> backward_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                  const OptionalTensor&, const OptionalTensor&, const Tensor& x, std::string_view gate,
+std::vector<Tensor> backward_meta(const OptionalTensor& grad_gates, const OptionalTensor& grad_prob_sum,
+                                  const OptionalTensor& grad_plogp_sum, const OptionalTensor& grad_logsumexp_sq_sum,
+                                  const OptionalTensor& grad_logits, const Tensor& x, std::string_view gate,
                                   const OptionalTensor& hidden_weight, const OptionalTensor& hidden_bias,
-                                  at::TensorList weight, std::string_view, const Tensor&, const Tensor&, const Tensor&,
-                                  const c10::List<bool>& wanted) {
-  return allocate_gradients(Network(x, gate, hidden_weight, hidden_bias, weight), wanted);
+                                  at::TensorList weight, std::string_view order, const Tensor& expert_ids,
+                                  const Tensor& logits, const Tensor& hidden, const c10::List<bool>& wanted) {
+  const Network network(x, gate, hidden_weight, hidden_bias, weight);
+  Saved{grad_gates, grad_prob_sum, grad_plogp_sum, grad_logsumexp_sq_sum, grad_logits, expert_ids, logits, hidden}
+      .check(network);
+  parse_order(network.op, order);
+  return allocate_gradients(network, wanted);
 }
 
 std::vector<Tensor> backward(const OptionalTensor& grad_gates, const OptionalTensor& grad_prob_sum,
@@ -291,12 +329,14 @@ std::vector<Tensor> backward(const OptionalTensor& grad_gates, const OptionalTen
                              at::TensorList weight, std::string_view order, const Tensor& expert_ids,
                              const Tensor& logits, const Tensor& hidden, const c10::List<bool>& wanted) {
   const Network network(x, gate, hidden_weight, hidden_bias, weight);
+  Saved{grad_gates, grad_prob_sum, grad_plogp_sum, grad_logsumexp_sq_sum, grad_logits, expert_ids, logits, hidden}
+      .check(network);
+  const RouterOrder parsed_order = parse_order(network.op, order);
   const Backend backend = backend_of(network.op, "x", x);
   const NetworkParams params(network);
   std::vector<Tensor> kept;
   const auto pointer = [&](const OptionalTensor& tensor) -> const void* {
-    if (!tensor.has_value() || !tensor->defined()) return nullptr;
-    return kept.emplace_back(tensor->to(result_type(x)).contiguous()).const_data_ptr();
+    return tensor.has_value() ? kept.emplace_back(tensor->contiguous()).const_data_ptr() : nullptr;
   };
   std::vector<Tensor> gradients = allocate_gradients(network, wanted);
   auto gradient = gradients.begin();
@@ -317,7 +357,7 @@ std::vector<Tensor> backward(const OptionalTensor& grad_gates, const OptionalTen
   const RouteTopKBackwardParams call = {
       .network = params.get(),
       .k = expert_ids.size(1),
-      .order = parse_order(network.op, order),
+      .order = parsed_order,
       .logits = pointer(logits),
       .hidden = pointer(hidden),
       .expert_ids = kept.emplace_back(expert_ids.contiguous()).const_data_ptr<int32_t>(),
@@ -332,7 +372,7 @@ std::vector<Tensor> backward(const OptionalTensor& grad_gates, const OptionalTen
       .grad_segments = grad_segments.data(),
   };
   switch (backend) {
-    case Backend::kCpu: check_status(route_topk_backward_cpu(call)); break;
+    case Backend::kCpu: check_status(network.op, route_topk_backward_cpu(call)); break;
     case Backend::kCuda:
       launch_cuda(network.op, {x, logits, expert_ids}, call, MFX_CUDA_FUNCTION(mfx_route_topk_backward_cuda),
                   MFX_CUDA_FUNCTION(mfx_route_topk_backward_cuda_workspace));

@@ -137,6 +137,11 @@ inline void check_gates(const char* op, const at::Tensor& gates, const LayoutTen
   check_same_device(op, "gates", gates, "x", x);
 }
 
+// The pre-activation that the forward pass saved.
+inline void check_hidden(const char* op, const at::Tensor& hidden, at::SymIntArrayRef shape, const at::Tensor& x) {
+  check_tensor(op, "hidden", hidden, shape, x.scalar_type(), "x", x);
+}
+
 inline std::vector<at::Tensor> contiguous(at::TensorList tensors) {
   std::vector<at::Tensor> result;
   for (const at::Tensor& tensor : tensors) result.push_back(tensor.contiguous());

@@ -2,7 +2,6 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -32,6 +31,11 @@ bool present(const OptionalTensor& tensor) {
 
 at::ScalarType stick_type(const Tensor& q) {
   return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Whether o loses digits on its way out, which backward then reads from the residual.
+bool is_rounded(const Tensor& q) {
+  return q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
 }
 
 // Whether q is [.., H_kv, G, D] and not [.., H_q, D].
@@ -112,22 +116,10 @@ void check_arguments(const Tensor& q, const Tensor& k, const OptionalTensor& v, 
   }
 }
 
-// The kernels take any strides over a contiguous head dimension.
-Tensor with_contiguous_heads(const Tensor& tensor) {
-  return tensor.sym_stride(-1) == 1 ? tensor : tensor.contiguous();
-}
-
-// Without gaps, and with the strides in the order of `tensor`'s.
-Tensor empty_in_order_of(const Tensor& tensor) {
-  Tensor result = at::empty_like(tensor);
-  return result.sym_stride(-1) == 1 ? result : at::empty_symint(tensor.sym_sizes(), tensor.options());
-}
-
 Outputs allocate(const Tensor& q, bool for_backward) {
   const auto rows = q.sym_sizes().slice(0, q.dim() - 1);
-  const bool rounded = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
   return {empty_in_order_of(q), at::empty_symint(rows, q.options().dtype(stick_type(q))),
-          for_backward && rounded ? empty_in_order_of(q) : at::empty({0}, q.options()),
+          for_backward && is_rounded(q) ? empty_in_order_of(q) : at::empty({0}, q.options()),
           at::empty_symint(rows, q.options().dtype(at::kInt))};
 }
 
@@ -213,7 +205,7 @@ Outputs forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::
       .first_tiles = first_tiles.mutable_data_ptr<int32_t>(),
   };
   switch (backend) {
-    case Backend::kCpu: check_status(stick_attention_forward_cpu(params)); break;
+    case Backend::kCpu: check_status(kOp, stick_attention_forward_cpu(params)); break;
     case Backend::kCuda:
       launch_cuda(kOp, {problem.q, problem.k, problem.v}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_forward_cuda));
       break;
@@ -236,23 +228,16 @@ Outputs call_forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, 
 void check_backward_arguments(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q,
                               const Tensor& o, const Tensor& remainder, const Tensor& residual,
                               const Tensor& first_tiles) {
-  const auto check_like = [](const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
-    MFX_CHECK_ARG(tensor.sym_sizes() == other.sym_sizes(), kOp, name,
-                  c10::str("have ", other_name, "'s shape ", other.sym_sizes()), "shape ", tensor.sym_sizes());
-    check_same_dtype(kOp, name, tensor, other_name, other);
-    check_same_device(kOp, name, tensor, other_name, other);
+  const auto rows = q.sym_sizes().slice(0, q.dim() - 1);
+  const auto check = [&](const char* name, const Tensor& tensor, at::SymIntArrayRef shape, at::ScalarType dtype) {
+    check_tensor(kOp, name, tensor, shape, dtype, "q", q);
   };
-  check_like("grad_o", grad_o, "q", q);
-  check_like("o", o, "q", q);
-  if (residual.sym_numel() != 0) check_like("residual", residual, "q", q);
-  const auto check_rows = [&](const char* name, const Tensor& tensor, at::ScalarType type) {
-    MFX_CHECK_ARG(tensor.scalar_type() == type, kOp, name, c10::str("be ", type), tensor.scalar_type());
-    MFX_CHECK_ARG(tensor.sym_sizes() == q.sym_sizes().slice(0, q.dim() - 1), kOp, name,
-                  "have q's shape without the head dim", "shape ", tensor.sym_sizes());
-  };
-  check_rows("remainder", remainder, stick_type(q));
-  check_rows("first_tiles", first_tiles, at::kInt);
-  if (present(grad_remainder)) check_like("grad_remainder", *grad_remainder, "remainder", remainder);
+  check("grad_o", grad_o, q.sym_sizes(), q.scalar_type());
+  check("o", o, q.sym_sizes(), q.scalar_type());
+  check("residual", residual, is_rounded(q) ? q.sym_sizes() : c10::SymIntArrayRef{0}, q.scalar_type());
+  check("remainder", remainder, rows, stick_type(q));
+  check("first_tiles", first_tiles, rows, at::kInt);
+  if (present(grad_remainder)) check("grad_remainder", *grad_remainder, rows, stick_type(q));
 }
 
 Grads allocate_grads(const Tensor& q, const Tensor& k, const OptionalTensor& v) {
@@ -281,11 +266,10 @@ Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const
   const Problem problem(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k, backend);
   const bool packed = present(cu_seqlens_q);
   const int64_t group = problem.params.group;
-  const Tensor output = with_contiguous_heads(o);
-  // In o's strides: the kernel reads both alike.
-  const Tensor rounding = residual.numel() == 0 || residual.strides() == output.strides()
-                              ? residual
-                              : at::empty_like(output).copy_(residual);
+  // The kernels read both in o's strides.
+  const bool alike = !is_rounded(q) || residual.strides() == o.strides();
+  const Tensor output = alike ? with_contiguous_heads(o) : o.contiguous();
+  const Tensor rounding = alike ? with_contiguous_heads(residual) : residual.contiguous();
   const Tensor grad_output = with_contiguous_heads(grad_o);
   const Tensor sticks = remainder.contiguous(), notes = first_tiles.contiguous();
   const Tensor grad_sticks = present(grad_remainder) ? grad_remainder->contiguous() : Tensor();
@@ -297,7 +281,7 @@ Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const
       .grad_o_strides = query_strides(grad_output, packed, group),
       .grad_remainder = grad_sticks.defined() ? grad_sticks.const_data_ptr() : nullptr,
       .o = output.const_data_ptr(),
-      .residual = rounding.numel() == 0 ? nullptr : rounding.const_data_ptr(),
+      .residual = is_rounded(q) ? rounding.const_data_ptr() : nullptr,
       .o_strides = query_strides(output, packed, group),
       .remainder = sticks.const_data_ptr(),
       .first_tiles = notes.const_data_ptr<int32_t>(),
@@ -309,7 +293,7 @@ Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const
       .grad_v_strides = present(v) ? key_strides(grad_v, packed) : StickKeyStrides{},
   };
   switch (backend) {
-    case Backend::kCpu: check_status(stick_attention_backward_cpu(params)); break;
+    case Backend::kCpu: check_status(kOp, stick_attention_backward_cpu(params)); break;
     case Backend::kCuda:
       launch_cuda(kOp, {problem.q, problem.k, problem.v}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda),
                   MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda_workspace));

@@ -18,24 +18,28 @@ constexpr std::int64_t kMaxChunks = 64;
 template <typename Id>
 Status expert_layout(const ExpertLayoutParams& p) {
   const Id* ids = static_cast<const Id*>(p.expert_ids);
-  const std::int64_t chunks = std::clamp<std::int64_t>(p.num_slots / kSlotsPerChunk, 1, kMaxChunks);
+  // No more cells to count in than slots, or than experts.
+  const std::int64_t chunks =
+      std::clamp<std::int64_t>(p.num_slots / std::max(kSlotsPerChunk, p.num_experts), 1, kMaxChunks);
   const std::int64_t per_chunk = (p.num_slots + chunks - 1) / chunks;
   AlignedBuffer<std::int32_t> next(chunks * p.num_experts);  // [chunk][expert]: counts, then next free positions
   std::fill_n(next.data(), chunks * p.num_experts, 0);
 
-  std::atomic<bool> out_of_range{false};
+  std::atomic<std::int64_t> out_of_range{-1};
   parallel_tasks(chunks, [&](std::int64_t chunk) {
     std::int32_t* counts = next.data() + chunk * p.num_experts;
     const std::int64_t end = std::min(p.num_slots, (chunk + 1) * per_chunk);
     for (std::int64_t slot = chunk * per_chunk; slot < end; ++slot) {
       if (ids[slot] < 0 || ids[slot] >= p.num_experts) {
-        out_of_range = true;
+        out_of_range = slot;
         return;
       }
       ++counts[ids[slot]];
     }
   });
-  if (out_of_range) return {"expert_layout: expert_ids must lie in [0, num_experts)"};
+  if (out_of_range >= 0) {
+    return {.message = "expert_ids must lie in [0, num_experts)", .got = ids[out_of_range], .index = out_of_range};
+  }
 
   std::int32_t position = 0;
   for (std::int64_t expert = 0; expert < p.num_experts; ++expert) {

@@ -113,7 +113,8 @@ class StickBackward {
     const StickSequence& s = g_.sequences[tile.sequence];
     const std::int64_t newest = g_.newest_key(s, std::min(tile.first_row + g_.tile_rows, s.rows) - 1);
     if (newest < 0) return {0, 0};
-    return {params_.first_tiles[g_.flat_row(tile, tile.first_row)], newest / kTileKeys + 1};
+    const std::int64_t end = newest / kTileKeys + 1;
+    return {std::min<std::int64_t>(params_.first_tiles[g_.flat_row(tile, tile.first_row)], end), end};
   }
 
   // Cuts a head's query tiles into chunks that visit about the same number of key tiles each.

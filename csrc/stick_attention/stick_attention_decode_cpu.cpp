@@ -105,7 +105,7 @@ class Stick {
 Status stick_attention_decode_cpu(const StickAttentionDecodeParams& p) {
   for (std::int64_t b = 0; b < p.batch; ++b) {
     if (p.lengths[b] < 0 || p.lengths[b] > p.max_keys) {
-      return {"stick_attention_decode: cache_lengths must lie in [0, S_max]"};
+      return {.message = "cache_lengths must lie in [0, S_max]", .got = p.lengths[b], .index = b};
     }
   }
   if (p.num_new == 0 || p.group_size == 0) return {};

@@ -63,7 +63,7 @@ struct RouteTopKBackwardParams {
   RouterOrder order;
   const void* logits;  // of the forward pass, as the next two
   const void* hidden;
-  const std::int32_t* expert_ids;
+  const std::int32_t* expert_ids;  // checked on the CPU: an error, with nothing written, outside [0, num_experts)
   // Gradients of the results, result type; null stands for zero.
   const void* grad_gates;
   const void* grad_prob_sum;
@@ -82,7 +82,8 @@ struct RouteTopKBackwardParams {
 Status route_topk_cpu(const RouteTopKParams& params);
 Status route_topk_backward_cpu(const RouteTopKBackwardParams& params);
 
-// CUDA: no float64, at most 32 segments; fixed order of summation as well.
+// CUDA: no float64, at most 32 segments; fixed order of summation as well. expert_ids stay on the device and are
+// trusted.
 extern "C" {
 Status mfx_route_topk_cuda(const RouteTopKParams& params, Stream stream);
 std::int64_t mfx_route_topk_cuda_workspace(const RouteTopKParams& params);

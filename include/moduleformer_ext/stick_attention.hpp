@@ -70,13 +70,13 @@ struct StickAttentionBackwardParams {
   void* workspace = nullptr;  // CUDA: mfx_stick_attention_backward_cuda_workspace() bytes, aligned to 16
 };
 
-// Error, before anything is written, when cu_seqlens do not ascend from 0 to the totals or a sequence has more
-// queries than keys.
+// Error, before anything is written, when cu_seqlens do not ascend from 0 to the totals, a sequence has more queries
+// than keys, or first_tiles cannot be forward's.
 Status stick_attention_forward_cpu(const StickAttentionForwardParams& params);
 Status stick_attention_backward_cpu(const StickAttentionBackwardParams& params);
 
-// In libmoduleformer_ext_cuda. Nothing of cu_seqlens is checked: they are read on the device only. first_tiles counts
-// other tiles than on the CPU.
+// In libmoduleformer_ext_cuda. cu_seqlens and first_tiles are trusted: they are read on the device only. first_tiles
+// counts other tiles than on the CPU.
 extern "C" Status mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream);
 extern "C" Status mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, Stream stream);
 extern "C" std::int64_t mfx_stick_attention_backward_cuda_workspace(const StickAttentionBackwardParams& params);

@@ -157,7 +157,7 @@ def test_masked_keys_take_no_stick():
 @pytest.mark.parametrize("score", [30.0, -30.0, 89.0, -89.0, 1000.0, -1000.0])
 def test_saturation(dtype, score):
     k = torch.ones(1, 40, 1, 8, dtype=dtype)
-    v = torch.randn(1, 40, 1, 8, dtype=dtype)
+    v = torch.randn(1, 40, 1, 8, dtype=dtype, generator=torch.Generator().manual_seed(0))
     q = torch.full((1, 1, 1, 8), score / 8, dtype=dtype)
     q[..., 1:] += torch.arange(7) - 3
     lengths = torch.tensor([40], dtype=torch.int32)
@@ -283,12 +283,12 @@ def broken(**changes):
         ({"cache_lengths": torch.tensor([1], dtype=torch.int32)}, "cache_lengths must hold one length for each"),
         (
             {"cache_lengths": torch.tensor([1, 101], dtype=torch.int32)},
-            r"must lie in \[0, S_max\] .* got 101",
+            r"must lie in \[0, S_max\], got 101 at index",
         ),
-        ({"cache_lengths": torch.tensor([-1, 5], dtype=torch.int32)}, "got -1 for sequence 0"),
+        ({"cache_lengths": torch.tensor([-1, 5], dtype=torch.int32)}, "got -1 at index 0"),
         ({"key_padding_mask": torch.ones(2, 100)}, "key_padding_mask must be bool, got Float"),
         ({"key_padding_mask": torch.ones(2, 99).bool()}, r"key_padding_mask must be \[B, S_max\] = \[2, 100\]"),
-        ({"scale": math.inf}, "scale must be finite, got inf"),
+        ({"scale": math.inf}, "scale must be finite in float32, got inf"),
         ({"stick_epsilon": -0.1}, r"stick_epsilon must lie in \[0, 1\), got -0.1"),
         ({"stick_epsilon": math.nan}, r"stick_epsilon must lie in \[0, 1\), got nan"),
         ({"q": torch.zeros(2, 1, 4, 32, requires_grad=True)}, "q must not require grad: decoding has no backward"),

@@ -199,13 +199,25 @@ BAD = [
     ((Q, K, None), {"cu_seqlens_k": CU}, "cu_seqlens_k must come with cu_seqlens_q, got cu_seqlens_q=None"),
     ((Q[0], K[0], None), {"cu_seqlens_q": CU.long()}, "cu_seqlens_q must be int32, got Long"),
     ((Q[0], K[0], None), {"cu_seqlens_q": CU}, "cu_seqlens_k must be given where q and k have different lengths"),
-    ((Q[0], K[0], None), {"cu_seqlens_q": CU, "cu_seqlens_k": CU}, "cu_seqlens_k must go from 0 to the length of k"),
-    ((Q[0], K[0, :3], None), {"cu_seqlens_q": CU + 1}, "cu_seqlens_q must go from 0 to the length of q"),
-    ((Q[0], K[0, :3], None), {"cu_seqlens_q": CU[[0, 2, 1, 2]]}, "cu_seqlens_q must ascend"),
+    (
+        (Q[0], K[0], None),
+        {"cu_seqlens_q": CU, "cu_seqlens_k": CU},
+        "cu_seqlens_k must ascend from 0 to the length of k, got 3 at index 2",
+    ),
+    (
+        (Q[0], K[0, :3], None),
+        {"cu_seqlens_q": CU + 1},
+        "cu_seqlens_q must ascend from 0 to the length of q, got 1 at index 0",
+    ),
+    (
+        (Q[0], K[0, :3], None),
+        {"cu_seqlens_q": CU[[0, 2, 1, 2]]},
+        "cu_seqlens_q must ascend from 0 to the length of q, got 2 at index 2",
+    ),
     (
         (Q[0], K[0], None),
         {"cu_seqlens_q": CU, "cu_seqlens_k": torch.tensor([0, 1, 5], dtype=torch.int32)},
-        "no packed sequence must have more queries",
+        "cu_seqlens_q must give no sequence more queries than cu_seqlens_k gives it keys, got 2 at index 0",
     ),
     (
         (Q[0], K[0], None),

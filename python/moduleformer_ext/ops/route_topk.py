@@ -149,6 +149,11 @@ def route_topk_gmm(
                 f"route_topk_gmm: centroids must be floating-point and have 2 dimensions, got {centre.dtype} of shape "
                 f"{tuple(centre.shape)}"
             )
+        if hidden_weight.dim() == 2 and centre.shape[1] != hidden_weight.shape[0]:
+            raise ValueError(
+                f"route_topk_gmm: centroids must have G = {hidden_weight.shape[0]} columns, got shape "
+                f"{tuple(centre.shape)}"
+            )
         # [E, G] is next to nothing beside x: autograd's own operators serve.
         weight.append(F.normalize(centre.to(dtype), dim=-1) * scale)
     return RouteTopK(
