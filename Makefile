@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 EVERYTHING := build/.everything
 
-.PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu bench-gpu check-cuda cuda-roofline experiments lint format build extension bench asan clean
+.PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu bench-gpu check-cuda cuda-roofline experiments lint format build extension bench asan fuzz clean
 
 help:
 	@echo 'make demo    train a small MoLM on real text (5 minutes), sample from it, draw its expert usage'
@@ -26,6 +26,7 @@ help:
 	@echo 'make lint    ruff, mypy, clang-format, the checks of layers and of documentation'
 	@echo 'make bench   benchmarks against the peers; table and plots under benchmarks/results/'
 	@echo 'make experiments  the experiments of the paper in small; tables and pictures under benchmarks/results/experiments/'
+	@echo 'make fuzz    thousands of calls of the ops with arguments that may be anything'
 	@echo 'make asan    the tests of ops and core on an AddressSanitizer and UBSan build of the CPU kernels'
 	@echo 'make build   only the native extension, in place'
 
@@ -102,6 +103,9 @@ bench: build
 experiments: build
 	for name in language_modelling length distribution continual pruning efficiency; do \
 	  $(PY) -m benchmarks.experiments.$$name || exit 1; done
+
+fuzz: build
+	$(PY) tests/fuzz/fuzz.py --cases 20000
 
 asan: $(STAMP)
 	tools/asan.sh $(PY)

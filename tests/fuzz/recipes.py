@@ -1,0 +1,225 @@
+"""Valid calls of every op, of random sizes, types and strides, to be compared with the reference or broken."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moduleformer_ext import ops, reference
+
+RAW = torch.ops.moduleformer_ext
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "geglu_tanh", "geglu", "swiglu", "reglu")
+
+
+@dataclass
+class Call:
+    """A call of a public function or raw operator."""
+
+    name: str
+    function: Callable[..., Any]
+    args: list[Any]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    twin: Callable[..., Any] | None = None
+    """The plain-PyTorch function of the same signature."""
+    differentiable: bool = False
+
+
+class Maker:
+    """Draws everything from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = self.random.choice(DTYPES)
+        self.result_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def size(self, *, least: int = 0) -> int:
+        return max(least, self.random.choice((0, 1, 1, 2, 3, 5, 7, 17, 33)))
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, strided: bool = True, last: bool = False) -> Tensor:
+        """``last``: the last dimension stays contiguous."""
+        values = torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
+        return self.strided(values, last) if strided else values
+
+    def strided(self, values: Tensor, last: bool = False) -> Tensor:
+        """The same values in another layout."""
+        style = self.random.choice(("plain", "plain", "permuted", "gapped", "offset"))
+        if style == "permuted":
+            order = list(range(values.dim() - last))
+            self.random.shuffle(order)
+            order += [values.dim() - 1] * last
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            return values.permute(order).contiguous().permute(inverse)
+        if style == "gapped":
+            space = values.new_zeros([n + self.random.randint(0, 3) for n in values.shape])
+            view = space[tuple(slice(0, n) for n in values.shape)]
+            return view.copy_(values)
+        if style == "offset":
+            offset = self.random.randint(1, 5)
+            space = values.new_zeros(values.numel() + offset)
+            return space[offset:].view(values.shape).copy_(values)
+        return values
+
+    def lengths(self, total: int, parts: int) -> list[int]:
+        cuts = sorted(self.random.randint(0, total) for _ in range(parts - 1))
+        return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+
+    def segments(self, experts: int, *shape: int, **options: Any) -> list[Tensor]:
+        parts = self.lengths(experts, self.random.randint(1, min(3, experts)))
+        return [self.normal(n, *shape, **options) for n in parts]
+
+    def chance(self, probability: float = 0.5) -> bool:
+        return self.random.random() < probability
+
+
+def expert_layout(m: Maker) -> Call:
+    experts = m.size(least=1)
+    ids = torch.randint(experts, (m.size(), m.size(least=1)), generator=m.generator)
+    ids = m.strided(ids if m.chance() else ids.int())
+    return Call("expert_layout", ops.expert_layout, [ids, experts], twin=reference.expert_layout)
+
+
+def linear_decode(m: Maker) -> Call:
+    inner, outer = m.size(least=1), m.size()
+    x = m.normal(*(m.size() for _ in range(m.random.randint(0, 2))), inner)
+    bias = m.normal(outer) if m.chance() else None
+    args = [x, m.normal(outer, inner, strided=False), bias]
+    return Call("linear_decode", ops.linear_decode, args, twin=reference.linear_decode)
+
+
+def router(m: Maker, gate: str) -> Call:
+    # Of one dimension the unit vectors are two, and experts are tied but for rounding.
+    tokens, dim, hidden, experts = m.size(), m.size(least=1), m.size(least=2), m.size(least=1)
+    k = m.random.randint(1, min(4, experts))
+    sampled = m.random.choice((0, 0, m.random.randint(0, k)))
+    options = {"order": m.random.choice(("softmax_topk", "topk_softmax")), "num_sampled": sampled}
+    if sampled:
+        options["noise"] = m.strided(torch.empty(tokens, experts).exponential_(generator=m.generator) + 1e-3)
+    if gate == "logits":
+        name, args = "route_topk", [m.normal(tokens, experts)]
+    elif gate == "linear":
+        name, args = "route_topk_linear", [m.normal(tokens, dim), m.segments(experts, dim)]
+    elif gate == "mlp":
+        name = "route_topk_mlp"
+        args = [m.normal(tokens, dim), m.normal(hidden, dim), m.normal(hidden), m.segments(experts, hidden)]
+    else:
+        name = "route_topk_gmm"
+        args = [m.normal(tokens, dim), m.normal(hidden, dim), m.segments(experts, hidden), m.normal(1, strided=False)]
+    return Call(name, getattr(ops, name), [*args, k], options, getattr(reference, name), differentiable=True)
+
+
+def routing(m: Maker) -> tuple[Any, int, int, int]:
+    tokens, experts = m.size(), m.size(least=1)
+    choices = m.random.randint(1, min(4, experts))
+    ids = torch.rand(tokens, experts, generator=m.generator).argsort(1)[:, :choices]
+    return reference.expert_layout(ids, experts), tokens, experts, choices
+
+
+def grouped_gemm(m: Maker) -> Call:
+    layout, tokens, experts, choices = routing(m)
+    inner, outer = m.size(least=1), 2 * m.size(least=1)
+    shapes = {"token": (tokens,), "slot": (tokens, choices), "expert": (tokens * choices,)}
+    x_order, out_order = m.random.choice(list(shapes)), m.random.choice(list(shapes))
+    options = {
+        "x_order": x_order,
+        "out_order": out_order,
+        "activation": m.random.choice((None, None, *ACTIVATIONS)),
+        "gates": None,
+    }
+    if out_order == "token" and m.chance():
+        options["gates"] = m.normal(tokens, choices, dtype=m.result_dtype)
+    args = [m.normal(*shapes[x_order], inner), m.segments(experts, inner, outer), layout]
+    return Call("grouped_gemm", ops.grouped_gemm, args, options, reference.grouped_gemm, differentiable=True)
+
+
+def expert_ffn(m: Maker) -> Call:
+    layout, tokens, experts, choices = routing(m)
+    dim, hidden = m.size(least=1), m.size(least=1)
+    activation = m.random.choice(ACTIVATIONS)
+    columns = 2 * hidden if "glu" in activation or activation == "reglu" else hidden
+    args = [
+        m.normal(tokens, dim),
+        m.segments(experts, dim, columns),
+        m.segments(experts, hidden, dim),
+        layout,
+        m.normal(tokens, choices, dtype=m.result_dtype),
+    ]
+    options = {"activation": activation}
+    return Call("expert_ffn", ops.expert_ffn, args, options, reference.expert_ffn, differentiable=True)
+
+
+def attention_sizes(m: Maker) -> tuple[int, int, int]:
+    return m.random.randint(1, 3), m.random.randint(1, 3), 8 * m.random.choice((1, 1, 2, 3, 8, 33))
+
+
+def stick_attention(m: Maker) -> Call:
+    heads, group, dim = attention_sizes(m)
+    query_heads = (heads, group) if m.chance() else (heads * group,)
+    options: dict[str, Any] = {
+        "scale": m.random.choice((None, 0.3, -0.1)),
+        "attend_current": m.chance(0.7),
+        "stick_epsilon": m.random.choice((None, 0.0, 1e-3)),
+        "return_remainder": m.chance(),
+    }
+    if m.chance(0.3):
+        counts = [m.size() for _ in range(m.random.randint(0, 3))]
+        history = [m.size() if m.chance(0.3) else 0 for _ in counts]
+        keys = [a + b for a, b in zip(counts, history, strict=True)]
+        options["cu_seqlens_q"] = torch.tensor([0, *counts]).cumsum(0).int()
+        options["cu_seqlens_k"] = torch.tensor([0, *keys]).cumsum(0).int()
+        shape_q, shape_k = (sum(counts),), (sum(keys),)
+    else:
+        batch, queries = m.random.randint(0, 3), m.random.choice((0, 1, 2, 9, 70))
+        keys = queries + m.random.choice((0, 0, 1, 64, 130))
+        shape_q, shape_k = (batch, queries), (batch, keys)
+        if m.chance(0.3):
+            options["key_padding_mask"] = m.strided(torch.rand(batch, keys, generator=m.generator) < 0.7)
+    args = [m.normal(*shape_q, *query_heads, dim), m.normal(*shape_k, heads, dim)]
+    args.append(m.normal(*shape_k, heads, dim) if m.chance(0.7) else None)
+    return Call("stick_attention", ops.stick_attention, args, options, reference.stick_attention, differentiable=True)
+
+
+def stick_attention_decode(m: Maker) -> Call:
+    heads, group, dim = attention_sizes(m)
+    batch, new, keys = (
+        m.random.randint(0, 3),
+        m.random.choice((0, 1, 1, 2, 5)),
+        m.size(least=1) * m.random.choice((1, 9)),
+    )
+    query_heads = (heads, group) if m.chance() else (heads * group,)
+    args = [
+        m.normal(batch, new, *query_heads, dim, last=True),
+        m.normal(batch, keys, heads, dim, last=True),
+        m.normal(batch, keys, heads, dim, last=True) if m.chance(0.7) else None,
+        m.strided(torch.randint(0, keys + 1, (batch,), generator=m.generator).int()),
+    ]
+    options: dict[str, Any] = {
+        "scale": m.random.choice((None, 0.3, -0.1)),
+        "attend_current": m.chance(0.7),
+        "stick_epsilon": m.random.choice((None, 0.0, 1e-3)),
+        "return_remainder": m.chance(),
+    }
+    if m.chance(0.3):
+        options["key_padding_mask"] = m.strided(torch.rand(batch, keys, generator=m.generator) < 0.7)
+    name = "stick_attention_decode"
+    return Call(name, ops.stick_attention_decode, args, options, reference.stick_attention_decode)
+
+
+PUBLIC: dict[str, Callable[[Maker], Call]] = {
+    "expert_ffn": expert_ffn,
+    "expert_layout": expert_layout,
+    "grouped_gemm": grouped_gemm,
+    "linear_decode": linear_decode,
+    "route_topk": lambda m: router(m, "logits"),
+    "route_topk_gmm": lambda m: router(m, "gmm"),
+    "route_topk_linear": lambda m: router(m, "linear"),
+    "route_topk_mlp": lambda m: router(m, "mlp"),
+    "stick_attention": stick_attention,
+    "stick_attention_decode": stick_attention_decode,
+}

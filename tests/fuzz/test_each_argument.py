@@ -1,0 +1,45 @@
+"""Every tensor of every operator is looked at: one on another device, or of another type, is an error with its name."""
+
+import pytest
+import torch
+from cases import Recorder, run, tensors
+from recipes import PUBLIC, Maker
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def recorded_calls():
+    """A call of every operator, with all the tensors that it takes."""
+    calls = {}
+    for make in PUBLIC.values():
+        for seed in range(12):
+            call = make(Maker(seed))
+            if call.differentiable:
+                for t in tensors((call.args, call.kwargs)):
+                    t.requires_grad_(t.is_floating_point())
+            with Recorder() as recorder:
+                run(call)
+            for inner in recorder.calls:
+                known = calls.get(inner.name)
+                if known is None or len(tensors(inner.args)) > len(tensors(known.args)):
+                    calls[inner.name] = inner
+    return calls
+
+
+CALLS = recorded_calls()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("change", ["meta", torch.int16, torch.complex64])
+def test_each_tensor_is_checked(name, change):
+    call = CALLS[name]
+    leaves, spec = pytree.tree_flatten(call.args)
+    op = name.split("::")[1].removesuffix("_forward").removesuffix("_backward")
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            continue
+        args = pytree.tree_unflatten([*leaves[:i], leaf.to(change), *leaves[i + 1 :]], spec)
+        if change == "meta" and len(tensors(args)) == 1:
+            continue  # a meta tensor alone is well served
+        with pytest.raises(ValueError, match=rf"^{op}\w*: [\w.]+ must "):
+            call.function(*args)
