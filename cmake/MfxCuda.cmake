@@ -21,6 +21,15 @@ set(CMAKE_CUDA_ARCHITECTURES ${MFX_CUDA_ARCHS})
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
 enable_language(CUDA)
+string(REGEX MATCH "^[0-9]+" MFX_CUDA_MAJOR "${CMAKE_CUDA_COMPILER_VERSION}")
+if(MFX_TORCH_CUDA AND NOT MFX_TORCH_CUDA MATCHES "^${MFX_CUDA_MAJOR}\\.")
+  message(WARNING
+    "nvcc is of CUDA ${CMAKE_CUDA_COMPILER_VERSION}, torch ${MFX_TORCH_VERSION} is built for CUDA ${MFX_TORCH_CUDA}: the "
+    "kernels will need libcudart.so.${MFX_CUDA_MAJOR}, which this torch does not bring. Put the nvcc of the same major "
+    "version on PATH (or set CUDACXX to it), or install a torch for CUDA ${MFX_CUDA_MAJOR}.")
+endif()
+set_source_files_properties(csrc/bindings/cuda_library.cpp PROPERTIES
+  COMPILE_DEFINITIONS MFX_NVCC_VERSION="${CMAKE_CUDA_COMPILER_VERSION}")
 
 list(JOIN MFX_CUDA_ARCHS " " MFX_CUDA_ARCH_NAMES)
 file(GLOB MFX_CUDA_SOURCES CONFIGURE_DEPENDS csrc/*/*_cuda.cu)

@@ -4,7 +4,7 @@ execute_process(
   COMMAND "${Python_EXECUTABLE}" -c [[
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
-print(torch.__version__, int(torch._C._GLIBCXX_USE_CXX11_ABI), sep="|")
+print(torch.__version__, int(torch._C._GLIBCXX_USE_CXX11_ABI), torch.version.cuda or "", sep="|")
 print(";".join(include_paths(device_type="cpu")))
 print(";".join(library_paths(device_type="cpu")))
 ]]
@@ -16,11 +16,12 @@ if(NOT MFX_TORCH_RESULT EQUAL 0)
     "`pip install --no-build-isolation .`")
 endif()
 string(REGEX REPLACE "\n+$" "" MFX_TORCH_QUERY "${MFX_TORCH_QUERY}")
-string(REGEX MATCH "^([^|]+)\\|([01])\n([^\n]*)\n([^\n]*)$" _ "${MFX_TORCH_QUERY}")
+string(REGEX MATCH "^([^|]+)\\|([01])\\|([0-9.]*)\n([^\n]*)\n([^\n]*)$" _ "${MFX_TORCH_QUERY}")
 set(MFX_TORCH_VERSION "${CMAKE_MATCH_1}")
 set(MFX_TORCH_CXX11_ABI "${CMAKE_MATCH_2}")
-set(MFX_TORCH_INCLUDES "${CMAKE_MATCH_3}")
-set(MFX_TORCH_LIBDIRS "${CMAKE_MATCH_4}")
+set(MFX_TORCH_CUDA "${CMAKE_MATCH_3}")  # empty: a CPU build
+set(MFX_TORCH_INCLUDES "${CMAKE_MATCH_4}")
+set(MFX_TORCH_LIBDIRS "${CMAKE_MATCH_5}")
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" MFX_TORCH_RELEASE "${MFX_TORCH_VERSION}")
 if(MFX_TORCH_RELEASE VERSION_LESS 2.13)
   message(FATAL_ERROR "moduleformer_ext needs torch >= 2.13, found ${MFX_TORCH_VERSION} for ${Python_EXECUTABLE}")

@@ -1,5 +1,6 @@
 #include "bindings/cuda_library.hpp"
 
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 
@@ -25,6 +26,23 @@ void* open_library(const fs::path& path) {
   return dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
 }
 
+// Why the library was not opened: mostly because torch brings the CUDA runtime of another major version.
+std::string why_not_opened() {
+  std::string why = dlerror();
+#ifdef MFX_NVCC_VERSION
+  if (why.find("libcudart") != std::string::npos) {
+    const at::CUDAHooksInterface& hooks = at::detail::getCUDAHooks();
+    const long torch = hooks.hasCUDART() ? hooks.versionCUDART() : 0;  // 1000 major + 10 minor
+    why +=
+        "; they were compiled by nvcc " MFX_NVCC_VERSION " and need the CUDA runtime of that major version, and this ";
+    why += torch == 0 ? "torch is built without CUDA"
+                      : c10::str("torch is built for CUDA ", torch / 1000, ".", torch % 1000 / 10);
+    why += ": build with the nvcc of torch's major version, see docs/build.md";
+  }
+#endif
+  return why;
+}
+
 }  // namespace
 
 void* cuda_symbol(const char* name) {
@@ -32,7 +50,7 @@ void* cuda_symbol(const char* name) {
   TORCH_CHECK(fs::exists(path), "moduleformer_ext was built without CUDA kernels (there is no ", path.string(),
               "); build it where nvcc is on PATH, see docs/build.md");
   void* library = open_library(path);
-  TORCH_CHECK(library != nullptr, "moduleformer_ext: the CUDA kernels cannot be loaded: ", dlerror());
+  TORCH_CHECK(library != nullptr, "moduleformer_ext: the CUDA kernels cannot be loaded: ", why_not_opened());
   void* symbol = dlsym(library, name);
   TORCH_CHECK(symbol != nullptr, "moduleformer_ext: ", path.string(), " has no ", name,
               "; it comes from another build than this module, build both again");

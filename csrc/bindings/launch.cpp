@@ -90,6 +90,7 @@ void check_earlier_launches() {
 }
 
 void check_launch(const char* op, const Status& status, at::TensorList inputs) {
+  TORCH_CHECK_VALUE(!status.refused, op, ": ", status.message, " (inputs of shapes", shapes_of(inputs), ")");
   TORCH_CHECK(status.ok(), op, ": the CUDA kernels failed: ", status.message, " (inputs of shapes", shapes_of(inputs),
               ")");
   if (status.slow == nullptr) return;

@@ -4,11 +4,15 @@
 
 #include <cuda_runtime.h>
 
+#include <string>
 #include <type_traits>
 
 #include "moduleformer_ext/common.hpp"
 
 namespace mfx {
+
+// For what the kernels do not serve: "<argument> must ..., got ...".
+Status refusal(const std::string& text);
 
 // What `call` returns.
 template <typename Call>

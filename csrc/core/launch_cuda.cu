@@ -29,7 +29,7 @@ std::string kernel_name(const void* function) {
   return name;
 }
 
-Status refusal(cudaError_t error, const void* function, dim3 grid, unsigned threads, int shared_bytes) {
+Status failure(cudaError_t error, const void* function, dim3 grid, unsigned threads, int shared_bytes) {
   const std::string name = kernel_name(function);
   int available = 0;
   const Status known = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &available);
@@ -46,6 +46,12 @@ Status refusal(cudaError_t error, const void* function, dim3 grid, unsigned thre
 }
 
 }  // namespace
+
+Status refusal(const std::string& text) {
+  Status status = failure(text);
+  status.refused = true;
+  return status;
+}
 
 Status device_attribute(cudaDeviceAttr attribute, int* value) {
   const cudaError_t error = call_runtime([&] {
@@ -66,7 +72,7 @@ Status launch_kernel(const void* function, dim3 grid, unsigned threads, int shar
     }
     return cudaLaunchKernel(function, grid, dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream));
   });
-  return error == cudaSuccess ? Status{} : refusal(error, function, grid, threads, shared_bytes);
+  return error == cudaSuccess ? Status{} : failure(error, function, grid, threads, shared_bytes);
 }
 
 }  // namespace mfx

@@ -8,6 +8,10 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kQuad = 4;
 inline constexpr int kWarp = 32;
 
+__device__ inline int lane_id() {
+  return threadIdx.x % kWarp;
+}
+
 // What the lane whose index differs in the bits of `lanes` has. PTX ISA, "shfl.sync".
 template <int kLanes>
 __device__ inline float exchange(float x) {

@@ -13,12 +13,15 @@
 
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
+#include "device/warp.cuh"
 #include "moduleformer_ext/expert_layout.hpp"
 
 namespace mfx::expert_layout_kernels {
 
-constexpr int kLanes = 32;
-constexpr unsigned kAllLanes = 0xffffffff;
+using device::kAllLanes;
+using device::lane_id;
+
+constexpr int kLanes = device::kWarp;
 constexpr std::int64_t kMinSlotsPerChunk = 128;
 constexpr std::int64_t kMaxChunks = 1024;
 constexpr int kWarpsPerBlock = 8;     // of count and scatter
@@ -38,10 +41,6 @@ struct Sort {
   std::int32_t* position;
   std::int64_t* bad_id;  // host memory
 };
-
-__device__ int lane_id() {
-  return threadIdx.x % kLanes;
-}
 
 // f(slot, expert, the lanes of this step that chose the same expert) for the slots of a chunk, in steps of 32.
 template <typename Id, typename F>
@@ -84,19 +83,11 @@ __device__ void scatter_chunk(const Sort& sort, std::int64_t chunk) {
   });
 }
 
-__device__ std::int32_t warp_inclusive_sum(std::int32_t value) {
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    const std::int32_t below = __shfl_up_sync(kAllLanes, value, distance);
-    if (lane_id() >= distance) value += below;
-  }
-  return value;
-}
-
 // Exclusive prefix sums of n values, in place, by one warp; returns start plus their total.
 __device__ std::int32_t warp_exclusive_sums(std::int32_t* values, std::int64_t n, std::int32_t start) {
   for (std::int64_t i = lane_id(); i - lane_id() < n; i += kLanes) {
     const std::int32_t value = i < n ? values[i] : 0;
-    const std::int32_t sum = start + warp_inclusive_sum(value);
+    const std::int32_t sum = start + static_cast<std::int32_t>(device::lanes_prefix_sum(value));
     if (i < n) values[i] = sum - value;
     start = __shfl_sync(kAllLanes, sum, kLanes - 1);
   }

@@ -1,39 +1,18 @@
 // The steps that the CUDA launchers of grouped_gemm and expert_ffn are made of.
 #pragma once
 
+#include "core/workspace.hpp"
 #include "grouped_gemm/cuda_instances.hpp"
 
 namespace mfx::grouped {
-
-// Hands out a launcher's workspace piece by piece. Without memory it only adds up what is needed.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  char* take(std::int64_t bytes) {
-    char* piece = memory_ != nullptr ? memory_ + used_ : nullptr;
-    used_ += (bytes + 255) / 256 * 256;
-    return piece;
-  }
-  std::int64_t bytes() const { return used_; }
-
- private:
-  char* memory_;
-  std::int64_t used_ = 0;
-};
 
 inline std::int64_t element_size(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
 }
 
 // Most partial sums that dots over `columns` have: one per warp's columns of the narrowest tile.
-inline std::int64_t dots_bytes(const RoutedLayout& layout, std::int64_t columns) {
-  return (columns + 31) / 32 * layout.num_slots() * static_cast<std::int64_t>(sizeof(float));
-}
-
-// Rows are summed to token order in float32.
-inline std::int64_t summed_rows_bytes(const RoutedLayout& layout, std::int64_t columns) {
-  return layout.num_slots() * columns * static_cast<std::int64_t>(sizeof(float));
+inline std::int64_t num_dots(const RoutedLayout& layout, std::int64_t columns) {
+  return (columns + 31) / 32 * layout.num_slots();
 }
 
 inline bool sums_choices(const RoutedLayout& layout, RowOrder order) {
@@ -47,7 +26,7 @@ class Launches {
  public:
   Launches(DType dtype, bool allow_tf32, const RoutedLayout& layout, Stream stream);
 
-  Status status() const { return {status_.message, slow_}; }
+  Status status() const { return {status_.message, slow_, status_.refused}; }
 
   RowMap map(const RoutedRows& rows) { return map(rows, element_size(dtype_)); }
   // Contiguous rows of `columns` elements.
@@ -55,7 +34,7 @@ class Launches {
     return map(data, order, columns, element_size(dtype_));
   }
   // Where a product's rows go: contiguous to `out`, times their gates (or null), or, with `rows`, there for combine().
-  void write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, char* rows);
+  void write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, float* rows);
   // [rows, columns] matrices, one pointer per expert.
   ExpertMatrices matrices(const void* const* pointers, std::int64_t rows, std::int64_t columns);
 
@@ -65,7 +44,7 @@ class Launches {
   void weight_grad(const RowMap& x, const RowMap& grad, void* const* grad_weight, std::int64_t in_features,
                    std::int64_t out_features);
   // out <- sum over the choices of gates * rows, which a product was told to write; nothing without rows.
-  void combine(const void* rows, const void* gates, void* out, std::int64_t columns);
+  void combine(const float* rows, const void* gates, void* out, std::int64_t columns);
   void scale(const RowMap& x, const void* gates, char* to, std::int64_t columns);
   void activation_grad(const ActivationGradRows& rows, const RowMap& grad, const void* gates, void* grad_gates);
 
@@ -78,7 +57,8 @@ class Launches {
   const ProductInstance& choose(Product product, bool aligned);
   void launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params);
   int pointwise_blocks(std::int64_t rows) const;
-  void fail_if(bool failed, const char* message);
+  // Refuses more; `what` reads "<argument> must ...".
+  void require_at_most(std::int64_t most, std::int64_t got, const char* what);
 
   DType dtype_;
   Instances instances_;

@@ -8,14 +8,15 @@ namespace {
 using namespace grouped;
 
 struct ForwardMemory {
-  char *activated, *rows = nullptr;
+  char* activated;
+  float* rows = nullptr;
   std::int64_t bytes;
 
   explicit ForwardMemory(const ExpertFfnParams& p) {
     const std::int64_t row_elements = p.layout.num_slots() * element_size(p.dtype);
     Workspace memory(p.workspace);
-    activated = memory.take(row_elements * p.hidden_features);
-    if (sums_choices(p.layout, RowOrder::kToken)) rows = memory.take(summed_rows_bytes(p.layout, p.model_features));
+    activated = memory.take<char>(row_elements * p.hidden_features);
+    if (sums_choices(p.layout, RowOrder::kToken)) rows = memory.take<float>(p.layout.num_slots() * p.model_features);
     bytes = memory.bytes();
   }
 };
@@ -25,18 +26,19 @@ std::int64_t up_columns(const ExpertFfnParams& p) {
 }
 
 struct BackwardMemory {
-  char *grad_hidden, *gated = nullptr, *dots = nullptr, *rows = nullptr;
+  char *grad_hidden, *gated = nullptr;
+  float *dots = nullptr, *rows = nullptr;
   std::int64_t bytes;
 
   explicit BackwardMemory(const ExpertFfnBackwardParams& p) {
     const ExpertFfnParams& f = p.forward;
     const std::int64_t row_elements = f.layout.num_slots() * element_size(f.dtype);
     Workspace memory(p.workspace);
-    grad_hidden = memory.take(row_elements * up_columns(f));
-    if (any(p.grad_down, f.layout.num_experts)) gated = memory.take(row_elements * f.hidden_features);
-    if (p.grad_gates != nullptr) dots = memory.take(dots_bytes(f.layout, f.hidden_features));
+    grad_hidden = memory.take<char>(row_elements * up_columns(f));
+    if (any(p.grad_down, f.layout.num_experts)) gated = memory.take<char>(row_elements * f.hidden_features);
+    if (p.grad_gates != nullptr) dots = memory.take<float>(num_dots(f.layout, f.hidden_features));
     if (p.grad_x != nullptr && sums_choices(f.layout, RowOrder::kToken)) {
-      rows = memory.take(summed_rows_bytes(f.layout, f.model_features));
+      rows = memory.take<float>(f.layout.num_slots() * f.model_features);
     }
     bytes = memory.bytes();
   }
@@ -95,7 +97,7 @@ Status mfx_expert_ffn_backward_cuda(const ExpertFfnBackwardParams& p, Stream str
   through_down.gates = static_cast<const float*>(f.gates);
   through_down.hidden_grad = {f.activation, through_down.columns, static_cast<const char*>(f.hidden),
                               memory.grad_hidden, memory.gated};
-  through_down.dots = reinterpret_cast<float*>(memory.dots);
+  through_down.dots = memory.dots;
   launches.row_product(Product::kHiddenGrad, through_down, p.grad_gates);
 
   if (memory.gated != nullptr) {

@@ -11,20 +11,21 @@ std::int64_t output_columns(const GroupedGemmParams& p) {
 }
 
 struct ForwardMemory {
-  char* rows = nullptr;  // before a token's are summed
+  float* rows = nullptr;  // before a token's are summed
   std::int64_t bytes;
 
   explicit ForwardMemory(const GroupedGemmParams& p) {
     Workspace memory(p.workspace);
     if (sums_choices(p.layout, p.out_order)) {
-      rows = memory.take(summed_rows_bytes(p.layout, output_columns(p)));
+      rows = memory.take<float>(p.layout.num_slots() * output_columns(p));
     }
     bytes = memory.bytes();
   }
 };
 
 struct BackwardMemory {
-  char *grad_hidden = nullptr, *dots = nullptr, *rows = nullptr, *scaled = nullptr;
+  char *grad_hidden = nullptr, *scaled = nullptr;
+  float *dots = nullptr, *rows = nullptr;
   std::int64_t bytes;
 
   explicit BackwardMemory(const GroupedGemmBackwardParams& p) {
@@ -32,12 +33,12 @@ struct BackwardMemory {
     const std::int64_t row_elements = f.layout.num_slots() * element_size(f.dtype);
     const bool activated = f.activation.function != Activation::kNone;
     Workspace memory(p.workspace);
-    if (activated) grad_hidden = memory.take(row_elements * f.out_features);
-    if (!activated && p.grad_gates != nullptr) dots = memory.take(dots_bytes(f.layout, f.in_features));
+    if (activated) grad_hidden = memory.take<char>(row_elements * f.out_features);
+    if (!activated && p.grad_gates != nullptr) dots = memory.take<float>(num_dots(f.layout, f.in_features));
     if (p.grad_x != nullptr && sums_choices(f.layout, f.x.order))
-      rows = memory.take(summed_rows_bytes(f.layout, f.in_features));
+      rows = memory.take<float>(f.layout.num_slots() * f.in_features);
     if (!activated && f.gates != nullptr && any(p.grad_weight, f.layout.num_experts)) {
-      scaled = memory.take(row_elements * f.in_features);
+      scaled = memory.take<char>(row_elements * f.in_features);
     }
     bytes = memory.bytes();
   }
@@ -97,7 +98,7 @@ Status mfx_grouped_gemm_backward_cuda(const GroupedGemmBackwardParams& p, Stream
     if (p.grad_x != nullptr) launches.write_to(&product, p.grad_x, f.x.order, gates, memory.rows);
     if (memory.dots != nullptr) {
       product.x = x;
-      product.dots = reinterpret_cast<float*>(memory.dots);
+      product.dots = memory.dots;
     }
     launches.row_product(Product::kInputGrad, product, memory.dots != nullptr ? p.grad_gates : nullptr);
     launches.combine(memory.rows, gates, p.grad_x, f.in_features);

@@ -27,6 +27,8 @@ const KernelList kListed("grouped_gemm", [](const char* op, KernelSink sink, voi
 });
 MFX_LIST_KERNELS(kListedSteps, "grouped_gemm", 80, "combine", "scale", "activation_grad", "sum_gate_grads");
 
+constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
+
 bool multiple_of_16(const void* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
 }
@@ -50,13 +52,14 @@ bool any(void* const* pointers, std::int64_t n) {
 
 Launches::Launches(DType dtype, bool allow_tf32, const RoutedLayout& layout, Stream stream)
     : dtype_(dtype), instances_(instances_of(dtype, allow_tf32)), layout_(layout), stream_(stream) {
-  fail_if(instances_.count == 0, "there are no CUDA kernels for float64");
-  fail_if(layout.num_slots() > std::numeric_limits<std::int32_t>::max(), "there must be at most 2^31 - 1 slots");
+  require_at_most(kMaxInt, layout.num_slots(), "slots must number");
   if (status_.ok()) status_ = device_attribute(cudaDevAttrMultiProcessorCount, &processors_);
 }
 
-void Launches::fail_if(bool failed, const char* message) {
-  if (failed && status_.ok()) status_ = {message};
+void Launches::require_at_most(std::int64_t most, std::int64_t got, const char* what) {
+  if (got <= most || !status_.ok()) return;
+  status_ = refusal(std::string(what) + " at most " + std::to_string(most) + " for the CUDA kernels, got " +
+                    std::to_string(got));
 }
 
 RowMap Launches::map(const RoutedRows& rows, std::int64_t element_bytes) {
@@ -68,9 +71,8 @@ RowMap Launches::map(const RoutedRows& rows, std::int64_t element_bytes) {
   const std::int64_t unit = aligned ? std::int64_t{RowMap::kAlignedUnit} : element_bytes;
   const std::int64_t last =
       (by_slot ? layout_.num_tokens - 1 : layout_.num_slots() - 1) * stride + (choices - 1) * slot_stride;
-  fail_if(
-      last / unit > std::numeric_limits<std::uint32_t>::max(),
-      "the rows of a tensor must lie within 2^32 times 16 bytes, or elements where rows are not aligned to 16 bytes");
+  require_at_most(std::numeric_limits<std::uint32_t>::max(), last / unit,
+                  "rows must lie within this many times 16 bytes, or elements where they are not aligned to 16 bytes:");
   return {static_cast<char*>(const_cast<void*>(rows.data)),
           static_cast<std::uint32_t>(unit),
           by_slot,
@@ -83,7 +85,7 @@ RowMap Launches::map(void* data, RowOrder order, std::int64_t columns, std::int6
   return map({data, order, order == RowOrder::kSlot ? layout_.num_choices * columns : columns, columns}, element_bytes);
 }
 
-void Launches::write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, char* rows) {
+void Launches::write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, float* rows) {
   if (rows == nullptr) {
     product->out = map(out, order, product->columns);
     product->gates = static_cast<const float*>(gates);
@@ -97,13 +99,13 @@ ExpertMatrices Launches::matrices(const void* const* pointers, std::int64_t rows
   ExpertMatrices result = {};
   result.row_bytes = columns * element_size(dtype_);
   result.matrix_bytes = rows * result.row_bytes;
-  fail_if(std::max(rows, columns) >= 1 << 28, "matrices must have fewer than 2^28 rows and columns");
+  require_at_most((1 << 28) - 1, std::max(rows, columns), "weight must have rows and columns of");
   const char* expected = nullptr;  // where the next matrix of the current segment lies
   for (std::int64_t e = 0; e < layout_.num_experts; ++e) {
     const char* matrix = static_cast<const char*>(pointers[e]);
     if (result.segments == 0 || matrix != expected) {
-      fail_if(result.segments == ExpertMatrices::kMaxSegments,
-              "the matrices must lie in at most 64 runs of consecutive experts");
+      require_at_most(ExpertMatrices::kMaxSegments, result.segments + 1,
+                      "weight must lie in runs of matrices at one distance, which must number");
       if (!status_.ok()) return result;
       result.data[result.segments] = const_cast<char*>(matrix);
       result.first_expert[result.segments++] = static_cast<std::int32_t>(e);
@@ -183,17 +185,19 @@ void Launches::weight_grad(const RowMap& x, const RowMap& grad, void* const* gra
       choose(Product::kWeightGrad, aligned(x) && aligned(grad) && aligned(params.grad_weight));
   const std::int64_t tiles = (in_features + instance.rows - 1) / instance.rows *
                              ((out_features + instance.columns - 1) / instance.columns) * layout_.num_experts;
-  fail_if(tiles > std::numeric_limits<std::int32_t>::max(),
-          "the gradients of the matrices must have less than 2^31 tiles");
+  require_at_most(kMaxInt, tiles, "weight must have tiles numbering");
   if (tiles > 0) launch_product(instance, tiles, &params);
 }
 
-void Launches::combine(const void* rows, const void* gates, void* out, std::int64_t columns) {
+void Launches::combine(const float* rows, const void* gates, void* out, std::int64_t columns) {
   if (!status_.ok() || rows == nullptr || layout_.num_tokens == 0) return;
-  const CombineParams params{
-      static_cast<const float*>(rows),   layout_.position,   static_cast<const float*>(gates),
-      static_cast<char*>(out),           layout_.num_tokens, static_cast<std::int32_t>(layout_.num_choices),
-      static_cast<std::int32_t>(columns)};
+  const CombineParams params{rows,
+                             layout_.position,
+                             static_cast<const float*>(gates),
+                             static_cast<char*>(out),
+                             layout_.num_tokens,
+                             static_cast<std::int32_t>(layout_.num_choices),
+                             static_cast<std::int32_t>(columns)};
   dispatch(dtype_, multiple_of_16(rows) && aligned(out, columns), [&](auto element, auto aligned) {
     status_ = launch(grouped::combine<decltype(element), decltype(aligned)::value>,
                      pointwise_blocks(layout_.num_tokens), kPointwiseThreads, 0, stream_, params);

@@ -5,6 +5,7 @@
 
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
+#include "core/workspace.hpp"
 #include "device/warp.cuh"
 #include "route_topk/block_product.cuh"
 
@@ -17,23 +18,6 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
 inline std::int64_t num_tiles(const RouterGateParams& n) {
   return ceil_div(n.num_tokens, kTileRows);
 }
-
-// Hands out consecutive 16-byte aligned arrays; from null it only counts the bytes.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <typename T>
-  T* take(std::int64_t count) {
-    char* array = memory_ == nullptr ? nullptr : memory_ + bytes_;
-    bytes_ += ceil_div(count * static_cast<std::int64_t>(sizeof(T)), 16) * 16;
-    return reinterpret_cast<T*>(array);
-  }
-  std::int64_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  std::int64_t bytes_ = 0;
-};
 
 inline Segments segments_of(const RouterGateParams& n, void* const* data) {
   Segments segments = {};
@@ -48,8 +32,9 @@ inline Segments segments_of(const RouterGateParams& n, void* const* data) {
 }
 
 inline Status check(const RouterGateParams& n) {
-  if (n.num_segments > kMaxSegments) return {"weight must have at most 32 segments for the CUDA kernels"};
-  return {};
+  if (n.num_segments <= kMaxSegments) return {};
+  return refusal("weight must have at most " + std::to_string(kMaxSegments) + " segments for the CUDA kernels, got " +
+                 std::to_string(n.num_segments));
 }
 
 inline Network network_of(const RouterGateParams& n) {

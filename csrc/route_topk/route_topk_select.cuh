@@ -9,11 +9,9 @@
 
 namespace mfx::router {
 
-inline constexpr float kSamplingFloor = 1e-6f;
+using device::lane_id;
 
-__device__ inline int lane_id() {
-  return threadIdx.x % device::kWarp;
-}
+inline constexpr float kSamplingFloor = 1e-6f;
 
 // logsumexp = largest + log_sum, kept apart so that log p does not lose digits.
 struct Softmax {

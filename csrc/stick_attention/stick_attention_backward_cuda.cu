@@ -5,6 +5,7 @@
 
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
+#include "core/workspace.hpp"
 #include "stick_attention/stick_attention_forward_kernel.cuh"
 #include "stick_attention/stick_forward_wide_kernel.cuh"
 #include "stick_attention/stick_instances.hpp"
@@ -108,21 +109,24 @@ const Instance* find(const StickAttentionProblem& p) {
   return nullptr;
 }
 
-// Where the parts of the workspace begin, in bytes. See StickBackwardLaunch.
-struct Workspace {
-  std::int64_t rows, length_slots, states, sums, lengths, bytes;
+// The parts of the workspace; see StickBackwardLaunch.
+struct Memory {
+  std::int64_t rows, length_slots, bytes;
+  StickNote* notes;
+  float2* states;
+  float *sums, *lengths;
 
-  Workspace(const Instance& instance, const StickAttentionProblem& p)
+  Memory(const Instance& instance, const StickAttentionProblem& p, void* memory)
       : rows(p.tokens_q * p.group * (p.cu_seqlens_q == nullptr ? p.sequences : 1)),
         length_slots(stick_tile_slots(p, p.tokens_k, kStickLengthKeys)) {
     const std::int64_t keys = (std::min<std::int64_t>(p.tokens_k, kStickWindow) + 63) / 64 * 64;
-    const std::int64_t all_rows = p.heads * rows;
-    const bool windows = p.tokens_k > kStickWindow;
-    const auto aligned = [](std::int64_t n) { return (n + 15) / 16 * 16; };
-    states = aligned(keys / instance.keys_per_note * all_rows * static_cast<int>(sizeof(StickNote)));
-    sums = states + (windows ? aligned(all_rows * 8) : 0);
-    lengths = sums + (windows ? aligned(all_rows * p.head_dim * 4) : 0);
-    bytes = lengths + p.heads * length_slots * 4;
+    const std::int64_t all_rows = p.heads * rows, window_rows = p.tokens_k > kStickWindow ? all_rows : 0;
+    Workspace workspace(memory);
+    notes = workspace.take<StickNote>(keys / instance.keys_per_note * all_rows);
+    states = workspace.take<float2>(window_rows);
+    sums = workspace.take<float>(window_rows * p.head_dim);
+    lengths = workspace.take<float>(p.heads * length_slots);
+    bytes = workspace.bytes();
   }
 };
 
@@ -136,24 +140,24 @@ Status launch_blocks(const Kernel& kernel, std::int64_t blocks, const StickBackw
 extern "C" __attribute__((visibility("default"))) std::int64_t mfx_stick_attention_backward_cuda_workspace(
     const StickAttentionBackwardParams& params) {
   const Instance* const instance = find(params.problem);
-  return instance == nullptr ? 0 : Workspace(*instance, params.problem).bytes;
+  return instance == nullptr ? 0 : Memory(*instance, params.problem, nullptr).bytes;
 }
 
 extern "C" __attribute__((visibility("default"))) Status
 mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, Stream stream) {
   const StickAttentionProblem& p = params.problem;
   const Instance* const instance = find(p);
-  if (instance == nullptr) return {stick_no_instance(p)};
+  if (instance == nullptr) return stick_no_instance(p);
   if (p.head_dim > 256 && p.dtype == DType::kFloat32 && params.grad_v != nullptr) {
-    return {"stick_attention: v must be k to have a float32 gradient for head dims above 256 on CUDA, got another"};
+    return {"v must be k to have a float32 gradient for head dims above 256 in the CUDA kernels, got another", nullptr,
+            true};
   }
-  const Workspace workspace(*instance, p);
+  const Memory memory(*instance, p, params.workspace);
   const std::int64_t query_blocks = stick_tile_slots(p, p.tokens_q * p.group, instance->query_rows) * p.heads;
   const std::int64_t key_blocks = p.sequences * p.heads * (kStickWindow / instance->keys);
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  if (!stick_fits(p) || query_blocks > kMost || key_blocks > kMost) return {kStickTooLarge};
+  if (!stick_fits(p) || query_blocks > kMost || key_blocks > kMost) return kStickTooLarge;
   const std::int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
-  char* const memory = static_cast<char*>(params.workspace);
   StickBackwardLaunch launch = {
       .params = params,
       .factor = static_cast<float>(p.scale * 1.4426950408889634),
@@ -162,12 +166,12 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
       .window_begin = 0,
       .window_end = 0,
       .newest_window = true,
-      .rows = workspace.rows,
-      .length_slots = workspace.length_slots,
-      .notes = reinterpret_cast<StickNote*>(memory),
-      .states = reinterpret_cast<float2*>(memory + workspace.states),
-      .sums = reinterpret_cast<float*>(memory + workspace.sums),
-      .lengths = reinterpret_cast<float*>(memory + workspace.lengths),
+      .rows = memory.rows,
+      .length_slots = memory.length_slots,
+      .notes = memory.notes,
+      .states = memory.states,
+      .sums = memory.sums,
+      .lengths = memory.lengths,
       .q_aligned = stick_aligned(p.q, element, p.q_strides),
       .k_aligned = stick_aligned(p.k, element, p.k_strides),
       .v_aligned = stick_aligned(p.v, element, p.v_strides),
@@ -178,7 +182,7 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
       .grad_k_aligned = stick_aligned(params.grad_k, element, params.grad_k_strides),
       .grad_v_aligned = stick_aligned(params.grad_v, element, params.grad_v_strides),
   };
-  Status status = launch_blocks(instance->lengths, (p.heads * workspace.length_slots + 3) / 4, launch, stream);
+  Status status = launch_blocks(instance->lengths, (p.heads * memory.length_slots + 3) / 4, launch, stream);
   for (std::int64_t window = (p.tokens_k + kStickWindow - 1) / kStickWindow; window-- > 0 && status.ok();) {
     launch.window_begin = static_cast<int>(window * kStickWindow);
     launch.window_end = launch.window_begin + kStickWindow;

@@ -62,7 +62,7 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
   for (const Instance& instance : kInstances) {
     if (!stick_serves(instance.dtype, instance.tf32, instance.most_head_dim, p)) continue;
     const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, instance.tile_rows) * p.heads;
-    if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return {kStickTooLarge};
+    if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return kStickTooLarge;
     if (blocks == 0) return {};
     const std::int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
     const StickForwardLaunch launch = {
@@ -80,7 +80,7 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
     const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.o_aligned;
     return {status.message, aligned ? nullptr : kStickSlow};
   }
-  return {stick_no_instance(p)};
+  return stick_no_instance(p);
 }
 
 }  // namespace mfx

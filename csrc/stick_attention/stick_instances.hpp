@@ -31,12 +31,14 @@
 
 namespace mfx {
 
-inline constexpr const char* kStickTooLarge =
-    "stick_attention: q and k must have fewer than 2^31 rows per head and 2^37 in all on CUDA, got more";
+// Refusals.
+inline constexpr Status kStickTooLarge = {
+    "q and k must have fewer than 2^31 rows per head and 2^37 in all for the CUDA kernels, got more", nullptr, true};
 
-inline const char* stick_no_instance(const StickAttentionProblem& p) {
-  return p.dtype == DType::kFloat64 ? "stick_attention: q must be float32, bfloat16 or float16 on CUDA, got float64"
-                                    : "stick_attention: q must have a head dim of at most 1024 on CUDA, got more";
+inline Status stick_no_instance(const StickAttentionProblem& p) {
+  return {p.dtype == DType::kFloat64 ? "q must be float32, bfloat16 or float16 for the CUDA kernels, got float64"
+                                     : "q must have a head dim of at most 1024 for the CUDA kernels, got more",
+          nullptr, true};
 }
 
 // Whether a row of the table serves a problem, if it is large enough.

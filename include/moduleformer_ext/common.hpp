@@ -19,11 +19,12 @@ enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 using Stream = void*;
 
 // What a launcher returns. `message` is null on success and otherwise a string that lasts until the thread's next
-// launch; one about an element of a tensor comes with that element and its index. `slow`, a static string, says of a
-// success why a much slower kernel was taken than the op has.
+// launch: with `refused` it reads "<argument> must ..., got ...", and one about an element of a tensor comes with that
+// element and its index. `slow`, a static string, says of a success why a much slower kernel was taken than the op has.
 struct [[nodiscard]] Status {
   const char* message = nullptr;
   const char* slow = nullptr;
+  bool refused = false;
   std::int64_t got = 0, index = -1;
   bool ok() const { return message == nullptr; }
 };

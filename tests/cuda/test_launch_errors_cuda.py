@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from moduleformer_ext._extension import build_info
 
@@ -94,3 +95,17 @@ assert expert_layout(ids, 2).counts.tolist() == [1, 1]
 """,
         "86",
     )
+
+
+def test_a_missing_cuda_runtime_names_the_versions(tmp_path):
+    (tmp_path / "libcudart.so.13").touch()  # found first, and no library
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch; from moduleformer_ext import ops; ops.route_topk(torch.rand(2, 3), 1)"],
+        env={**os.environ, "LD_PRELOAD": "", "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "the CUDA kernels cannot be loaded: " in done.stderr
+    assert "they were compiled by nvcc 13." in done.stderr
+    assert f"torch is built {'for CUDA' if torch.version.cuda else 'without CUDA'}" in done.stderr
