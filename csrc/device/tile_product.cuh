@@ -11,7 +11,7 @@
 #pragma once
 
 #include "device/ldmatrix.cuh"
-#include "device/opaque.cuh"
+#include "device/regalloc.cuh"
 #include "device/static_for.cuh"
 #include "device/tf32.cuh"
 #include "device/vector_memory.cuh"

@@ -54,10 +54,10 @@ class DepthMajorLoader {
       const bool present = row + i * kRowsPerPass < rows;
       from_[i] = row_of(present ? row + i * kRowsPerPass : 0) + chunk * 16;
       bytes_[i] = present ? 16 : 0;
-      device::keep(from_[i]);
-      device::keep(bytes_[i]);
+      device::pin_in_register(from_[i]);
+      device::pin_in_register(bytes_[i]);
     }
-    device::keep(to_);
+    device::pin_in_register(to_);
   }
 
   // kWhole: the depth does not end in this slice.
@@ -107,10 +107,10 @@ class DepthRows {
       const int column = (threadIdx.x % kLanes + c * kLanes) * kChunk;
       from_[c] = column_of(column);
       bytes_[c] = bytes_of_chunk(columns_left(column) * static_cast<int>(sizeof(T)));
-      device::keep(from_[c]);
-      device::keep(bytes_[c]);
+      device::pin_in_register(from_[c]);
+      device::pin_in_register(bytes_[c]);
     }
-    device::keep(to_);
+    device::pin_in_register(to_);
   }
 
   // The row of a pass, `offset` bytes from the first.

@@ -7,8 +7,8 @@
 // 16-byte chunks of a row are exchanged by XOR with its index so that no access meets a bank conflict.
 #pragma once
 
-#include "device/keep.cuh"
 #include "device/ldmatrix.cuh"
+#include "device/regalloc.cuh"
 #include "device/shared_address.cuh"
 #include "device/vector_memory.cuh"
 #include "grouped_gemm/operand_math.cuh"
@@ -89,7 +89,7 @@ class FragmentReader {
         offset_ = (offset_ ^ (origin * kElement)) + first_step * kStepRows * S::kRowBytes;
       }
     }
-    device::keep(offset_);
+    device::pin_in_register(offset_);
   }
 
   // Rows (columns) 16 * block and further, `step` being counted from the warp's first.

@@ -6,20 +6,20 @@
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "core/workspace.hpp"
-#include "stick_attention/stick_attention_forward_kernel.cuh"
-#include "stick_attention/stick_forward_wide_kernel.cuh"
+#include "stick_attention/backward_dkv.cuh"
+#include "stick_attention/backward_dkv_wide.cuh"
+#include "stick_attention/backward_dq.cuh"
+#include "stick_attention/backward_dq_wide.cuh"
+#include "stick_attention/forward.cuh"
+#include "stick_attention/forward_wide.cuh"
 #include "stick_attention/stick_instances.hpp"
-#include "stick_attention/stick_key_grad_kernel.cuh"
-#include "stick_attention/stick_key_grad_wide_kernel.cuh"
-#include "stick_attention/stick_query_grad_kernel.cuh"
-#include "stick_attention/stick_query_grad_wide_kernel.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 namespace {
 
 struct Kernel {
   const char* name;
-  void (*function)(StickBackwardLaunch);
+  void (*function)(BackwardLaunch);
   int threads, shared_bytes;
 };
 
@@ -28,62 +28,62 @@ struct Instance {
   bool tf32;
   int most_head_dim;
   int forward_keys, query_rows, keys, keys_per_note;
-  Kernel lengths, query, key;
+  Kernel v_norms, query, key;
 };
 
 }  // namespace
 
-extern "C" __global__ void stick_bwd_lengths_bf16(const __grid_constant__ StickBackwardLaunch launch) {
-  stick_value_lengths<BFloat16>(launch);
+extern "C" __global__ void stick_bwd_lengths_bf16(const __grid_constant__ BackwardLaunch launch) {
+  value_norms<BFloat16>(launch);
 }
-extern "C" __global__ void stick_bwd_lengths_fp16(const __grid_constant__ StickBackwardLaunch launch) {
-  stick_value_lengths<Float16>(launch);
+extern "C" __global__ void stick_bwd_lengths_fp16(const __grid_constant__ BackwardLaunch launch) {
+  value_norms<Float16>(launch);
 }
-extern "C" __global__ void stick_bwd_lengths_fp32(const __grid_constant__ StickBackwardLaunch launch) {
-  stick_value_lengths<float>(launch);
+extern "C" __global__ void stick_bwd_lengths_fp32(const __grid_constant__ BackwardLaunch launch) {
+  value_norms<float>(launch);
 }
 
-#define MFX_STICK_BACKWARD_KERNELS(name, dtype, op, dim)                                           \
-  extern "C" __global__ void __launch_bounds__(StickQueryGradTiles<op, dim>::kThreads, 1)          \
-      stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) { \
-    stick_query_grad<op, dim>(launch);                                                             \
-  }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(StickKeyGradTiles<op, dim>::kThreads, 1)            \
-      stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) {   \
-    stick_key_grad<op, dim>(launch);                                                               \
+#define MFX_STICK_BACKWARD_KERNELS(name, dtype, op, dim)                                      \
+  extern "C" __global__ void __launch_bounds__(BackwardDqShape<op, dim>::kThreads, 1)         \
+      stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ BackwardLaunch launch) { \
+    backward_dq<op, dim>(launch);                                                             \
+  }                                                                                           \
+  extern "C" __global__ void __launch_bounds__(BackwardDkvShape<op, dim>::kThreads, 1)        \
+      stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ BackwardLaunch launch) {   \
+    backward_dkv<op, dim>(launch);                                                            \
   }
 MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_KERNELS)
 
-#define MFX_STICK_BACKWARD_WIDE_KERNELS(name, dtype, op, dim)                                      \
-  extern "C" __global__ void __launch_bounds__(StickWide<op>::kThreads)                            \
-      stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) { \
-    stick_query_grad_wide<op>(launch);                                                             \
-  }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(StickWide<op>::kThreads)                            \
-      stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ StickBackwardLaunch launch) {   \
-    stick_key_grad_wide<op>(launch);                                                               \
+#define MFX_STICK_BACKWARD_WIDE_KERNELS(name, dtype, op, dim)                                 \
+  extern "C" __global__ void __launch_bounds__(WideShape<op>::kThreads)                       \
+      stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ BackwardLaunch launch) { \
+    backward_dq_wide<op>(launch);                                                             \
+  }                                                                                           \
+  extern "C" __global__ void __launch_bounds__(WideShape<op>::kThreads)                       \
+      stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ BackwardLaunch launch) {   \
+    backward_dkv_wide<op>(launch);                                                            \
   }
 MFX_STICK_WIDE_INSTANCES(MFX_STICK_BACKWARD_WIDE_KERNELS)
 
 namespace {
 
 template <typename Op, int kDim>
-constexpr Instance instance(DType dtype, const char* query_name, void (*query)(StickBackwardLaunch),
-                            const char* key_name, void (*key)(StickBackwardLaunch)) {
+constexpr Instance instance(DType dtype, const char* query_name, void (*query)(BackwardLaunch), const char* key_name,
+                            void (*key)(BackwardLaunch)) {
   constexpr bool kWide = kDim > 256;
-  using Query = std::conditional_t<kWide, StickWideQueryGrad<Op>, StickQueryGradTiles<Op, kWide ? 64 : kDim>>;
-  using Key = std::conditional_t<kWide, StickWideKeyGrad<Op>, StickKeyGradTiles<Op, kWide ? 64 : kDim>>;
-  constexpr auto lengths = std::is_same_v<Op, BFloat16>  ? stick_bwd_lengths_bf16
+  using Query = std::conditional_t<kWide, WideBackwardDqShape<Op>, BackwardDqShape<Op, kWide ? 64 : kDim>>;
+  using Key = std::conditional_t<kWide, WideBackwardDkvShape<Op>, BackwardDkvShape<Op, kWide ? 64 : kDim>>;
+  constexpr auto v_norms = std::is_same_v<Op, BFloat16>  ? stick_bwd_lengths_bf16
                            : std::is_same_v<Op, Float16> ? stick_bwd_lengths_fp16
                                                          : stick_bwd_lengths_fp32;
   return {dtype,
           std::is_same_v<Op, device::Tf32>,
           kDim,
-          kWide ? StickWide<Op>::kKeys : StickForwardTiles<Op, kDim>::kKeys,
+          kWide ? WideShape<Op>::kKeys : ForwardShape<Op, kDim>::kKeys,
           Query::kRows,
           Key::kKeys,
-          kWide ? Key::kKeys : Query::kKeys / kStickRuns,
-          {nullptr, lengths, 128, 0},
+          kWide ? Key::kKeys : Query::kKeys / kRunsOfSpan,
+          {nullptr, v_norms, 128, 0},
           {query_name, query, Query::kThreads, Query::kSharedBytes},
           {key_name, key, Key::kThreads, Key::kSharedBytes}};
 }
@@ -109,33 +109,39 @@ const Instance* find(const StickAttentionProblem& p) {
   return nullptr;
 }
 
-// The parts of the workspace; see StickBackwardLaunch.
+// The parts of the workspace; see BackwardLaunch.
 struct Memory {
-  std::int64_t rows, length_slots, bytes;
-  StickNote* notes;
+  std::int64_t rows, norm_slots, bytes;
+  ChunkState* chunk_states;
   float2* states;
-  float *sums, *lengths;
+  float *sums, *v_norms;
 
   Memory(const Instance& instance, const StickAttentionProblem& p, void* memory)
       : rows(p.tokens_q * p.group * (p.cu_seqlens_q == nullptr ? p.sequences : 1)),
-        length_slots(stick_tile_slots(p, p.tokens_k, kStickLengthKeys)) {
-    const std::int64_t keys = (std::min<std::int64_t>(p.tokens_k, kStickWindow) + 63) / 64 * 64;
-    const std::int64_t all_rows = p.heads * rows, window_rows = p.tokens_k > kStickWindow ? all_rows : 0;
+        norm_slots(stick_tile_slots(p, p.tokens_k, kNormKeys)) {
+    const std::int64_t keys = (std::min<std::int64_t>(p.tokens_k, kKvChunk) + 63) / 64 * 64;
+    const std::int64_t all_rows = p.heads * rows, chunk_rows = p.tokens_k > kKvChunk ? all_rows : 0;
     Workspace workspace(memory);
-    notes = workspace.take<StickNote>(keys / instance.keys_per_note * all_rows);
-    states = workspace.take<float2>(window_rows);
-    sums = workspace.take<float>(window_rows * p.head_dim);
-    lengths = workspace.take<float>(p.heads * length_slots);
+    chunk_states = workspace.take<ChunkState>(keys / instance.keys_per_note * all_rows);
+    states = workspace.take<float2>(chunk_rows);
+    sums = workspace.take<float>(chunk_rows * p.head_dim);
+    v_norms = workspace.take<float>(p.heads * norm_slots);
     bytes = workspace.bytes();
   }
 };
 
-Status launch_blocks(const Kernel& kernel, std::int64_t blocks, const StickBackwardLaunch& params, Stream stream) {
+Status launch_blocks(const Kernel& kernel, std::int64_t blocks, const BackwardLaunch& params, Stream stream) {
   if (blocks == 0) return {};
   return launch(kernel.function, static_cast<unsigned>(blocks), kernel.threads, kernel.shared_bytes, stream, params);
 }
 
 }  // namespace
+
+}  // namespace mfx::stick
+
+namespace mfx {
+
+using namespace stick;
 
 extern "C" __attribute__((visibility("default"))) std::int64_t mfx_stick_attention_backward_cuda_workspace(
     const StickAttentionBackwardParams& params) {
@@ -154,24 +160,24 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
   }
   const Memory memory(*instance, p, params.workspace);
   const std::int64_t query_blocks = stick_tile_slots(p, p.tokens_q * p.group, instance->query_rows) * p.heads;
-  const std::int64_t key_blocks = p.sequences * p.heads * (kStickWindow / instance->keys);
+  const std::int64_t key_blocks = p.sequences * p.heads * (kKvChunk / instance->keys);
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   if (!stick_fits(p) || query_blocks > kMost || key_blocks > kMost) return kStickTooLarge;
   const std::int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
-  StickBackwardLaunch launch = {
+  BackwardLaunch launch = {
       .params = params,
       .factor = static_cast<float>(p.scale * 1.4426950408889634),
       .scale = static_cast<float>(p.scale),
       .forward_keys = instance->forward_keys,
-      .window_begin = 0,
-      .window_end = 0,
-      .newest_window = true,
+      .chunk_begin = 0,
+      .chunk_end = 0,
+      .newest_chunk = true,
       .rows = memory.rows,
-      .length_slots = memory.length_slots,
-      .notes = memory.notes,
+      .norm_slots = memory.norm_slots,
+      .chunk_states = memory.chunk_states,
       .states = memory.states,
       .sums = memory.sums,
-      .lengths = memory.lengths,
+      .v_norms = memory.v_norms,
       .q_aligned = stick_aligned(p.q, element, p.q_strides),
       .k_aligned = stick_aligned(p.k, element, p.k_strides),
       .v_aligned = stick_aligned(p.v, element, p.v_strides),
@@ -182,14 +188,14 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
       .grad_k_aligned = stick_aligned(params.grad_k, element, params.grad_k_strides),
       .grad_v_aligned = stick_aligned(params.grad_v, element, params.grad_v_strides),
   };
-  Status status = launch_blocks(instance->lengths, (p.heads * memory.length_slots + 3) / 4, launch, stream);
-  for (std::int64_t window = (p.tokens_k + kStickWindow - 1) / kStickWindow; window-- > 0 && status.ok();) {
-    launch.window_begin = static_cast<int>(window * kStickWindow);
-    launch.window_end = launch.window_begin + kStickWindow;
+  Status status = launch_blocks(instance->v_norms, (p.heads * memory.norm_slots + 3) / 4, launch, stream);
+  for (std::int64_t kv_chunk = (p.tokens_k + kKvChunk - 1) / kKvChunk; kv_chunk-- > 0 && status.ok();) {
+    launch.chunk_begin = static_cast<int>(kv_chunk * kKvChunk);
+    launch.chunk_end = launch.chunk_begin + kKvChunk;
     status = launch_blocks(instance->query, query_blocks, launch, stream);
-    launch.newest_window = false;
+    launch.newest_chunk = false;
     if (!status.ok()) break;
-    const std::int64_t keys = std::min<std::int64_t>(kStickWindow, p.tokens_k - launch.window_begin);
+    const std::int64_t keys = std::min<std::int64_t>(kKvChunk, p.tokens_k - launch.chunk_begin);
     const std::int64_t tiles = (keys + instance->keys - 1) / instance->keys;
     status = launch_blocks(instance->key, tiles * p.sequences * p.heads, launch, stream);
   }

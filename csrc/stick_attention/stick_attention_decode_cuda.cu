@@ -3,7 +3,7 @@
 
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
-#include "stick_attention/stick_attention_decode_kernel.cuh"
+#include "stick_attention/decode.cuh"
 #include "stick_attention/stick_launch.hpp"
 
 namespace mfx::stick_decode {

@@ -3,11 +3,11 @@
 
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
-#include "stick_attention/stick_attention_forward_kernel.cuh"
-#include "stick_attention/stick_forward_wide_kernel.cuh"
+#include "stick_attention/forward.cuh"
+#include "stick_attention/forward_wide.cuh"
 #include "stick_attention/stick_instances.hpp"
 
-namespace mfx {
+namespace mfx::stick {
 namespace {
 
 struct Instance {
@@ -16,26 +16,26 @@ struct Instance {
   bool tf32;
   int most_head_dim;
   int tile_rows, threads, shared_bytes;
-  void (*kernel)(StickForwardLaunch);
+  void (*kernel)(ForwardLaunch);
 };
 
 // How an instance works: head dims above 256 are split over the warps.
 template <typename Op, int kDim>
-struct Forward : StickForwardTiles<Op, kDim> {
+struct Forward : ForwardShape<Op, kDim> {
   static constexpr int kRows = kStickTileRows;
-  __device__ static void run(const StickForwardLaunch& launch) { stick_forward<Op, kDim>(launch); }
+  __device__ static void run(const ForwardLaunch& launch) { forward<Op, kDim>(launch); }
 };
 template <typename Op>
-struct Forward<Op, 1024> : StickWideForward<Op> {
-  __device__ static void run(const StickForwardLaunch& launch) { stick_forward_wide<Op>(launch); }
+struct Forward<Op, 1024> : WideForwardShape<Op> {
+  __device__ static void run(const ForwardLaunch& launch) { forward_wide<Op>(launch); }
 };
 
 }  // namespace
 
-#define MFX_STICK_FORWARD_KERNEL(name, dtype, op, dim)                                      \
-  extern "C" __global__ void __launch_bounds__(Forward<op, dim>::kThreads, 1)               \
-      stick_fwd_##name##_d##dim##_sm80(const __grid_constant__ StickForwardLaunch launch) { \
-    Forward<op, dim>::run(launch);                                                          \
+#define MFX_STICK_FORWARD_KERNEL(name, dtype, op, dim)                                 \
+  extern "C" __global__ void __launch_bounds__(Forward<op, dim>::kThreads, 1)          \
+      stick_fwd_##name##_d##dim##_sm80(const __grid_constant__ ForwardLaunch launch) { \
+    Forward<op, dim>::run(launch);                                                     \
   }
 MFX_STICK_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 MFX_STICK_WIDE_INSTANCES(MFX_STICK_FORWARD_KERNEL)
@@ -56,6 +56,12 @@ static const KernelList kListed("stick_attention_forward", [](const char* op, Ke
   for (const Instance& instance : kInstances) sink(context, op, instance.name, 80);
 });
 
+}  // namespace mfx::stick
+
+namespace mfx {
+
+using namespace stick;
+
 extern "C" __attribute__((visibility("default"))) Status
 mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream) {
   const StickAttentionProblem& p = params.problem;
@@ -65,7 +71,7 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
     if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return kStickTooLarge;
     if (blocks == 0) return {};
     const std::int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
-    const StickForwardLaunch launch = {
+    const ForwardLaunch launch = {
         .params = params,
         .factor = static_cast<float>(p.scale * 1.4426950408889634),
         .epsilon = params.stick_epsilon > 0 ? static_cast<float>(params.stick_epsilon) : -1.0f,

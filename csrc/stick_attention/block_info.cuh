@@ -2,24 +2,23 @@
 #pragma once
 
 #include "device/cp_async.cuh"
-#include "device/keep.cuh"
-#include "device/opaque.cuh"
+#include "device/regalloc.cuh"
 #include "device/static_for.cuh"
 #include "device/tile_product.cuh"
 #include "device/vector_memory.cuh"
-#include "stick_attention/stick_key_tile.cuh"
+#include "stick_attention/interleaved_keys.cuh"
+#include "stick_attention/stick_break.cuh"
 #include "stick_attention/stick_launch.hpp"
-#include "stick_attention/stick_scan.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 
 // One sequence of the batch. Of a packed batch q_begin and k_begin are its places, else `batch` is. Numbers of blocks,
 // and so of sequences and heads, are below 2^31.
-struct StickSequence {
+struct Sequence {
   int batch, q_begin, k_begin;
   int keys, rows, history;  // history: keys older than the first query
 
-  __device__ StickSequence(const StickAttentionProblem& p, std::int64_t index) {
+  __device__ Sequence(const StickAttentionProblem& p, std::int64_t index) {
     const bool packed = p.cu_seqlens_q != nullptr;
     batch = packed ? 0 : static_cast<int>(index);
     q_begin = packed ? p.cu_seqlens_q[index] : 0;
@@ -42,19 +41,19 @@ struct StickSequence {
 };
 
 // First tile slot of a sequence; stick_tile_slots() has the reason. `cu_seqlens` is null where all have `tokens`.
-__device__ inline std::int64_t stick_first_slot(const std::int32_t* cu_seqlens, std::int64_t group, std::int64_t tokens,
-                                                int tile_rows, std::int64_t sequence) {
+__device__ inline std::int64_t first_slot(const std::int32_t* cu_seqlens, std::int64_t group, std::int64_t tokens,
+                                          int tile_rows, std::int64_t sequence) {
   if (cu_seqlens != nullptr) return cu_seqlens[sequence] * group / tile_rows + sequence;
   return sequence * ((static_cast<std::uint64_t>(tokens * group) + tile_rows - 1) / tile_rows);
 }
 
-struct StickSlot {
+struct Slot {
   int sequence, tile;
 };
 
 // The sequence that owns a tile slot, and which of its tiles it is.
-__device__ inline StickSlot stick_find_slot(const std::int32_t* cu_seqlens, std::int64_t sequences, std::int64_t group,
-                                            std::int64_t tokens, int tile_rows, std::int64_t slot) {
+__device__ inline Slot find_slot(const std::int32_t* cu_seqlens, std::int64_t sequences, std::int64_t group,
+                                 std::int64_t tokens, int tile_rows, std::int64_t slot) {
   if (cu_seqlens == nullptr) {
     const auto tiles =
         static_cast<std::uint32_t>((static_cast<std::uint64_t>(tokens * group) + tile_rows - 1) / tile_rows);
@@ -64,47 +63,46 @@ __device__ inline StickSlot stick_find_slot(const std::int32_t* cu_seqlens, std:
   std::int64_t first = 0, last = sequences - 1;  // the last sequence whose first slot is not beyond
   while (first < last) {
     const std::int64_t middle = (first + last + 1) / 2;
-    if (stick_first_slot(cu_seqlens, group, tokens, tile_rows, middle) <= slot) {
+    if (first_slot(cu_seqlens, group, tokens, tile_rows, middle) <= slot) {
       first = middle;
     } else {
       last = middle - 1;
     }
   }
-  return {static_cast<int>(first),
-          static_cast<int>(slot - stick_first_slot(cu_seqlens, group, tokens, tile_rows, first))};
+  return {static_cast<int>(first), static_cast<int>(slot - first_slot(cu_seqlens, group, tokens, tile_rows, first))};
 }
 
 // The tile of query rows that a block owns. Late tiles, which walk furthest, start first; heads side by side.
-struct StickRowTile {
+struct BlockInfo {
   int head;
-  StickSlot slot;
-  StickSequence s;
+  Slot slot;
+  Sequence s;
   int first_row;
 
-  __device__ StickRowTile(const StickAttentionProblem& p, int rows, std::uint32_t block)
+  __device__ BlockInfo(const StickAttentionProblem& p, int rows, std::uint32_t block)
       : head(static_cast<int>(block % static_cast<std::uint32_t>(p.heads))),
-        slot(stick_find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, rows,
-                             (gridDim.x - 1 - block) / static_cast<std::uint32_t>(p.heads))),
+        slot(find_slot(p.cu_seqlens_q, p.sequences, p.group, p.tokens_q, rows,
+                       (gridDim.x - 1 - block) / static_cast<std::uint32_t>(p.heads))),
         s(p, slot.sequence),
         first_row(slot.tile * rows) {}
 
   // The same, computed anew after the walk: what is kept from before it takes registers all along.
-  __device__ static StickRowTile again(const StickAttentionProblem& p, int rows) {
+  __device__ static BlockInfo recompute(const StickAttentionProblem& p, int rows) {
     std::uint32_t block = blockIdx.x;
-    device::make_opaque(block);
+    device::hide_from_optimizer(block);
     return {p, rows, block};
   }
 };
 
 // The rows from `first` on of one sequence and K/V head, in a tensor of q's shape [B, Tq, H, G, D].
 template <typename T>
-struct StickRows {
+struct QRows {
   T* base;
   std::int64_t token_stride, group_stride;
   int first, count, group;
 
-  __device__ StickRows(T* tensor, const StickQueryStrides& strides, const StickAttentionProblem& p,
-                       const StickSequence& s, std::int64_t head, int first_row)
+  __device__ QRows(T* tensor, const StickQueryStrides& strides, const StickAttentionProblem& p, const Sequence& s,
+                   std::int64_t head, int first_row)
       : base(tensor + s.batch * strides.batch + s.q_begin * strides.token + head * strides.head),
         token_stride(strides.token),
         group_stride(strides.group),
@@ -128,15 +126,14 @@ struct StickRows {
 };
 
 // Index of a row in [B, Tq, H, G].
-__device__ inline std::int64_t stick_flat_row(const StickAttentionProblem& p, const StickSequence& s, std::int64_t head,
-                                              int row) {
+__device__ inline std::int64_t flat_row(const StickAttentionProblem& p, const Sequence& s, std::int64_t head, int row) {
   const int group = static_cast<int>(p.group), token = row / group;
   return ((s.batch * p.tokens_q + s.q_begin + token) * p.heads + head) * group + (row - token * group);
 }
 
 // 16 bytes of a row whose address may have any alignment its element type allows.
 template <typename T>
-__device__ inline uint4 stick_gather_chunk(const T* from) {
+__device__ inline uint4 load_unaligned_chunk(const T* from) {
   if constexpr (sizeof(T) == 4) {
     const auto* words = reinterpret_cast<const std::uint32_t*>(from);
     return {words[0], words[1], words[2], words[3]};
@@ -148,7 +145,7 @@ __device__ inline uint4 stick_gather_chunk(const T* from) {
 }
 
 template <typename T>
-__device__ inline void stick_scatter_chunk(T* to, const uint4& x) {
+__device__ inline void store_unaligned_chunk(T* to, const uint4& x) {
   const std::uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -164,24 +161,24 @@ __device__ inline void stick_scatter_chunk(T* to, const uint4& x) {
 // One chunk of a tile, kOffset bytes behind `to`: asynchronously where addresses are aligned. It has 16 bytes or, where
 // there is none, 0, and becomes zeros.
 template <int kOffset = 0, typename T>
-__device__ inline void stick_copy_chunk(device::SharedAddress to, const T* from, std::uint32_t bytes, bool aligned) {
+__device__ inline void copy_chunk(device::SharedAddress to, const T* from, std::uint32_t bytes, bool aligned) {
   if (aligned) {
     device::cp_async<16, kOffset>(to, from, bytes);
   } else {
-    device::store_shared_128(to + kOffset, bytes != 0 ? stick_gather_chunk(from) : uint4{0, 0, 0, 0});
+    device::store_shared_128(to + kOffset, bytes != 0 ? load_unaligned_chunk(from) : uint4{0, 0, 0, 0});
   }
 }
 
-// keep() of what loops reuse, for 16-bit elements: of 32-bit ones fragments need the registers.
+// pin_in_register() of what loops reuse, for 16-bit elements: of 32-bit ones fragments need the registers.
 template <typename T, typename... Values>
-__device__ inline void stick_keep(Values&... values) {
-  if constexpr (sizeof(T) == 2) (device::keep(values), ...);
+__device__ inline void pin_if_16bit(Values&... values) {
+  if constexpr (sizeof(T) == 2) (device::pin_in_register(values), ...);
 }
 
 // Copies rows of a problem's tensors into swizzled tiles with all kThreads threads of the block, each thread one column
 // of chunks. Columns from head_dim on are filled with zeros, and so are rows that are not there.
 template <typename T, int kRowBytes, int kThreads>
-struct StickTileCopy {
+struct TileLoader {
   static constexpr int kChunks = kRowBytes / 16;  // per row
   static constexpr int kRowsAtOnce = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0, "a thread keeps its column");
@@ -191,14 +188,14 @@ struct StickTileCopy {
   std::uint32_t offset;      // of its first chunk in a tile
   std::uint32_t key_offset;  // the same in a tile of keys
 
-  __device__ explicit StickTileCopy(std::int64_t head_dim)
+  __device__ explicit TileLoader(std::int64_t head_dim)
       : row(static_cast<int>(threadIdx.x / kChunks)),
         column(static_cast<int>(threadIdx.x % kChunks * (16 / sizeof(T)))),
         bytes(column < head_dim ? 16 : 0),
         offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)),
-        key_offset(stick_key_offset<kRowBytes>(row, threadIdx.x % kChunks)) {
-    device::keep(bytes);
-    stick_keep<T>(offset, key_offset);
+        key_offset(key_chunk_offset<kRowBytes>(row, threadIdx.x % kChunks)) {
+    device::pin_in_register(bytes);
+    pin_if_16bit<T>(offset, key_offset);
   }
 
   // One chunk, kRound rounds behind the first; `size` is `bytes` or, where it is not there, 0.
@@ -210,7 +207,7 @@ struct StickTileCopy {
         kRow % 8 == 0 ? tile + offset
                       : tile + device::swizzled_offset<kRowBytes>(kRow % 8 + row, threadIdx.x % kChunks);
     constexpr int kBehind = kRow / 8 * 8 * kRowBytes;
-    stick_copy_chunk<kOffset + kBehind>(to, from, size, aligned);
+    copy_chunk<kOffset + kBehind>(to, from, size, aligned);
   }
 
   // This thread's chunk of the first round of a tile, and bytes from round to round; 0 where rows must be found one by
@@ -219,7 +216,7 @@ struct StickTileCopy {
     const std::uint8_t* own;
     std::int64_t step;
   };
-  __device__ Lane lane(const StickRows<const T>& rows, bool aligned) const {
+  __device__ Lane lane(const QRows<const T>& rows, bool aligned) const {
     return {reinterpret_cast<const std::uint8_t*>(rows.at(row) + column),
             aligned ? rows.stride(kRowsAtOnce) * static_cast<int>(sizeof(T)) : 0};
   }
@@ -234,13 +231,13 @@ struct StickTileCopy {
     device::static_for<kRounds>([&](auto round) {
       chunk<round, kOffset>(tile, reinterpret_cast<const T*>(from), bytes, true);
       if constexpr (round + 1 < kRounds) from += lane.step;
-      device::make_opaque(from);  // one step in registers, not its multiples
+      device::hide_from_optimizer(from);  // one step in registers, not its multiples
     });
   }
 
   // The same of `all`, of which only some may be there.
   template <int kRows>
-  __device__ void rows(device::SharedAddress tile, const StickRows<const T>& all, bool aligned, const Lane& lane,
+  __device__ void rows(device::SharedAddress tile, const QRows<const T>& all, bool aligned, const Lane& lane,
                        int index = 0) const {
     if (lane.step != 0 && (index + 1) * kRows <= all.count) return whole_rows<kRows>(tile, lane, index);
     device::static_for<kRows / kRowsAtOnce>([&](auto round) {
@@ -250,7 +247,7 @@ struct StickTileCopy {
     });
   }
   template <int kRows>
-  __device__ void rows(device::SharedAddress tile, const StickRows<const T>& all, bool aligned) const {
+  __device__ void rows(device::SharedAddress tile, const QRows<const T>& all, bool aligned) const {
     rows<kRows>(tile, all, aligned, lane(all, aligned));
   }
 
@@ -273,9 +270,9 @@ struct StickTileCopy {
     const device::SharedAddress own = tile + key_offset;
     device::static_for<kRounds>([&](auto i) {
       constexpr std::integral_constant<int, (kRounds - 1 - i) * kRowsAtOnce> kRow;
-      each(kRow, own ^ stick_key_swizzle(kRow) << 4, reinterpret_cast<const T*>(newest));
+      each(kRow, own ^ key_swizzle(kRow) << 4, reinterpret_cast<const T*>(newest));
       newest += step;
-      device::make_opaque(newest);  // one step in registers, not its multiples
+      device::hide_from_optimizer(newest);  // one step in registers, not its multiples
     });
   }
   template <int kKeys, int kOffset = 0>
@@ -291,14 +288,14 @@ struct StickTileCopy {
                        bool aligned) const {
     if (keys >= kKeys && aligned) return whole_keys<kKeys, kOffset>(tile, newest, step);
     each_key<kKeys>(tile, newest, step, [&](auto key, device::SharedAddress to, const T* from) {
-      stick_copy_chunk<kOffset + key * kRowBytes>(to, from, row + key < keys ? bytes : 0, aligned);
+      copy_chunk<kOffset + key * kRowBytes>(to, from, row + key < keys ? bytes : 0, aligned);
     });
   }
 };
 
-// Keys of one sequence and K/V head, or a part of their columns, like StickRows.
+// Keys of one sequence and K/V head, or a part of their columns, like QRows.
 template <typename T>
-struct StickKeyRows {
+struct KvRows {
   T* base;
   std::int64_t token_stride;
   int count;
@@ -309,20 +306,20 @@ struct StickKeyRows {
 };
 
 template <typename T>
-__device__ inline T* stick_keys(T* tensor, const StickKeyStrides& strides, const StickSequence& s, std::int64_t head,
+__device__ inline T* kv_pointer(T* tensor, const StickKeyStrides& strides, const Sequence& s, std::int64_t head,
                                 std::int64_t first = 0) {
   return tensor + s.batch * strides.batch + (s.k_begin + first) * strides.token + head * strides.head;
 }
 
 // The walk of a block over tiles of K and V (V behind K; once, where K is V), from the newest to the oldest.
 template <typename T, int kRowBytes, int kKeys, int kThreads>
-class StickKeyWalk {
+class KvPipeline {
  public:
   static constexpr int kTileBytes = kKeys * kRowBytes;
   const bool k_is_v;
 
-  __device__ StickKeyWalk(const StickTileCopy<T, kRowBytes, kThreads>& copy, const StickAttentionProblem& p,
-                          const StickSequence& s, std::int64_t head, int tile, bool k_aligned, bool v_aligned)
+  __device__ KvPipeline(const TileLoader<T, kRowBytes, kThreads>& copy, const StickAttentionProblem& p,
+                        const Sequence& s, std::int64_t head, int tile, bool k_aligned, bool v_aligned)
       : k_is_v(p.k_is_v),
         copy_(copy),
         k_step_(copy.key_step(p.k_strides.token)),
@@ -332,13 +329,13 @@ class StickKeyWalk {
         v_aligned_(v_aligned),
         easy_(k_aligned && v_aligned && keys_ >= kKeys) {
     const std::int64_t first = std::int64_t{tile} * kKeys;
-    k_ = copy.template newest_key<kKeys>(stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head, first),
+    k_ = copy.template newest_key<kKeys>(kv_pointer(static_cast<const T*>(p.k), p.k_strides, s, head, first),
                                          p.k_strides.token);
-    v_ = copy.template newest_key<kKeys>(stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head, first),
+    v_ = copy.template newest_key<kKeys>(kv_pointer(static_cast<const T*>(p.v), p.v_strides, s, head, first),
                                          p.v_strides.token);
-    device::keep(k_);
-    device::keep(v_);
-    stick_keep<T>(k_step_, v_step_);
+    device::pin_in_register(k_);
+    device::pin_in_register(v_);
+    pin_if_16bit<T>(k_step_, v_step_);
   }
 
   // Copies the next tile, if it is wanted; a group of copies in any case.
@@ -358,7 +355,7 @@ class StickKeyWalk {
   }
 
  private:
-  const StickTileCopy<T, kRowBytes, kThreads>& copy_;
+  const TileLoader<T, kRowBytes, kThreads>& copy_;
   const std::uint8_t *k_, *v_;    // this thread's newest chunk of the next tile
   std::int64_t k_step_, v_step_;  // bytes from chunk to chunk
   int keys_;                      // from the next tile on
@@ -369,11 +366,11 @@ class StickKeyWalk {
 // The keys of a tile that padding leaves, one bit per key, the same in all warps. Loading is apart from using, so that
 // other work comes between.
 template <int kKeys>
-class StickKeep {
+class KeyPadding {
  public:
   using Bits = std::conditional_t<kKeys <= 32, std::uint32_t, std::uint64_t>;
 
-  __device__ StickKeep(const StickAttentionProblem& p, const StickSequence& s)
+  __device__ KeyPadding(const StickAttentionProblem& p, const Sequence& s)
       : mask_(p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k), keys_(s.keys) {}
 
   __device__ bool all() const { return mask_ == nullptr; }
@@ -410,4 +407,4 @@ class StickKeep {
   bool kept_[kWords] = {};
 };
 
-}  // namespace mfx
+}  // namespace mfx::stick

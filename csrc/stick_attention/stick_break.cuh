@@ -1,6 +1,6 @@
 // The stick scan over one tile of scores in mma accumulators, in registers.
 //
-// Lane c of a quad owns a run of consecutive keys (stick_key_tile.cuh), scans it serially, and one scan over the quad
+// Lane c of a quad owns a run of consecutive keys (interleaved_keys.cuh), scans it serially, and one scan over the quad
 // finishes a row. Newest key first, with e = exp(scale s), u = 1 / (1 + e) = 1 - beta:
 //
 //   weight = e * (product of u from here to the newest key of the tile) * stick        since beta = e u
@@ -13,13 +13,13 @@
 #include "device/convert.cuh"
 #include "device/fast_math.cuh"
 #include "device/warp.cuh"
-#include "stick_attention/stick_key_tile.cuh"
+#include "stick_attention/interleaved_keys.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 
 // exp(scale * s) = 2^min(s * factor, limit). At the limit, a logit of 21.5, u is 5e-10, so that weights are 0 or 1 to
 // every digit that is kept, while the product of four 1 + e is in range.
-struct StickOdds {
+struct ExpLogit {
   static constexpr float kLimit = 31.0f;
   float factor;  // scale * log2(e)
 
@@ -29,7 +29,7 @@ struct StickOdds {
 };
 
 // beta itself, exactly 0 or 1 where the exponential leaves binary32.
-struct StickBeta {
+struct Beta {
   float minus_factor;
 
   __device__ float operator()(float score) const {
@@ -39,13 +39,13 @@ struct StickBeta {
 
 // Which keys of a lane's runs rows g and g + 8 see: bit i is key c * kRun + i. `newest` are the newest keys that they
 // see, `kept` those that padding leaves, relative to the tile.
-struct StickVisible {
+struct Visible {
   std::uint32_t of_row[2];
 };
 
 template <int kRun, typename Bits>
-__device__ inline StickVisible stick_visible(int newest, int newest_of_other, Bits kept) {
-  const int first = static_cast<int>(stick_lane() & 3) * kRun;
+__device__ inline Visible visible_runs(int newest, int newest_of_other, Bits kept) {
+  const int first = static_cast<int>(recomputed_lane() & 3) * kRun;
   const auto kept_of_run = static_cast<std::uint32_t>(kept >> first);
   const auto of_row = [&](int count) { return kept_of_run & ((1u << min(max(count, 0), kRun)) - 1); };
   return {of_row(newest + 1 - first), of_row(newest_of_other + 1 - first)};
@@ -53,11 +53,11 @@ __device__ inline StickVisible stick_visible(int newest, int newest_of_other, Bi
 
 // Weights lie in [0, 1]; in units of 2^-12 half precision keeps small ones (2^-24 is its smallest number).
 template <typename Op>
-inline constexpr float kStickWeightUnit = std::is_same_v<Op, Float16> ? 4096.0f : 1.0f;
+inline constexpr float kWeightUnit = std::is_same_v<Op, Float16> ? 4096.0f : 1.0f;
 
 // Sum of a lane's weights of row g + 8 half.
 template <int kTiles>
-__device__ inline float stick_sum(const float (&weights)[kTiles][4], int half) {
+__device__ inline float lane_sum(const float (&weights)[kTiles][4], int half) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 2 * kTiles - 1; i >= 0; --i) sum += weights[i / 2][2 * half + i % 2];
@@ -68,37 +68,37 @@ __device__ inline float stick_sum(const float (&weights)[kTiles][4], int half) {
 // of many factors just below 1 would lose the sum of their small differences from it; else the product. `taken(row)` is
 // what the keys of this lane took.
 template <int kRows>
-struct StickLeft {
+struct RemAfter {
   float of_row[kRows];
 };
 
 template <int kRows, typename Taken>
-__device__ inline StickLeft<kRows> stick_left(const device::QuadScan (&newer)[kRows], const float (&stick)[kRows],
-                                              Taken&& taken) {
-  StickLeft<kRows> left;
+__device__ inline RemAfter<kRows> rem_after(const device::QuadScan (&newer)[kRows], const float (&rem)[kRows],
+                                            Taken&& taken) {
+  RemAfter<kRows> next_rem;
   bool small[kRows], any = false;
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     small[row] = newer[row].all > 0.5f;
-    left.of_row[row] = stick[row] * newer[row].all;
+    next_rem.of_row[row] = rem[row] * newer[row].all;
     any = any || small[row];
   }
-  if (!__any_sync(device::kAllLanes, any)) return left;
+  if (!__any_sync(device::kAllLanes, any)) return next_rem;
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     const float all_taken = device::lanes_sum<device::kQuad>(taken(row));
-    if (small[row]) left.of_row[row] = stick[row] - all_taken;
+    if (small[row]) next_rem.of_row[row] = rem[row] - all_taken;
   }
-  return left;
+  return next_rem;
 }
 
 // Scores of rows g and g + 8 become weights, times weight_unit; the sticks move to the tile's older edge.
 template <bool kMasked, int kTiles>
-__device__ inline void stick_scan_forward(float (&scores)[kTiles][4], const StickOdds& odds,
-                                          const StickVisible& visible, float weight_unit, float (&stick)[2]) {
+__device__ inline void stick_break(float (&scores)[kTiles][4], const ExpLogit& exp_logit, const Visible& visible,
+                                   float weight_unit, float (&rem)[2]) {
   constexpr int kShare = 4, kShares = 2 * kTiles / kShare;  // keys that share a reciprocal
   static_assert(2 * kTiles % kShare == 0, "whole shares");
-  float left_of[2][kShares];  // the product of u down to a share's oldest key
+  float rem_of[2][kShares];  // the product of u down to a share's oldest key
   device::QuadScan newer[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -106,45 +106,45 @@ __device__ inline void stick_scan_forward(float (&scores)[kTiles][4], const Stic
     device::static_for<2 * kTiles>([&](auto older) {
       constexpr int i = 2 * kTiles - 1 - older;
       float& e = scores[i / 2][2 * half + i % 2];
-      e = odds(e);
+      e = exp_logit(e);
       if (kMasked) e = device::where_set<1u << i>(visible.of_row[half], e);
       inverse = i % kShare == kShare - 1 ? 1.0f + e : __fmaf_rn(inverse, e, inverse);
       if constexpr (i % kShare == 0) {
         product *= device::reciprocal_approx(inverse);
-        left_of[half][i / kShare] = product;
+        rem_of[half][i / kShare] = product;
       }
     });
     newer[half] = device::quad_suffix_product(product);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float newer_left = stick[half] * newer[half].later * weight_unit;
+    const float newer_rem = rem[half] * newer[half].later * weight_unit;
 #pragma unroll
     for (int share = 0; share < kShares; ++share) {
-      float left = left_of[half][share] * newer_left;
+      float next_rem = rem_of[half][share] * newer_rem;
 #pragma unroll
       for (int i = kShare * share; i < kShare * (share + 1); ++i) {
         float& weight = scores[i / 2][2 * half + i % 2];
         const float e = weight;
-        weight = e * left;
-        left = __fmaf_rn(left, e, left);
+        weight = e * next_rem;
+        next_rem = __fmaf_rn(next_rem, e, next_rem);
       }
     }
   }
-  const StickLeft<2> left =
-      stick_left(newer, stick, [&](int half) { return stick_sum(scores, half) * (1.0f / weight_unit); });
-  stick[0] = left.of_row[0];
-  stick[1] = left.of_row[1];
+  const RemAfter<2> next_rem =
+      rem_after(newer, rem, [&](int half) { return lane_sum(scores, half) * (1.0f / weight_unit); });
+  rem[0] = next_rem.of_row[0];
+  rem[1] = next_rem.of_row[1];
 }
 
 // Two neighbours rounded to operand type, as they lie in memory.
 template <typename Op>
-struct StickPair {
+struct OperandPair {
   std::uint32_t words[sizeof(Op) / 2];
 };
 
 template <typename Op>
-__device__ inline StickPair<Op> stick_pair(float x, float y) {
+__device__ inline OperandPair<Op> operand_pair(float x, float y) {
   if constexpr (sizeof(Op) == 2) {
     return {device::pack_pair<Op>(x, y)};
   } else {
@@ -153,7 +153,7 @@ __device__ inline StickPair<Op> stick_pair(float x, float y) {
 }
 
 template <typename Op>
-__device__ inline float2 stick_rounded(const StickPair<Op>& pair) {
+__device__ inline float2 rounded_pair(const OperandPair<Op>& pair) {
   if constexpr (sizeof(Op) == 2) {
     return {device::low_of_pair<Op>(pair.words[0]), device::high_of_pair<Op>(pair.words[0])};
   } else {
@@ -163,23 +163,23 @@ __device__ inline float2 stick_rounded(const StickPair<Op>& pair) {
 
 // A lane's runs of keys of rows g and g + 8.
 template <typename Op, int kTiles>
-using StickRuns = StickPair<Op>[2][kTiles];
+using LaneRuns = OperandPair<Op>[2][kTiles];
 
 // Backward meets the same weights. With G = weight * dp and u = 1 - beta,
 //
 //   ds / scale = u G - beta * (sum of older G) = G - beta * (sum of G from here to the oldest key).
 //
-// The query kernel takes the sum of older G as what newer keys leave of the sum of all. There weights enter G as they
-// were rounded for the product that made o, or the difference would keep what rounding took. It leaves a note per row
-// and lane's run of keys, with which the key kernel scans every run on its own.
-struct alignas(8) StickNote {
-  float stick, older;  // at the run's newer edge; the sum of G over all keys older than the run
+// The dQ kernel takes the sum of older G as what newer keys leave of the sum of all. There weights enter G as they
+// were rounded for the product that made o, or the difference would keep what rounding took. It leaves a chunk state
+// per row and lane's run of keys, with which the dK/dV kernel scans every run on its own.
+struct alignas(8) ChunkState {
+  float rem, older;  // at the run's newer edge; the sum of G over all keys older than the run
 };
 
 // Scores of a lane's run of row g + 8 half become weights, newest first, each a part beta of what is left of `rest`.
 template <bool kMasked, int kTiles>
-__device__ inline void stick_take(float (&scores)[kTiles][4], float (&beta)[2 * kTiles], float& rest, int half,
-                                  const StickBeta& beta_of, std::uint32_t visible) {
+__device__ inline void break_run(float (&scores)[kTiles][4], float (&beta)[2 * kTiles], float& rest, int half,
+                                 const Beta& beta_of, std::uint32_t visible) {
   device::static_for<2 * kTiles>([&](auto older) {
     constexpr int i = 2 * kTiles - 1 - older;
     float& score = scores[i / 2][2 * half + i % 2];
@@ -190,27 +190,27 @@ __device__ inline void stick_take(float (&scores)[kTiles][4], float (&beta)[2 * 
   });
 }
 
-// The scan of the query kernel. In: scores and dp. Out: ds / scale in the place of dp. On the way, for row g + 8 half:
-// `left(half, newer)` may look at the weights without the shares of newer lanes and tiles; `edge(half, mass)` gets the
-// tile's sum of G and returns that of all keys older than the tile; `note(half, note)` gets the note of this lane's
-// run.
-template <typename Op, bool kMasked, int kTiles, typename Left, typename Edge, typename Note>
-__device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&grads)[kTiles][4],
-                                           const StickBeta& beta_of, const StickVisible& visible,
-                                           const float (&stick)[2], Left&& left, Edge&& edge, Note&& note) {
-  constexpr float kUnit = kStickWeightUnit<Op>;
+// The scan of the dQ kernel. In: scores and dp. Out: ds / scale in the place of dp. On the way, for row g + 8 half:
+// `next_rem(half, newer)` may look at the weights without the shares of newer lanes and tiles; `edge(half, sum_g)` gets
+// the tile's sum of G and returns that of all keys older than the tile; `chunk_state(half, state)` gets the chunk state
+// of this lane's run.
+template <typename Op, bool kMasked, int kTiles, typename Left, typename Edge, typename State>
+__device__ inline void stick_break_backward(float (&scores)[kTiles][4], float (&grads)[kTiles][4], const Beta& beta_of,
+                                            const Visible& visible, const float (&rem)[2], Left&& next_rem, Edge&& edge,
+                                            State&& chunk_state) {
+  constexpr float kUnit = kWeightUnit<Op>;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float beta[2 * kTiles], rest = 1.0f;
-    stick_take<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half]);
+    break_run<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half]);
     const device::QuadScan newer = device::quad_suffix_product(rest);
-    left(half, newer);
-    const float run_stick = stick[half] * newer.later, share = run_stick * kUnit;
+    next_rem(half, newer);
+    const float run_rem = rem[half] * newer.later, share = run_rem * kUnit;
     float sum = 0.0f;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const float2 rounded =
-          stick_rounded(stick_pair<Op>(scores[tile][2 * half] * share, scores[tile][2 * half + 1] * share));
+          rounded_pair(operand_pair<Op>(scores[tile][2 * half] * share, scores[tile][2 * half + 1] * share));
       grads[tile][2 * half] *= kUnit == 1.0f ? rounded.x : rounded.x * (1.0f / kUnit);
       grads[tile][2 * half + 1] *= kUnit == 1.0f ? rounded.y : rounded.y * (1.0f / kUnit);
       sum += grads[tile][2 * half];
@@ -218,7 +218,7 @@ __device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&g
     }
     const device::QuadPrefix older_lanes = device::quad_prefix_sum(sum);
     const float older = edge(half, older_lanes.all) + older_lanes.earlier;
-    note(half, StickNote{run_stick, older});
+    chunk_state(half, ChunkState{run_rem, older});
     float minus_sum = -older;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
@@ -229,22 +229,22 @@ __device__ inline void stick_scan_backward(float (&scores)[kTiles][4], float (&g
   }
 }
 
-// The scan of the key kernel. In: scores and dp. Out: weights, times their unit, and ds / scale. Within a run weights
-// enter G unrounded; at its edge the note has the sums of the query kernel.
+// The scan of the dK/dV kernel. In: scores and dp. Out: weights, times their unit, and ds / scale. Within a run weights
+// enter G unrounded; at its edge the chunk state has the sums of the dQ kernel.
 template <typename Op, bool kMasked, int kTiles>
-__device__ inline void stick_scan_runs(float (&scores)[kTiles][4], float (&grads)[kTiles][4],
-                                       StickRuns<Op, kTiles>& weights, StickRuns<Op, kTiles>& grad_scores,
-                                       const StickBeta& beta_of, const StickVisible& visible,
-                                       const StickNote (&notes)[2]) {
-  constexpr float kUnit = kStickWeightUnit<Op>;
+__device__ inline void stick_break_runs(float (&scores)[kTiles][4], float (&grads)[kTiles][4],
+                                        LaneRuns<Op, kTiles>& weights, LaneRuns<Op, kTiles>& grad_scores,
+                                        const Beta& beta_of, const Visible& visible,
+                                        const ChunkState (&chunk_states)[2]) {
+  constexpr float kUnit = kWeightUnit<Op>;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float beta[2 * kTiles], rest = notes[half].stick * kUnit;
-    stick_take<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half]);
-    float minus_sum = -notes[half].older;
+    float beta[2 * kTiles], rest = chunk_states[half].rem * kUnit;
+    break_run<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half]);
+    float minus_sum = -chunk_states[half].older;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      weights[half][tile] = stick_pair<Op>(scores[tile][2 * half], scores[tile][2 * half + 1]);
+      weights[half][tile] = operand_pair<Op>(scores[tile][2 * half], scores[tile][2 * half + 1]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float weight = scores[tile][2 * half + i];
@@ -253,9 +253,9 @@ __device__ inline void stick_scan_runs(float (&scores)[kTiles][4], float (&grads
         minus_sum -= grad;
         grad = __fmaf_rn(beta[2 * tile + i], minus_sum, grad);
       }
-      grad_scores[half][tile] = stick_pair<Op>(grads[tile][2 * half], grads[tile][2 * half + 1]);
+      grad_scores[half][tile] = operand_pair<Op>(grads[tile][2 * half], grads[tile][2 * half + 1]);
     }
   }
 }
 
-}  // namespace mfx
+}  // namespace mfx::stick

@@ -1,4 +1,4 @@
-// How a block of stick_attention_decode walks one slot of a cache (stick_attention_decode_kernel.cuh), in tiles.
+// How a block of stick_attention_decode walks one slot of a cache (decode.cuh), in tiles.
 //
 // A key is read by the lanes of kLanes neighbours (or several warps), each of which owns one 16-byte chunk of the head
 // dimension: of q, of the sums and of every key and value, all in registers, so that where K is V a key is loaded once

@@ -8,14 +8,14 @@
 // the exchange.
 #pragma once
 
-#include "device/opaque.cuh"
-#include "stick_attention/stick_row_by_row.cuh"
-#include "stick_attention/stick_store.cuh"
+#include "device/regalloc.cuh"
+#include "stick_attention/epilogue.cuh"
+#include "stick_attention/row_by_row.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 
 template <typename Op>
-struct StickWide {
+struct WideShape {
   static constexpr int kWarps = 8;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kColumns = 128;  // per warp
@@ -30,29 +30,29 @@ struct StickWide {
 
 // Where element (row, key) of an [rows, 16] part of S lies: halves of every other pair of rows are exchanged, so that
 // neither the fragments that write nor the eight lanes per row that read meet a bank twice.
-__device__ inline int stick_wide_score(int row, int key) {
+__device__ inline int wide_score(int row, int key) {
   return row * 16 + (key ^ (row >> 1 & 1) << 3);
 }
 
 // Byte offset of (row, inner) of an A operand [rows, 16] in the order in which multiply_columns() takes inner elements,
 // chunks of 16 bytes exchanged so that ldmatrix meets no bank twice.
 template <typename Op>
-__device__ inline int stick_wide_operand(int row, int inner) {
+__device__ inline int wide_operand(int row, int inner) {
   if constexpr (sizeof(Op) == 2) return row * 32 + ((inner >> 3 ^ (row >> 2 & 1)) << 4) + (inner & 7) * 2;
   const int at = (inner & 8) + (inner & 1) * 4 + (inner >> 1 & 3);
   return row * 64 + ((at >> 2 ^ (row >> 1 & 3)) << 4) + (at & 3) * 4;
 }
 
 template <typename Op>
-__device__ inline void stick_wide_put(std::uint8_t* operand, int row, int inner, float x) {
-  using T = typename StickStorage<Op>::Type;
-  *reinterpret_cast<T*>(operand + stick_wide_operand<Op>(row, inner)) = device::from_float<T>(x);
+__device__ inline void wide_put(std::uint8_t* operand, int row, int inner, float x) {
+  using T = typename Storage<Op>::Type;
+  *reinterpret_cast<T*>(operand + wide_operand<Op>(row, inner)) = device::from_float<T>(x);
 }
 
 // acc [16, 128] += such an operand times a warp's tile.
 template <typename Op>
-__device__ inline void stick_wide_accumulate(float (&acc)[StickWide<Op>::kColumnTiles][4], const void* operand,
-                                             device::SharedAddress tile) {
+__device__ inline void wide_accumulate(float (&acc)[WideShape<Op>::kColumnTiles][4], const void* operand,
+                                       device::SharedAddress tile) {
   constexpr int kSteps = device::steps_of_tiles<Op>(2), kOperandRow = 16 * static_cast<int>(sizeof(Op));
   const int lane = threadIdx.x & 31, row = lane & 15, swizzle = sizeof(Op) == 2 ? row >> 2 & 1 : row >> 1 & 3;
   device::FragmentA a[kSteps];
@@ -61,14 +61,13 @@ __device__ inline void stick_wide_accumulate(float (&acc)[StickWide<Op>::kColumn
     const int chunk = (2 * step + (lane >> 4)) ^ swizzle;
     device::ldmatrix_x4(a[step], device::shared_address(operand) + row * kOperandRow + (chunk << 4));
   }
-  constexpr int kRowBytes = StickWide<Op>::kRowBytes;
+  constexpr int kRowBytes = WideShape<Op>::kRowBytes;
   device::multiply_columns<Op, kRowBytes>(acc, a, device::b_columns<Op, kRowBytes>(tile));
 }
 
 // One warp's 128 columns of 16 rows into its tile; rows that are null and columns beyond the head are zeros.
 template <typename T, int kRowBytes, typename RowAt>
-__device__ inline void stick_wide_copy(device::SharedAddress tile, int columns, bool aligned, const T* any,
-                                       RowAt&& row_at) {
+__device__ inline void wide_copy(device::SharedAddress tile, int columns, bool aligned, const T* any, RowAt&& row_at) {
   constexpr int kChunks = kRowBytes / 16;
   const int lane = threadIdx.x & 31, chunk = lane % kChunks, column = chunk * (16 / static_cast<int>(sizeof(T)));
 #pragma unroll 1
@@ -80,7 +79,7 @@ __device__ inline void stick_wide_copy(device::SharedAddress tile, int columns, 
     if (aligned) {
       device::cp_async<16>(to, present ? source + column : any, present ? 16 : 0);
     } else {
-      device::store_shared_128(to, present ? stick_gather_chunk(source + column) : uint4{0, 0, 0, 0});
+      device::store_shared_128(to, present ? load_unaligned_chunk(source + column) : uint4{0, 0, 0, 0});
     }
   }
   device::cp_async_commit();
@@ -88,9 +87,9 @@ __device__ inline void stick_wide_copy(device::SharedAddress tile, int columns, 
 
 // A fragments of a warp's columns of 16 rows, by way of its tile.
 template <typename T, int kRowBytes, typename RowAt>
-__device__ inline void stick_wide_fragments(device::FragmentA (&a)[kRowBytes / 32], device::SharedAddress tile,
-                                            int columns, bool aligned, const T* any, RowAt&& row_at) {
-  stick_wide_copy<T, kRowBytes>(tile, columns, aligned, any, row_at);
+__device__ inline void wide_fragments(device::FragmentA (&a)[kRowBytes / 32], device::SharedAddress tile, int columns,
+                                      bool aligned, const T* any, RowAt&& row_at) {
+  wide_copy<T, kRowBytes>(tile, columns, aligned, any, row_at);
   device::cp_async_wait_all();
   __syncwarp();
   device::static_for<kRowBytes / 32>(
@@ -100,17 +99,17 @@ __device__ inline void stick_wide_fragments(device::FragmentA (&a)[kRowBytes / 3
 
 // acc [16, 16] += A B^T over a warp's columns, the rows of B in its tile.
 template <typename Op>
-__device__ inline void stick_wide_multiply(float (&acc)[2][4], device::FragmentA (&a)[StickWide<Op>::kSteps],
-                                           device::SharedAddress tile) {
-  constexpr int kRowBytes = StickWide<Op>::kRowBytes;
-  device::static_for<StickWide<Op>::kSteps>([&](auto step) {
+__device__ inline void wide_multiply(float (&acc)[2][4], device::FragmentA (&a)[WideShape<Op>::kSteps],
+                                     device::SharedAddress tile) {
+  constexpr int kRowBytes = WideShape<Op>::kRowBytes;
+  device::static_for<WideShape<Op>::kSteps>([&](auto step) {
     if (device::kStepByStep<Op> && device::never(step)) return;
     std::uint32_t b[4];
-    // All bits by XOR: with immediate offsets ptxas spills the query kernel's binary32 instance on sm_90.
+    // All bits by XOR: with immediate offsets ptxas spills the dQ kernel's binary32 instance on sm_90.
     device::ldmatrix_x4(b, device::b_rows<kRowBytes>(tile) ^ (step * 32));
     if constexpr (sizeof(Op) == 4) {  // A's split into two tf32 parts would take registers for the whole walk
 #pragma unroll
-      for (int i = 0; i < 4; ++i) device::make_opaque(a[step][i]);
+      for (int i = 0; i < 4; ++i) device::hide_from_optimizer(a[step][i]);
     }
     device::multiply_step<Op>(acc[0], a[step], b[0], b[1]);
     device::multiply_step<Op>(acc[1], a[step], b[2], b[3]);
@@ -119,10 +118,9 @@ __device__ inline void stick_wide_multiply(float (&acc)[2][4], device::FragmentA
 
 // The same with A in a tile, too.
 template <typename Op>
-__device__ inline void stick_wide_multiply(float (&acc)[2][4], device::SharedAddress a_tile,
-                                           device::SharedAddress b_tile) {
-  constexpr int kRowBytes = StickWide<Op>::kRowBytes;
-  device::static_for<StickWide<Op>::kSteps>([&](auto step) {
+__device__ inline void wide_multiply(float (&acc)[2][4], device::SharedAddress a_tile, device::SharedAddress b_tile) {
+  constexpr int kRowBytes = WideShape<Op>::kRowBytes;
+  device::static_for<WideShape<Op>::kSteps>([&](auto step) {
     if (device::kStepByStep<Op> && device::never(step)) return;
     device::FragmentA a;
     std::uint32_t b[4];
@@ -134,37 +132,36 @@ __device__ inline void stick_wide_multiply(float (&acc)[2][4], device::SharedAdd
 }
 
 // A warp's part of 16 rows, from fragments [rows, keys].
-__device__ inline void stick_wide_store_part(float* part, const float (&acc)[2][4]) {
+__device__ inline void wide_store_part(float* part, const float (&acc)[2][4]) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = i % 2 * 8 + lane / 4, key = i / 2 * 8 + lane % 4 * 2;
-    *reinterpret_cast<float2*>(&part[stick_wide_score(row, key)]) =
+    *reinterpret_cast<float2*>(&part[wide_score(row, key)]) =
         make_float2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
   }
 }
 
 // This lane's two scores of a row, all warps' parts added up; parts are `pitch` elements apart.
-__device__ inline float2 stick_wide_sum(const float* parts, int pitch, int row) {
+__device__ inline float2 wide_sum(const float* parts, int pitch, int row) {
   float2 sum = make_float2(0, 0);
 #pragma unroll 2
   for (int w = 0; w < 8; ++w) {
-    const auto part =
-        *reinterpret_cast<const float2*>(&parts[w * pitch + stick_wide_score(row, 2 * (threadIdx.x & 7))]);
+    const auto part = *reinterpret_cast<const float2*>(&parts[w * pitch + wide_score(row, 2 * (threadIdx.x & 7))]);
     sum = make_float2(sum.x + part.x, sum.y + part.y);
   }
   return sum;
 }
 
 // A row's scan by eight lanes. [0] is a lane's older key, [1] its newer one; weights are those for a whole stick.
-struct StickWideScan {
+struct WideScan {
   float e[2], u[2], weight[2];
   float all;  // the product of u over the tile
 
-  __device__ StickWideScan(const float2& score, const StickOdds& odds, bool sees_older, bool sees_newer) {
+  __device__ WideScan(const float2& score, const ExpLogit& exp_logit, bool sees_older, bool sees_newer) {
     const int lane = threadIdx.x & 7;
-    e[0] = sees_older ? odds(score.x) : 0.0f;
-    e[1] = sees_newer ? odds(score.y) : 0.0f;
+    e[0] = sees_older ? exp_logit(score.x) : 0.0f;
+    e[1] = sees_newer ? exp_logit(score.y) : 0.0f;
     u[0] = device::reciprocal_approx(1.0f + e[0]);
     u[1] = device::reciprocal_approx(1.0f + e[1]);
     float product = u[0] * u[1];  // of this lane's keys and, step by step, newer ones
@@ -182,20 +179,20 @@ struct StickWideScan {
 
   // What the tile leaves of a stick. 1 - mass keeps a long tail of small weights exact, the product a stick that is
   // nearly used up.
-  __device__ float left(float stick) const {
+  __device__ float next_rem(float rem) const {
     const float mass = device::lanes_sum<8>(weight[0] + weight[1]);
-    return mass < 0.5f ? stick - stick * mass : stick * all;
+    return mass < 0.5f ? rem - rem * mass : rem * all;
   }
 };
 
 // Gradients of a lane's two scores, over the scale, from those of its weights; weights become those for `stick`,
 // rounded for the product, times their unit. `edge(mass)` gets the tile's sum of G and returns that over all older
-// keys. See stick_scan_backward().
+// keys. See stick_break_backward().
 template <typename Op, typename Edge>
-__device__ inline float2 stick_wide_gradients(const StickWideScan& scan, float stick, const float2& grad_weights,
-                                              float2& weights, Edge&& edge) {
-  constexpr float kUnit = kStickWeightUnit<Op>;
-  weights = stick_rounded(stick_pair<Op>(scan.weight[0] * (stick * kUnit), scan.weight[1] * (stick * kUnit)));
+__device__ inline float2 wide_gradients(const WideScan& scan, float rem, const float2& grad_weights, float2& weights,
+                                        Edge&& edge) {
+  constexpr float kUnit = kWeightUnit<Op>;
+  weights = rounded_pair(operand_pair<Op>(scan.weight[0] * (rem * kUnit), scan.weight[1] * (rem * kUnit)));
   const float g0 = weights.x * (1.0f / kUnit) * grad_weights.x, g1 = weights.y * (1.0f / kUnit) * grad_weights.y;
   const int lane = threadIdx.x & 7;
   float sum = g0 + g1;  // of this lane's keys and, step by step, older ones
@@ -210,10 +207,10 @@ __device__ inline float2 stick_wide_gradients(const StickWideScan& scan, float s
 }
 
 // Which of a lane's two keys a row sees.
-struct StickWideSight {
+struct WideVisible {
   bool older, newer;
 
-  __device__ StickWideSight(const StickAttentionProblem& p, const StickSequence& s, int first_key, int newest_key) {
+  __device__ WideVisible(const StickAttentionProblem& p, const Sequence& s, int first_key, int newest_key) {
     const int key = first_key + 2 * static_cast<int>(threadIdx.x & 7);
     const bool* const mask = p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k;
     older = key <= newest_key && (mask == nullptr || mask[key]);
@@ -221,4 +218,4 @@ struct StickWideSight {
   }
 };
 
-}  // namespace mfx
+}  // namespace mfx::stick

@@ -1,19 +1,19 @@
 // What a row does not see cannot reach it. The products of the tiled kernels multiply what is there with a weight of 0
-// instead, which NaN and infinity survive: rows (of keys, in the key kernel) whose results are not finite are computed
-// anew here, over the pairs that see each other alone. Slow, and only for what is within a tile of something that is
-// not finite, or sees it.
+// instead, which NaN and infinity survive: rows (of keys, in the dK/dV kernel) whose results are not finite are
+// computed anew here, over the pairs that see each other alone. Slow, and only for what is within a tile of something
+// that is not finite, or sees it.
 //
 // A warp works on a row, its lanes on the head dimension. Results go to columns [first_column, first_column +
 // kColumns).
 #pragma once
 
-#include "stick_attention/stick_backward.cuh"
+#include "stick_attention/backward.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 
 // Calls each(row) for every bit of `rows` that is set, when all lanes have written what they had to.
 template <typename Each>
-__device__ inline void stick_row_by_row(std::uint32_t rows, Each&& each) {
+__device__ inline void row_by_row(std::uint32_t rows, Each&& each) {
   __syncwarp();
 #pragma unroll 1
   for (; rows != 0; rows &= rows - 1) each(__ffs(static_cast<int>(rows)) - 1);
@@ -21,18 +21,18 @@ __device__ inline void stick_row_by_row(std::uint32_t rows, Each&& each) {
 
 // A weight as the products of the tiled kernels take it.
 template <typename Op>
-__device__ inline float stick_as_operand(float weight) {
-  constexpr float kUnit = kStickWeightUnit<Op>;
-  return stick_rounded(stick_pair<Op>(weight * kUnit, 0.0f)).x * (1.0f / kUnit);
+__device__ inline float rounded_weight(float weight) {
+  constexpr float kUnit = kWeightUnit<Op>;
+  return rounded_pair(operand_pair<Op>(weight * kUnit, 0.0f)).x * (1.0f / kUnit);
 }
 
 // This lane's columns of a row.
 template <int kColumns>
-struct StickColumns {
+struct LaneColumns {
   int first, end;
   float sum[kColumns / 32] = {};
 
-  __device__ StickColumns(const StickAttentionProblem& p, int first_column)
+  __device__ LaneColumns(const StickAttentionProblem& p, int first_column)
       : first(first_column + static_cast<int>(threadIdx.x & 31)), end(static_cast<int>(p.head_dim)) {}
 
   // Calls each(column, sum of the column).
@@ -51,17 +51,17 @@ struct StickColumns {
 
 // The keys of a block's sequence and head.
 template <typename T>
-struct StickKeysOf {
+struct VisibleKeys {
   const StickAttentionProblem& p;
   const bool* mask;
   const T *k, *v;
-  StickBeta beta_of;
+  Beta beta_of;
 
-  __device__ StickKeysOf(const StickAttentionProblem& p, const StickSequence& s, std::int64_t head, float factor)
+  __device__ VisibleKeys(const StickAttentionProblem& p, const Sequence& s, std::int64_t head, float factor)
       : p(p),
         mask(p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k),
-        k(stick_keys(static_cast<const T*>(p.k), p.k_strides, s, head)),
-        v(stick_keys(static_cast<const T*>(p.v), p.v_strides, s, head)),
+        k(kv_pointer(static_cast<const T*>(p.k), p.k_strides, s, head)),
+        v(kv_pointer(static_cast<const T*>(p.v), p.v_strides, s, head)),
         beta_of{-factor} {}
 
   __device__ bool kept(int key) const { return mask == nullptr || mask[key]; }
@@ -79,24 +79,24 @@ struct StickKeysOf {
 
 // o and its residual. The walk ends at `oldest_key`, as that of the row's tile did.
 template <typename Op, int kColumns>
-__device__ inline void stick_forward_row(const StickAttentionForwardParams& params, float factor,
-                                         const StickRowTile& tile, int row, int oldest_key, int first_column) {
-  using T = typename StickStorage<Op>::Type;
+__device__ inline void forward_row(const StickAttentionForwardParams& params, float factor, const BlockInfo& tile,
+                                   int row, int oldest_key, int first_column) {
+  using T = typename Storage<Op>::Type;
   const StickAttentionProblem& p = params.problem;
-  const StickSequence& s = tile.s;
+  const Sequence& s = tile.s;
   if (row >= s.rows) return;
   const auto row_of = [&](auto* tensor, const StickQueryStrides& strides) {
-    return StickRows<std::remove_pointer_t<decltype(tensor)>>(tensor, strides, p, s, tile.head, row).at(0);
+    return QRows<std::remove_pointer_t<decltype(tensor)>>(tensor, strides, p, s, tile.head, row).at(0);
   };
   const T* const q = row_of(static_cast<const T*>(p.q), p.q_strides);
-  const StickKeysOf<T> keys(p, s, tile.head, factor);
-  StickColumns<kColumns> o(p, first_column);
+  const VisibleKeys<T> keys(p, s, tile.head, factor);
+  LaneColumns<kColumns> o(p, first_column);
   double rest = 1.0;
   for (int key = s.newest_key(p, row); key >= oldest_key; --key) {
     if (!keys.kept(key)) continue;
     const double weight = rest * keys.beta(q, key);
     rest -= weight;
-    o.add(stick_as_operand<Op>(static_cast<float>(weight)), keys.value(key));
+    o.add(rounded_weight<Op>(static_cast<float>(weight)), keys.value(key));
   }
   T* const to = row_of(static_cast<T*>(params.o), params.o_strides);
   T* const residual = params.residual == nullptr ? nullptr : row_of(static_cast<T*>(params.residual), params.o_strides);
@@ -106,17 +106,17 @@ __device__ inline void stick_forward_row(const StickAttentionForwardParams& para
   });
 }
 
-// The runs of keys that have a note each: kRuns in every kSpan keys or, of 16 rows that see but a part of these, in the
-// oldest half or quarter of them.
+// The runs of keys that have a chunk state each: kRuns in every kSpan keys or, of 16 rows that see but a part of these,
+// in the oldest half or quarter of them.
 template <int kSpan, int kRuns>
-struct StickRunsOf {
-  const StickBackwardLaunch& launch;
-  const StickSequence& s;
+struct RunsOf {
+  const BackwardLaunch& launch;
+  const Sequence& s;
   std::int64_t head;
 
   struct Run {
     int first, end;  // keys
-    StickNote* note;
+    ChunkState* chunk_state;
   };
   // The run that has `key`, for a row that sees it.
   __device__ Run operator()(int row, int key) const {
@@ -124,47 +124,47 @@ struct StickRunsOf {
     const int span = key / kSpan * kSpan, last_row = min(row | 15, s.rows - 1);
     int taken = kSpan;
     if constexpr (kRuns > 1) {
-      stick_take_oldest<kSpan / 8>(s.newest_key(p, last_row) - span, 1, [&](auto tiles) { taken = 8 * tiles; });
+      with_visible_width<kSpan / 8>(s.newest_key(p, last_row) - span, 1, [&](auto tiles) { taken = 8 * tiles; });
     }
     const int length = taken / kRuns, run = (key - span) / length;
     const std::int64_t at =
-        (span - launch.window_begin) / kSpan * (p.heads * launch.rows) + stick_workspace_row(launch, s, head, row);
-    return {span + run * length, span + (run + 1) * length, launch.notes + at * kRuns + run};
+        (span - launch.chunk_begin) / kSpan * (p.heads * launch.rows) + workspace_row(launch, s, head, row);
+    return {span + run * length, span + (run + 1) * length, launch.chunk_states + at * kRuns + run};
   }
 };
 
-// dq of a row in this window, its notes, and what it hands over to the next one. delta and reach: stick_row_sums().
+// dq of a row in this K/V chunk, its chunk states, and what it hands over to the next one. delta and dp_bound:
+// delta_and_bound().
 template <typename Op, int kColumns, int kSpan, int kRuns>
-__device__ inline void stick_query_grad_row(const StickBackwardLaunch& launch, const StickRowTile& tile,
-                                            const StickWindowWalk& walk, int row, int first_column, float delta,
-                                            float reach) {
-  using T = typename StickStorage<Op>::Type;
+__device__ inline void backward_dq_row(const BackwardLaunch& launch, const BlockInfo& tile, const ChunkWalk& walk,
+                                       int row, int first_column, float delta, float dp_bound) {
+  using T = typename Storage<Op>::Type;
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
-  const StickSequence& s = tile.s;
+  const Sequence& s = tile.s;
   if (row >= s.rows) return;
-  const T* const q = StickRows<const T>(static_cast<const T*>(p.q), p.q_strides, p, s, tile.head, row).at(0);
+  const T* const q = QRows<const T>(static_cast<const T*>(p.q), p.q_strides, p, s, tile.head, row).at(0);
   const T* const grad_o =
-      StickRows<const T>(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, tile.head, row).at(0);
-  const StickKeysOf<T> keys(p, s, tile.head, launch.factor);
-  const StickRunsOf<kSpan, kRuns> runs{launch, s, tile.head};
-  const std::int64_t at = stick_workspace_row(launch, s, tile.head, row);
-  StickColumns<kColumns> grad_q(p, first_column);
+      QRows<const T>(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, tile.head, row).at(0);
+  const VisibleKeys<T> keys(p, s, tile.head, launch.factor);
+  const RunsOf<kSpan, kRuns> runs{launch, s, tile.head};
+  const std::int64_t at = workspace_row(launch, s, tile.head, row);
+  LaneColumns<kColumns> grad_q(p, first_column);
   float* const sums = launch.sums + at * p.head_dim;
   const bool owner = first_column == 0 && (threadIdx.x & 31) == 0;  // of what there is once per row
   double rest = 1.0;
-  float passed = 0.0f;
+  float sum_g = 0.0f;
   if (!walk.starts) {
     rest = launch.states[at].x;
-    passed = launch.states[at].y;
+    sum_g = launch.states[at].y;
     grad_q.each([&](int column, float& x) { x = sums[column]; });
   }
   // What follows is written over what all lanes (of head dims above 256, all warps) have read or written.
   if constexpr (kRuns == 1) __syncthreads();
   __syncwarp();
   const auto older = [&] {
-    const float most = static_cast<float>(rest) * reach;
-    return device::max_nan(-most, device::min_nan(most, delta - passed));
+    const float most = static_cast<float>(rest) * dp_bound;
+    return device::max_nan(-most, device::min_nan(most, delta - sum_g));
   };
   for (int key = min(s.newest_key(p, row), walk.end - 1); key >= walk.begin;) {
     const auto run = runs(row, key);
@@ -174,13 +174,13 @@ __device__ inline void stick_query_grad_row(const StickBackwardLaunch& launch, c
       const float beta = keys.beta(q, key);
       const double weight = rest * beta;
       rest -= weight;
-      const float g = stick_as_operand<Op>(static_cast<float>(weight)) * keys.dot(grad_o, keys.value(key));
-      passed += g;
+      const float g = rounded_weight<Op>(static_cast<float>(weight)) * keys.dot(grad_o, keys.value(key));
+      sum_g += g;
       grad_q.add(g - beta * (g + older()), keys.k + key * p.k_strides.token);
     }
-    if (owner) *run.note = StickNote{newer_edge, older()};
+    if (owner) *run.chunk_state = ChunkState{newer_edge, older()};
   }
-  T* const to = StickRows<T>(static_cast<T*>(params.grad_q), params.grad_q_strides, p, s, tile.head, row).at(0);
+  T* const to = QRows<T>(static_cast<T*>(params.grad_q), params.grad_q_strides, p, s, tile.head, row).at(0);
   grad_q.each([&](int column, float x) {
     if (walk.finishes) {
       to[column] = device::from_float<T>(x * launch.scale);
@@ -188,27 +188,27 @@ __device__ inline void stick_query_grad_row(const StickBackwardLaunch& launch, c
       sums[column] = x;
     }
   });
-  if (owner && !walk.finishes) launch.states[at] = {static_cast<float>(rest), passed};
+  if (owner && !walk.finishes) launch.states[at] = {static_cast<float>(rest), sum_g};
 }
 
 // dk and dv of a key, or, where K is V, their sum.
 template <typename Op, int kColumns, int kSpan, int kRuns>
-__device__ inline void stick_key_grad_row(const StickBackwardLaunch& launch, const StickSequence& s, std::int64_t head,
-                                          int key, int first_column) {
-  using T = typename StickStorage<Op>::Type;
+__device__ inline void backward_dkv_row(const BackwardLaunch& launch, const Sequence& s, std::int64_t head, int key,
+                                        int first_column) {
+  using T = typename Storage<Op>::Type;
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
   if (key >= s.keys) return;
-  const StickKeysOf<T> keys(p, s, head, launch.factor);
-  const StickRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
-  const StickRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
-  const StickRunsOf<kSpan, kRuns> runs{launch, s, head};
-  StickColumns<kColumns> grad_k(p, first_column), grad_v(p, first_column);
+  const VisibleKeys<T> keys(p, s, head, launch.factor);
+  const QRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
+  const QRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
+  const RunsOf<kSpan, kRuns> runs{launch, s, head};
+  LaneColumns<kColumns> grad_k(p, first_column), grad_v(p, first_column);
   for (int row = keys.kept(key) ? max(s.first_row(p, key), 0) : s.rows; row < s.rows; ++row) {
-    if (stick_first_key(launch, s, head, row) > key) continue;
+    if (first_visited_key(launch, s, head, row) > key) continue;
     const T *const q_row = q.at(row), *const grad_row = grad_o.at(row);
     const auto run = runs(row, key);
-    float rest = run.note->stick, older = run.note->older, beta = 0.0f, weight = 0.0f, g = 0.0f;
+    float rest = run.chunk_state->rem, older = run.chunk_state->older, beta = 0.0f, weight = 0.0f, g = 0.0f;
     // From the run's newest key that the row sees on. The key's own share is that of the last step that is not behind
     // it.
     for (int i = min(run.end - 1, s.newest_key(p, row)); i >= run.first; --i) {
@@ -223,16 +223,16 @@ __device__ inline void stick_key_grad_row(const StickBackwardLaunch& launch, con
       weight = weight_of_i;
       g = g_of_i;
     }
-    grad_v.add(stick_as_operand<Op>(weight), grad_row);
+    grad_v.add(rounded_weight<Op>(weight), grad_row);
     grad_k.add(g - beta * older, q_row);
   }
-  T* const to_k = stick_keys(static_cast<T*>(params.grad_k), params.grad_k_strides, s, head, key);
+  T* const to_k = kv_pointer(static_cast<T*>(params.grad_k), params.grad_k_strides, s, head, key);
   const bool both = params.grad_v == nullptr;
-  T* const to_v = both ? nullptr : stick_keys(static_cast<T*>(params.grad_v), params.grad_v_strides, s, head, key);
+  T* const to_v = both ? nullptr : kv_pointer(static_cast<T*>(params.grad_v), params.grad_v_strides, s, head, key);
 #pragma unroll
   for (int i = 0; i < kColumns / 32; ++i) grad_k.sum[i] = grad_k.sum[i] * launch.scale + (both ? grad_v.sum[i] : 0.0f);
   grad_k.each([&](int column, float x) { to_k[column] = device::from_float<T>(x); });
   if (!both) grad_v.each([&](int column, float x) { to_v[column] = device::from_float<T>(x); });
 }
 
-}  // namespace mfx
+}  // namespace mfx::stick

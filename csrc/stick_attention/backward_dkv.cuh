@@ -1,4 +1,4 @@
-// stick_attention backward, the key kernel (stick_backward.cuh): a block owns kKeys keys of one K/V head and walks the
+// stick_attention backward, the dK/dV kernel (backward.cuh): a block owns kKeys keys of one K/V head and walks the
 // query rows that visited them, all query heads of the group among them, kRows at a time:
 //
 //   1. each warp, for 16 rows and one span of keys: S = Q K^T, dP = dO V^T, (weights, dS) = scan(S, dP), to shared
@@ -10,16 +10,16 @@
 // Shared memory: K and V, kStages of Q and dO, weights and dS.
 #pragma once
 
-#include "stick_attention/stick_row_by_row.cuh"
+#include "stick_attention/row_by_row.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 
 // Weights and score gradients between the two halves of a step: [rows, keys] in natural order. A lane writes its run of
 // keys; chunks of a row are exchanged so that the lanes of a store (two rows of four runs of 16 or 32 bytes, four rows
 // of 8) and those of a load (eight rows of a chunk, four of two) hit all banks. A lane's addresses differ by XOR in the
 // 128 bytes that hold a chunk, else by immediate offsets.
 template <typename Op, int kRowBytes>
-struct StickExchange {
+struct ExchangeTile {
   __device__ static constexpr std::uint32_t turned(std::uint32_t row) { return (row ^ row << 2) & 7; }
   __device__ static std::uint32_t offset(std::uint32_t row, std::uint32_t chunk) {
     return row * kRowBytes + ((chunk ^ turned(row)) << 4);
@@ -35,7 +35,7 @@ struct StickExchange {
 
   // Stores the runs of rows g and g + 8, kOffset bytes behind the tile that `to` is in.
   template <int kOffset, int kTiles>
-  __device__ static void store(device::SharedAddress to, const StickRuns<Op, kTiles>& runs) {
+  __device__ static void store(device::SharedAddress to, const LaneRuns<Op, kTiles>& runs) {
     constexpr int kOfPair = sizeof(Op) / 2, kWords = kTiles * kOfPair;
     device::static_for<2>([&](auto half) {
       constexpr int kHalf = kOffset + half * 8 * kRowBytes;
@@ -74,19 +74,19 @@ struct StickExchange {
 };
 
 template <typename Op, int kDim>
-__device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
-  using T = typename StickStorage<Op>::Type;
-  using Tiles = StickKeyGradTiles<Op, kDim>;
+__device__ inline void backward_dkv(const BackwardLaunch& launch) {
+  using T = typename Storage<Op>::Type;
+  using Tiles = BackwardDkvShape<Op, kDim>;
   constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kSpan = Tiles::kSpan, kRows = Tiles::kRows;
   constexpr int kThreads = Tiles::kThreads, kStages = Tiles::kStages;
   constexpr int kPartTiles = kDim / 8 / Tiles::kParts, kSteps = kRows / device::kStepElements<Op>;
-  using Exchange = StickExchange<Op, Tiles::kExchangeRowBytes>;
+  using Exchange = ExchangeTile<Op, Tiles::kExchangeRowBytes>;
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  const StickKeyTile tile_of_keys(launch, kKeys, blockIdx.x);
+  const KvBlockInfo tile_of_keys(launch, kKeys, blockIdx.x);
   if (!tile_of_keys.any) return;
-  const StickSequence& s = tile_of_keys.s;
+  const Sequence& s = tile_of_keys.s;
   const int head = tile_of_keys.head;
   const int first_key = tile_of_keys.first_key;
 
@@ -94,12 +94,12 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const device::SharedAddress key_tile = device::shared_address(shared), value_tile = key_tile + Tiles::kKeyBytes,
                               ring = value_tile + Tiles::kKeyBytes,
                               exchange = ring + kStages * 2 * Tiles::kQueryBytes;  // weights, then dS
-  const StickTileCopy<T, kRowBytes, kThreads> copy(p.head_dim);
+  const TileLoader<T, kRowBytes, kThreads> copy(p.head_dim);
   const auto copy_keys = [&](device::SharedAddress to, const void* tensor, const StickKeyStrides& strides,
                              bool aligned) {
     const std::int64_t step = copy.key_step(strides.token);
     const std::uint8_t* newest = copy.template newest_key<kKeys>(
-        stick_keys(static_cast<const T*>(tensor), strides, s, head, first_key), strides.token);
+        kv_pointer(static_cast<const T*>(tensor), strides, s, head, first_key), strides.token);
 #pragma unroll
     for (int i = kKeys - kSpan; i >= 0; i -= kSpan) {
       copy.template keys<kSpan>(to + i * kRowBytes, newest, step, s.keys - first_key - i, aligned);
@@ -109,12 +109,12 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   copy_keys(value_tile, p.v, p.v_strides, launch.v_aligned);
   device::cp_async_commit();
 
-  const StickRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
-  const StickRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
+  const QRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
+  const QRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
   constexpr bool kOnce = device::kIs16Bit<Op>;  // find it once: of 32-bit types fragments need the registers
   const auto q_lane = copy.lane(q, launch.q_aligned), grad_lane = copy.lane(grad_o, launch.grad_o_aligned);
   std::int32_t easy = q_lane.step != 0 && grad_lane.step != 0;
-  stick_keep<T>(easy);
+  pin_if_16bit<T>(easy);
   const auto copy_queries = [&](int tile, device::SharedAddress to) {
     const auto q_now = kOnce ? q_lane : copy.lane(q, launch.q_aligned);
     const auto grad_now = kOnce ? grad_lane : copy.lane(grad_o, launch.grad_o_aligned);
@@ -131,28 +131,28 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const int row_in_tile = warp % (kRows / 16) * 16, span_in_tile = kSpan == kKeys ? 0 : warp / (kRows / 16) * kSpan;
   const int span_key = first_key + span_in_tile;
   const int lane_row = row_in_tile + lane / 4;
-  // This lane's note of the head's first row.
-  const StickNote* notes_of =
-      launch.notes +
-      ((span_key - launch.window_begin) / kSpan * (p.heads * launch.rows) + stick_workspace_row(launch, s, head, 0)) *
-          kStickRuns +
+  // This lane's chunk state of the head's first row.
+  const ChunkState* lane_states =
+      launch.chunk_states +
+      ((span_key - launch.chunk_begin) / kSpan * (p.heads * launch.rows) + workspace_row(launch, s, head, 0)) *
+          kRunsOfSpan +
       lane % 4;
-  stick_keep<T>(notes_of);
-  const StickBeta beta{-launch.factor};
-  StickKeep<kSpan> keep(p, s);
-  keep.load(span_key);
-  const auto kept = keep.bits();
+  pin_if_16bit<T>(lane_states);
+  const Beta beta{-launch.factor};
+  KeyPadding<kSpan> padding(p, s);
+  padding.load(span_key);
+  const auto kept = padding.bits();
   const int key_in_tile = warp % (kKeys / 16) * 16, part = warp / (kKeys / 16);
   float grad_k[kPartTiles][4] = {}, grad_v[kPartTiles][4] = {};
 
   // This lane's places in the tiles.
   device::SharedAddress query_lane = device::a_rows<kRowBytes>(row_in_tile * kRowBytes);
   const device::SharedAddress span_tile = key_tile + span_in_tile * kRowBytes;
-  device::SharedAddress key_lane = span_tile + stick_key_rows<kRowBytes, kSpan / 4>(lane);
+  device::SharedAddress key_lane = span_tile + interleaved_rows<kRowBytes, kSpan / 4>(lane);
   device::SharedAddress column_lane = device::b_columns<Op, kRowBytes>(0) ^ (part * (kRowBytes / Tiles::kParts));
   device::SharedAddress store_lane = Exchange::template store_lane<kSpan / 4>(exchange, row_in_tile, span_in_tile);
   device::SharedAddress load_lane = Exchange::load_lane(exchange, key_in_tile);
-  stick_keep<T>(query_lane, key_lane, column_lane, store_lane, load_lane);
+  pin_if_16bit<T>(query_lane, key_lane, column_lane, store_lane, load_lane);
   const int group = static_cast<int>(p.group);
   const int span_row = s.first_row(p, span_key), key_row = s.first_row(p, first_key + key_in_tile);  // that see them
 
@@ -160,31 +160,31 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
     const int warp_row = tile * kRows + row_in_tile, last_row = min(warp_row + 16, s.rows) - 1;
     const int own_row = tile * kRows + lane_row;
     if (warp_row >= s.rows || last_row < span_row) return;
-    // Of rows that are not there the last one's notes: they see nothing, and need finite numbers.
-    StickNote notes[2];
+    // Of rows that are not there the last one's states: they see nothing, and need finite numbers.
+    ChunkState chunk_states[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      notes[half] = notes_of[min(own_row + 8 * half, s.rows - 1) * std::int64_t{kStickRuns}];
+      chunk_states[half] = lane_states[min(own_row + 8 * half, s.rows - 1) * std::int64_t{kRunsOfSpan}];
     }
     const device::SharedAddress query_rows = stage + query_lane;
-    stick_take_oldest<kSpan / 8>(last_row - span_row, group, [&](auto tiles) {
+    with_visible_width<kSpan / 8>(last_row - span_row, group, [&](auto tiles) {
       constexpr bool kWhole = tiles == kSpan / 8;
       constexpr int kRun = 2 * tiles;
       const device::SharedAddress key_rows =
-          kWhole ? key_lane : span_tile + stick_key_rows<kRowBytes, kRun>(stick_lane());
+          kWhole ? key_lane : span_tile + interleaved_rows<kRowBytes, kRun>(recomputed_lane());
       float scores[tiles][4] = {}, grads[tiles][4] = {};
-      device::multiply_rows<Op, kRowBytes, StickKeyOrder>(
+      device::multiply_rows<Op, kRowBytes, InterleavedKeys>(
           scores, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows); }, key_rows);
-      device::multiply_rows<Op, kRowBytes, StickKeyOrder>(
+      device::multiply_rows<Op, kRowBytes, InterleavedKeys>(
           grads, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows + Tiles::kQueryBytes); },
           key_rows + Tiles::kKeyBytes);
-      StickRuns<Op, tiles> weights, grad_scores;
-      if (kWhole && keep.all() && warp_row >= span_row + (kSpan - 1) * group && warp_row + 16 <= s.rows) {
-        stick_scan_runs<Op, false>(scores, grads, weights, grad_scores, beta, {}, notes);
+      LaneRuns<Op, tiles> weights, grad_scores;
+      if (kWhole && padding.all() && warp_row >= span_row + (kSpan - 1) * group && warp_row + 16 <= s.rows) {
+        stick_break_runs<Op, false>(scores, grads, weights, grad_scores, beta, {}, chunk_states);
       } else {
         const auto newest = [&](int row) { return row < s.rows ? s.newest_key(p, row) - span_key : -1; };
-        stick_scan_runs<Op, true>(scores, grads, weights, grad_scores, beta,
-                                  stick_visible<kRun>(newest(own_row), newest(own_row + 8), kept), notes);
+        stick_break_runs<Op, true>(scores, grads, weights, grad_scores, beta,
+                                   visible_runs<kRun>(newest(own_row), newest(own_row + 8), kept), chunk_states);
       }
       const device::SharedAddress to =
           kWhole ? store_lane : Exchange::template store_lane<kRun>(exchange, row_in_tile, span_in_tile);
@@ -222,7 +222,7 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   const int end_tile = (s.rows + kRows - 1) / kRows;
   for (int chunk = first_tile; chunk < end_tile; chunk += kThreads) {
     const int mine = chunk + static_cast<int>(threadIdx.x);
-    const bool alive = mine < end_tile && stick_first_key(launch, s, head, mine * kRows) <= first_key;
+    const bool alive = mine < end_tile && first_visited_key(launch, s, head, mine * kRows) <= first_key;
     const std::uint32_t word = __ballot_sync(device::kAllLanes, alive);
     __syncthreads();  // the words, the ring and the exchange of the chunk before are no longer read
     if (lane == 0) live[warp] = word;
@@ -240,8 +240,8 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
       return tile;
     };
     device::SharedAddress stage = ring;
-    std::uint32_t places = 2 * ring + (kStages - 1) * 2 * Tiles::kQueryBytes;  // of the ring, added up
-    device::keep(places);
+    std::uint32_t stages = 2 * ring + (kStages - 1) * 2 * Tiles::kQueryBytes;  // of the ring, added up
+    device::pin_in_register(stages);
     int tile = next_live();
     if (kStages > 1 && tile < kThreads) copy_queries(chunk + tile, stage);
     device::cp_async_commit();
@@ -255,13 +255,13 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
       device::cp_async_wait<0>();
       __syncthreads();
       if constexpr (kStages > 1) {
-        if (following < kThreads) copy_queries(chunk + following, places - stage);
+        if (following < kThreads) copy_queries(chunk + following, stages - stage);
         device::cp_async_commit();
       }
       scan(chunk + tile, stage);
       __syncthreads();
       accumulate(chunk + tile, stage);
-      if constexpr (kStages > 1) stage = places - stage;
+      if constexpr (kStages > 1) stage = stages - stage;
       tile = following;
     }
   }
@@ -275,27 +275,27 @@ __device__ inline void stick_key_grad(const StickBackwardLaunch& launch) {
   };
   each([&](float& of_k, float& of_v) {
     of_k *= launch.scale;
-    of_v *= 1.0f / kStickWeightUnit<Op>;
+    of_v *= 1.0f / kWeightUnit<Op>;
   });
   if (both) each([](float& of_k, float of_v) { of_k += of_v; });
-  const device::SharedAddress scratch = ring + warp * (16 * stick_store_bytes<T>(kPartTiles));
+  const device::SharedAddress scratch = ring + warp * (16 * staging_row_bytes<T>(kPartTiles));
   const int first_column = part * (kDim / Tiles::kParts);
-  const StickKeyTile done = StickKeyTile::again(launch, kKeys);
-  const StickRounded<T, kPartTiles> rounded_k(grad_k), rounded_v(grad_v);
-  const std::uint32_t spoilt = stick_rows_not_finite(rounded_k, rounded_v);
-  const auto store = [&](const StickRounded<T, kPartTiles>& grad, void* tensor, const StickKeyStrides& strides,
+  const KvBlockInfo done = KvBlockInfo::recompute(launch, kKeys);
+  const RoundedTile<T, kPartTiles> rounded_k(grad_k), rounded_v(grad_v);
+  const std::uint32_t not_finite = rows_not_finite(rounded_k, rounded_v);
+  const auto store = [&](const RoundedTile<T, kPartTiles>& grad, void* tensor, const StickKeyStrides& strides,
                          bool aligned) {
     const int first = done.first_key + key_in_tile;
-    const StickKeyRows<T> keys = {stick_keys(static_cast<T*>(tensor), strides, done.s, done.head, first) + first_column,
-                                  strides.token, done.s.keys - first};
-    stick_store_rows<T>(grad, scratch, keys, 0, static_cast<int>(p.head_dim) - first_column, aligned);
+    const KvRows<T> keys = {kv_pointer(static_cast<T*>(tensor), strides, done.s, done.head, first) + first_column,
+                            strides.token, done.s.keys - first};
+    store_rows<T>(grad, scratch, keys, 0, static_cast<int>(p.head_dim) - first_column, aligned);
   };
   store(rounded_k, params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
   if (!both) store(rounded_v, params.grad_v, params.grad_v_strides, launch.grad_v_aligned);
-  stick_row_by_row(spoilt, [&](int key) {
-    stick_key_grad_row<Op, kDim / Tiles::kParts, kSpan, kStickRuns>(launch, done.s, done.head,
-                                                                    done.first_key + key_in_tile + key, first_column);
+  row_by_row(not_finite, [&](int key) {
+    backward_dkv_row<Op, kDim / Tiles::kParts, kSpan, kRunsOfSpan>(launch, done.s, done.head,
+                                                                   done.first_key + key_in_tile + key, first_column);
   });
 }
 
-}  // namespace mfx
+}  // namespace mfx::stick

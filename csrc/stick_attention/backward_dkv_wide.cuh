@@ -1,4 +1,4 @@
-// stick_attention backward for head dims above 256, the key kernel (stick_backward.cuh, stick_wide.cuh): a block owns
+// stick_attention backward for head dims above 256, the dK/dV kernel (backward.cuh, wide.cuh): a block owns
 // 16 keys of one K/V head and walks the query rows that visited them, 16 at a time. Each warp, with its columns of K
 // and V in registers,
 //
@@ -8,14 +8,14 @@
 // added up in one place.
 #pragma once
 
-#include "stick_attention/stick_backward.cuh"
-#include "stick_attention/stick_wide.cuh"
+#include "stick_attention/backward.cuh"
+#include "stick_attention/wide.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 
 template <typename Op>
-struct StickWideKeyGrad : StickWide<Op> {
-  using Wide = StickWide<Op>;
+struct WideBackwardDkvShape : WideShape<Op> {
+  using Wide = WideShape<Op>;
   static constexpr int kRows = 16;
   static constexpr bool kOne = sizeof(Op) == 4;  // K is V
   static constexpr int kTilesBytes = Wide::kWarps * 2 * Wide::kTileBytes;
@@ -24,26 +24,26 @@ struct StickWideKeyGrad : StickWide<Op> {
 };
 
 // A warp's part of S from fragments of its transpose [keys, rows].
-__device__ inline void stick_wide_store_transposed_part(float* part, const float (&acc)[2][4]) {
+__device__ inline void wide_store_transposed_part(float* part, const float (&acc)[2][4]) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int key = i / 2 % 2 * 8 + lane / 4, row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    part[stick_wide_score(row, key)] = acc[i / 4][i % 4];
+    part[wide_score(row, key)] = acc[i / 4][i % 4];
   }
 }
 
 template <typename Op>
-__device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
-  using T = typename StickStorage<Op>::Type;
-  using Wide = StickWideKeyGrad<Op>;
+__device__ inline void backward_dkv_wide(const BackwardLaunch& launch) {
+  using T = typename Storage<Op>::Type;
+  using Wide = WideBackwardDkvShape<Op>;
   constexpr int kRowBytes = Wide::kRowBytes, kKeys = Wide::kKeys, kRows = Wide::kRows;
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  const StickKeyTile tile_of_keys(launch, kKeys, blockIdx.x);
+  const KvBlockInfo tile_of_keys(launch, kKeys, blockIdx.x);
   if (!tile_of_keys.any) return;
-  const StickSequence& s = tile_of_keys.s;
+  const Sequence& s = tile_of_keys.s;
   const int head = tile_of_keys.head;
   const int first_key = tile_of_keys.first_key;
 
@@ -60,15 +60,15 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
   device::FragmentA keys[Wide::kOne ? 1 : 2][Wide::kSteps];
   const auto load_keys = [&](device::FragmentA(&to)[Wide::kSteps], const void* tensor, const StickKeyStrides& strides,
                              bool aligned) {
-    const T* const from = stick_keys(static_cast<const T*>(tensor), strides, s, head) + column;
-    stick_wide_fragments<T, kRowBytes>(to, query_tile, columns, aligned, static_cast<const T*>(tensor), [&](int i) {
+    const T* const from = kv_pointer(static_cast<const T*>(tensor), strides, s, head) + column;
+    wide_fragments<T, kRowBytes>(to, query_tile, columns, aligned, static_cast<const T*>(tensor), [&](int i) {
       return first_key + i < s.keys ? from + (first_key + i) * strides.token : nullptr;
     });
   };
   load_keys(keys[0], p.k, p.k_strides, launch.k_aligned);
   if constexpr (!Wide::kOne) load_keys(keys[1], p.v, p.v_strides, launch.v_aligned);
 
-  const StickOdds odds{launch.factor};
+  const ExpLogit exp_logit{launch.factor};
   const int row = (warp * 4 + lane / 8) % kRows;  // that this lane scans, in the first four warps
   float grads[Wide::kOne ? 1 : 2][Wide::kColumnTiles][4] = {};
 
@@ -77,55 +77,56 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
   const int first_tile = static_cast<int>(max(std::int64_t{first_position}, std::int64_t{0}) * p.group / kRows);
   for (int tile = first_tile; tile * kRows < s.rows; ++tile) {
     const int first_row = tile * kRows;
-    if (stick_first_key(launch, s, head, first_row) > first_key) continue;
-    const StickRows<const T> q(static_cast<const T*>(p.q) + column, p.q_strides, p, s, head, first_row);
-    const StickRows<const T> grad_o(static_cast<const T*>(params.grad_o) + column, params.grad_o_strides, p, s, head,
-                                    first_row);
-    stick_wide_copy<T, kRowBytes>(query_tile, columns, launch.q_aligned, static_cast<const T*>(p.q),
-                                  [&](int i) { return q[i]; });
-    stick_wide_copy<T, kRowBytes>(grad_tile, columns, launch.grad_o_aligned, static_cast<const T*>(params.grad_o),
-                                  [&](int i) { return grad_o[i]; });
+    if (first_visited_key(launch, s, head, first_row) > first_key) continue;
+    const QRows<const T> q(static_cast<const T*>(p.q) + column, p.q_strides, p, s, head, first_row);
+    const QRows<const T> grad_o(static_cast<const T*>(params.grad_o) + column, params.grad_o_strides, p, s, head,
+                                first_row);
+    wide_copy<T, kRowBytes>(query_tile, columns, launch.q_aligned, static_cast<const T*>(p.q),
+                            [&](int i) { return q[i]; });
+    wide_copy<T, kRowBytes>(grad_tile, columns, launch.grad_o_aligned, static_cast<const T*>(params.grad_o),
+                            [&](int i) { return grad_o[i]; });
     device::cp_async_wait_all();
     __syncwarp();
     {
       float scores[2][4] = {}, grad_weights[2][4] = {};
-      stick_wide_multiply<Op>(scores, keys[0], query_tile);
-      stick_wide_multiply<Op>(grad_weights, keys[Wide::kOne ? 0 : 1], grad_tile);
-      stick_wide_store_transposed_part(parts + (2 * warp) * Wide::kPart, scores);
-      stick_wide_store_transposed_part(parts + (2 * warp + 1) * Wide::kPart, grad_weights);
+      wide_multiply<Op>(scores, keys[0], query_tile);
+      wide_multiply<Op>(grad_weights, keys[Wide::kOne ? 0 : 1], grad_tile);
+      wide_store_transposed_part(parts + (2 * warp) * Wide::kPart, scores);
+      wide_store_transposed_part(parts + (2 * warp + 1) * Wide::kPart, grad_weights);
     }
     __syncthreads();
     if (warp * 4 < kRows) {
-      const float2 score = stick_wide_sum(parts, 2 * Wide::kPart, row);
-      const float2 grad_weight = stick_wide_sum(parts + Wide::kPart, 2 * Wide::kPart, row);
+      const float2 score = wide_sum(parts, 2 * Wide::kPart, row);
+      const float2 grad_weight = wide_sum(parts + Wide::kPart, 2 * Wide::kPart, row);
       const bool there = first_row + row < s.rows;
       std::uint32_t first = first_key;  // what follows from it is computed here
-      device::make_opaque(first);
-      const std::int64_t at = (first - launch.window_begin) / kKeys * (p.heads * launch.rows) +
-                              stick_workspace_row(launch, s, head, first_row + row);
-      const StickWideSight sees(p, s, first_key, there ? s.newest_key(p, first_row + row) : -1);
+      device::hide_from_optimizer(first);
+      const std::int64_t at = (first - launch.chunk_begin) / kKeys * (p.heads * launch.rows) +
+                              workspace_row(launch, s, head, first_row + row);
+      const WideVisible sees(p, s, first_key, there ? s.newest_key(p, first_row + row) : -1);
       const bool visited = there && s.newest_key(p, min(first_row + kRows, s.rows) - 1) >= first_key;
-      const StickNote note = visited ? launch.notes[at] : StickNote{0.0f, 0.0f};
-      const StickWideScan scan(score, odds, sees.older, sees.newer);
+      const ChunkState chunk_state = visited ? launch.chunk_states[at] : ChunkState{0.0f, 0.0f};
+      const WideScan scan(score, exp_logit, sees.older, sees.newer);
       float2 weights;
-      float2 grad = stick_wide_gradients<Op>(scan, note.stick, grad_weight, weights, [&](float) { return note.older; });
+      float2 grad =
+          wide_gradients<Op>(scan, chunk_state.rem, grad_weight, weights, [&](float) { return chunk_state.older; });
       if constexpr (Wide::kOne) grad = {grad.x * launch.scale, grad.y * launch.scale};
       const int key = 2 * (lane % 8);
-      stick_wide_put<Op>(weights_operand, key, row, weights.x);
-      stick_wide_put<Op>(weights_operand, key + 1, row, weights.y);
-      stick_wide_put<Op>(grads_operand, key, row, grad.x);
-      stick_wide_put<Op>(grads_operand, key + 1, row, grad.y);
+      wide_put<Op>(weights_operand, key, row, weights.x);
+      wide_put<Op>(weights_operand, key + 1, row, weights.y);
+      wide_put<Op>(grads_operand, key, row, grad.x);
+      wide_put<Op>(grads_operand, key + 1, row, grad.y);
     }
     __syncthreads();
-    stick_wide_accumulate<Op>(grads[Wide::kOne ? 0 : 1], weights_operand, grad_tile);
-    stick_wide_accumulate<Op>(grads[0], grads_operand, query_tile);
+    wide_accumulate<Op>(grads[Wide::kOne ? 0 : 1], weights_operand, grad_tile);
+    wide_accumulate<Op>(grads[0], grads_operand, query_tile);
     __syncwarp();
   }
 
   // Computed anew like the tile: from before the walk they would take registers all along.
-  const StickKeyTile done = StickKeyTile::again(launch, kKeys);
+  const KvBlockInfo done = KvBlockInfo::recompute(launch, kKeys);
   std::uint32_t own_warp = threadIdx.x / 32;
-  device::make_opaque(own_warp);
+  device::hide_from_optimizer(own_warp);
   const int own_column = static_cast<int>(own_warp) * Wide::kColumns;
   const device::SharedAddress scratch = device::shared_address(shared) + own_warp * (2 * Wide::kTileBytes);
   const bool both = params.grad_v == nullptr;  // K is V
@@ -133,23 +134,23 @@ __device__ inline void stick_key_grad_wide(const StickBackwardLaunch& launch) {
 #pragma unroll
     for (int i = 0; i < 4 * Wide::kColumnTiles; ++i) {
       float &grad_k = grads[0][i / 4][i % 4], &grad_v = grads[1][i / 4][i % 4];
-      grad_v *= 1.0f / kStickWeightUnit<Op>;
+      grad_v *= 1.0f / kWeightUnit<Op>;
       grad_k = grad_k * launch.scale + (both ? grad_v : 0.0f);
     }
   }
-  const StickRounded<T, Wide::kColumnTiles> rounded_k(grads[0]), rounded_v(grads[Wide::kOne ? 0 : 1]);
-  const std::uint32_t spoilt = stick_rows_not_finite(rounded_k, rounded_v);
-  const auto store = [&](const StickRounded<T, Wide::kColumnTiles>& grad, void* tensor, const StickKeyStrides& strides,
+  const RoundedTile<T, Wide::kColumnTiles> rounded_k(grads[0]), rounded_v(grads[Wide::kOne ? 0 : 1]);
+  const std::uint32_t not_finite = rows_not_finite(rounded_k, rounded_v);
+  const auto store = [&](const RoundedTile<T, Wide::kColumnTiles>& grad, void* tensor, const StickKeyStrides& strides,
                          bool aligned) {
-    const StickKeyRows<T> keys = {stick_keys(static_cast<T*>(tensor), strides, done.s, done.head) + own_column,
-                                  strides.token, done.s.keys};
-    stick_store_rows<T>(grad, scratch, keys, done.first_key, static_cast<int>(p.head_dim) - own_column, aligned);
+    const KvRows<T> keys = {kv_pointer(static_cast<T*>(tensor), strides, done.s, done.head) + own_column, strides.token,
+                            done.s.keys};
+    store_rows<T>(grad, scratch, keys, done.first_key, static_cast<int>(p.head_dim) - own_column, aligned);
   };
   store(rounded_k, params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
   if (!both) store(rounded_v, params.grad_v, params.grad_v_strides, launch.grad_v_aligned);
-  stick_row_by_row(spoilt, [&](int key) {
-    stick_key_grad_row<Op, Wide::kColumns, kKeys, 1>(launch, done.s, done.head, done.first_key + key, own_column);
+  row_by_row(not_finite, [&](int key) {
+    backward_dkv_row<Op, Wide::kColumns, kKeys, 1>(launch, done.s, done.head, done.first_key + key, own_column);
   });
 }
 
-}  // namespace mfx
+}  // namespace mfx::stick

@@ -2,19 +2,19 @@
 // head) and walks their key tiles from the newest to the oldest, each warp with 16 rows:
 //
 //   S [16, keys]   = Q K_tile^T                  tensor cores, binary32 accumulators
-//   weights        = scan(S) in the registers    stick_scan.cuh
+//   weights        = scan(S) in the registers    stick_break.cuh
 //   O [16, D]     += weights V_tile              the accumulators are this product's A fragments as they are
 //
 // K and V tiles come through a ring of kStages, one barrier per tile, which is also the vote on early exit. A K that is
 // V is copied once. Shared memory: Q [64, D] and kStages of K and V [keys, D], swizzled; Q's place takes O at the end.
 #pragma once
 
-#include "stick_attention/stick_row_by_row.cuh"
-#include "stick_attention/stick_store.cuh"
+#include "stick_attention/epilogue.cuh"
+#include "stick_attention/row_by_row.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 
-struct StickForwardLaunch {
+struct ForwardLaunch {
   StickAttentionForwardParams params;
   float factor;   // scale * log2(e)
   float epsilon;  // negative: never stop
@@ -22,7 +22,7 @@ struct StickForwardLaunch {
 };
 
 template <typename Op, int kDim>
-struct StickForwardTiles {
+struct ForwardShape {
   static constexpr int kThreads = 128;
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Op));
   static constexpr int kKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
@@ -33,60 +33,59 @@ struct StickForwardTiles {
 };
 
 template <typename Op, int kDim>
-__device__ inline void stick_forward(const StickForwardLaunch& launch) {
-  using T = typename StickStorage<Op>::Type;
-  using Tiles = StickForwardTiles<Op, kDim>;
+__device__ inline void forward(const ForwardLaunch& launch) {
+  using T = typename Storage<Op>::Type;
+  using Tiles = ForwardShape<Op, kDim>;
   constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kStages = Tiles::kStages;
   constexpr int kKeyTiles = kKeys / 8;
   constexpr bool kKeepQueries = kRowBytes <= 256;  // in registers for the whole walk
   const StickAttentionForwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  const StickRowTile tile(p, kStickTileRows, blockIdx.x);
-  const StickSequence& s = tile.s;
+  const BlockInfo tile(p, kStickTileRows, blockIdx.x);
+  const Sequence& s = tile.s;
   const int head = tile.head;
   const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const device::SharedAddress queries = device::shared_address(shared), ring = queries + Tiles::kQueryBytes;
-  const StickTileCopy<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
+  const TileLoader<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
   copy.template rows<kStickTileRows>(queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row},
                                      launch.q_aligned);
 
   // This lane's two rows, and its warp's first and last. A row behind the sequence's end has no stick.
   const int lane = threadIdx.x & 31, warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;
   int newest[2];
-  float stick[2];
+  float rem[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + lane / 4 + 8 * half;
     newest[half] = s.newest_key(p, row);
-    stick[half] = row < s.rows ? 1.0f : 0.0f;
+    rem[half] = row < s.rows ? 1.0f : 0.0f;
   }
   const int warp_oldest = s.newest_key(p, warp_row);
   const int warp_newest = s.newest_key(p, min(warp_row + 15, s.rows - 1));
   const int newest_key = s.newest_key(p, min(first_row + kStickTileRows - 1, s.rows - 1));
-  const StickOdds odds{launch.factor};
+  const ExpLogit exp_logit{launch.factor};
   const float epsilon = launch.epsilon;
-  StickKeep<kKeys> keep(p, s);
+  KeyPadding<kKeys> padding(p, s);
 
   const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + threadIdx.x / 32 * (16 * kRowBytes));
   float o[kDim / 8][4] = {};
 
   int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
-  StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
-                                                          launch.v_aligned);
+  KvPipeline<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned, launch.v_aligned);
   const std::uint32_t value_tile = walk.k_is_v ? 0 : Tiles::kTileBytes;  // behind that of keys
-  std::uint32_t key_rows = stick_key_rows<kRowBytes, kKeys / 4>(lane);
-  std::uint32_t value_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(lane) + value_tile;
-  device::keep(key_rows);
-  device::keep(value_columns);
+  std::uint32_t key_rows = interleaved_rows<kRowBytes, kKeys / 4>(lane);
+  std::uint32_t value_columns = interleaved_columns<Op, kRowBytes, kKeys / 4>(lane) + value_tile;
+  device::pin_in_register(key_rows);
+  device::pin_in_register(value_columns);
   device::SharedAddress next = ring;                                        // place of the tile that is met next
-  std::uint32_t places = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // of the ring, added up
-  device::keep(places);
+  std::uint32_t stages = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // of the ring, added up
+  device::pin_in_register(stages);
   if constexpr (kStages > 1) walk.next(next, key_tile >= 0);
-  keep.load(key_tile * kKeys);
+  padding.load(key_tile * kKeys);
   if constexpr (kKeepQueries) {
     device::cp_async_wait<0>();
     __syncthreads();
@@ -95,36 +94,37 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
   for (; key_tile >= 0; --key_tile) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     // The tile is there for all, all are done with the one before, and its place is free. Are all sticks used up?
-    if (device::barrier_all_at_most(stick[0], stick[1], epsilon)) break;
-    const device::SharedAddress place = next;
+    if (device::barrier_all_at_most(rem[0], rem[1], epsilon)) break;
+    const device::SharedAddress stage = next;
     if constexpr (kStages == 1) {
-      walk.next(place, true);
+      walk.next(stage, true);
       device::cp_async_wait<0>();
       __syncthreads();
     } else {
-      next = places - place;
+      next = stages - stage;
       walk.next(next, key_tile > 0);
     }
     const int first_key = key_tile * kKeys;
-    const auto kept = keep.bits(first_key - kKeys);
+    const auto kept = padding.bits(first_key - kKeys);
     if (warp_newest >= first_key) {
-      stick_take_oldest<kKeyTiles>(warp_newest - first_key, 1, [&](auto tiles) {
+      with_visible_width<kKeyTiles>(warp_newest - first_key, 1, [&](auto tiles) {
         constexpr bool kWhole = tiles == kKeyTiles;
         constexpr int kRun = 2 * tiles;
         float scores[tiles][4] = {};
-        device::multiply_rows<Op, kRowBytes, StickKeyOrder>(
-            scores, q, place + (kWhole ? key_rows : stick_key_rows<kRowBytes, kRun>(stick_lane())));
-        if (kWhole && keep.all() && warp_oldest >= first_key + kKeys - 1) {
-          stick_scan_forward<false>(scores, odds, {}, kStickWeightUnit<Op>, stick);
+        device::multiply_rows<Op, kRowBytes, InterleavedKeys>(
+            scores, q, stage + (kWhole ? key_rows : interleaved_rows<kRowBytes, kRun>(recomputed_lane())));
+        if (kWhole && padding.all() && warp_oldest >= first_key + kKeys - 1) {
+          stick_break<false>(scores, exp_logit, {}, kWeightUnit<Op>, rem);
         } else {
-          const StickVisible visible = stick_visible<kRun>(newest[0] - first_key, newest[1] - first_key, kept);
-          stick_scan_forward<true>(scores, odds, visible, kStickWeightUnit<Op>, stick);
+          const Visible visible = visible_runs<kRun>(newest[0] - first_key, newest[1] - first_key, kept);
+          stick_break<true>(scores, exp_logit, visible, kWeightUnit<Op>, rem);
         }
         device::FragmentA weights[device::steps_of_tiles<Op>(tiles)];
         device::pack_a<Op>(weights, scores);
-        device::multiply_columns<Op, kRowBytes, StickKeyOrder>(
+        device::multiply_columns<Op, kRowBytes, InterleavedKeys>(
             o, weights,
-            place + (kWhole ? value_columns : stick_key_columns<Op, kRowBytes, kRun>(stick_lane()) + value_tile));
+            stage +
+                (kWhole ? value_columns : interleaved_columns<Op, kRowBytes, kRun>(recomputed_lane()) + value_tile));
       });
     }
   }
@@ -134,36 +134,35 @@ __device__ inline void stick_forward(const StickForwardLaunch& launch) {
 #pragma unroll
   for (int t = 0; t < kDim / 8; ++t) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) o[t][i] *= 1.0f / kStickWeightUnit<Op>;
+    for (int i = 0; i < 4; ++i) o[t][i] *= 1.0f / kWeightUnit<Op>;
   }
-  const StickRowTile done = kKeepQueries ? tile : StickRowTile::again(p, kStickTileRows);  // where registers allow
+  const BlockInfo done = kKeepQueries ? tile : BlockInfo::recompute(p, kStickTileRows);  // where registers allow
   const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
-  const StickRounded<T, kDim / 8> rounded(o);
-  const std::uint32_t spoilt = stick_rows_not_finite(rounded);
+  const RoundedTile<T, kDim / 8> rounded(o);
+  const std::uint32_t not_finite = rows_not_finite(rounded);
   const device::SharedAddress scratch = queries + row_in_tile * kRowBytes;  // read by this warp only
-  const auto store = [&](void* tensor, const StickRounded<T, kDim / 8>& what, bool aligned) {
-    const StickRows<T> rows(static_cast<T*>(tensor), params.o_strides, p, done.s, done.head, done.first_row);
-    stick_store_rows<T>(what, scratch, rows, row_in_tile, static_cast<int>(p.head_dim), aligned);
+  const auto store = [&](void* tensor, const RoundedTile<T, kDim / 8>& what, bool aligned) {
+    const QRows<T> rows(static_cast<T*>(tensor), params.o_strides, p, done.s, done.head, done.first_row);
+    store_rows<T>(what, scratch, rows, row_in_tile, static_cast<int>(p.head_dim), aligned);
   };
   store(params.o, rounded, launch.o_aligned);
   if constexpr (sizeof(T) == 2) {
     if (params.residual != nullptr) {
       rounded.take_from(o);
-      store(params.residual, StickRounded<T, kDim / 8>(o), launch.residual_aligned);
+      store(params.residual, RoundedTile<T, kDim / 8>(o), launch.residual_aligned);
     }
   }
-  stick_row_by_row(spoilt, [&](int row) {
-    stick_forward_row<Op, kDim>(params, launch.factor, done, done.first_row + row_in_tile + row, (key_tile + 1) * kKeys,
-                                0);
+  row_by_row(not_finite, [&](int row) {
+    forward_row<Op, kDim>(params, launch.factor, done, done.first_row + row_in_tile + row, (key_tile + 1) * kKeys, 0);
   });
   if (lane % 4 < 2) {  // lane 0 of a quad reports row g, lane 1 row g + 8
     const int row = done.first_row + row_in_tile + lane / 4 + 8 * (lane % 4);
     if (row < done.s.rows) {
-      const std::int64_t flat = stick_flat_row(p, done.s, done.head, row);
-      static_cast<float*>(params.remainder)[flat] = lane % 4 == 0 ? stick[0] : stick[1];
+      const std::int64_t flat = flat_row(p, done.s, done.head, row);
+      static_cast<float*>(params.remainder)[flat] = lane % 4 == 0 ? rem[0] : rem[1];
       params.first_tiles[flat] = key_tile + 1;
     }
   }
 }
 
-}  // namespace mfx
+}  // namespace mfx::stick

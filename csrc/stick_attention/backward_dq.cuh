@@ -1,25 +1,25 @@
-// stick_attention backward, the query kernel (stick_backward.cuh): each warp with 16 rows of the tile, per key tile
+// stick_attention backward, the dQ kernel (backward.cuh): each warp with 16 rows of the tile, per key tile
 //
 //   S = Q K_tile^T,  dP = dO V_tile^T,  (weights, dS) = scan(S, dP) in the registers,  dQ += dS K_tile
 //
 // Shared memory: Q and dO, and a ring of kStages of K and V; Q's place takes dQ at the end.
 #pragma once
 
-#include "stick_attention/stick_row_by_row.cuh"
+#include "stick_attention/row_by_row.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 
 // Per row of a warp: delta = do . o + dr r with o as it was before rounding, and what bounds sums of G: |sum of older
-// G| <= stick * reach, with reach >= |do| max|v| + |dr|. Lanes (g, c) get those of rows g and g + 8; of rows behind the
-// sequence's end they mean nothing.
+// G| <= stick * dp_bound, with dp_bound >= |do| max|v| + |dr|. Lanes (g, c) get those of rows g and g + 8; of rows
+// behind the sequence's end they mean nothing.
 template <typename T, int kRowBytes>
-__device__ inline void stick_row_sums(const StickBackwardLaunch& launch, const StickSequence& s, std::int64_t head,
-                                      int first_row, device::SharedAddress grad_rows, float longest, float (&delta)[2],
-                                      float (&reach)[2]) {
+__device__ inline void delta_and_bound(const BackwardLaunch& launch, const Sequence& s, std::int64_t head,
+                                       int first_row, device::SharedAddress grad_rows, float v_norm, float (&delta)[2],
+                                       float (&dp_bound)[2]) {
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
   const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
-  const StickRows<const T> rows(static_cast<const T*>(params.o), params.o_strides, p, s, head, first_row);
+  const QRows<const T> rows(static_cast<const T*>(params.o), params.o_strides, p, s, head, first_row);
   const auto bytes_of = [](const void* tensor) { return static_cast<const std::uint8_t*>(tensor); };
   const std::uint8_t* const own[2] = {bytes_of(rows.at(min(g, rows.count - 1))),
                                       bytes_of(rows.at(min(g + 8, rows.count - 1)))};
@@ -34,7 +34,7 @@ __device__ inline void stick_row_sums(const StickBackwardLaunch& launch, const S
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const T* const from = reinterpret_cast<const T*>(own[half] + at);
-        x[half] = whole || launch.o_aligned ? device::load_global_128_constant(from) : stick_gather_chunk(from);
+        x[half] = whole || launch.o_aligned ? device::load_global_128_constant(from) : load_unaligned_chunk(from);
       }
     };
     const device::SharedAddress at = (grads ^ bits) + offset;
@@ -60,46 +60,46 @@ __device__ inline void stick_row_sums(const StickBackwardLaunch& launch, const S
   for (int half = 0; half < 2; ++half) {
     const int row = g + 8 * half;
     delta[half] = with_o(half);
-    float most = sqrtf(squares(half) * (1.03f * longest));  // 1.03 for rounding
+    float most = sqrtf(squares(half) * (1.03f * v_norm));  // 1.03 for rounding
     if (params.grad_remainder != nullptr && row < rows.count) {
-      const std::int64_t flat = stick_flat_row(p, s, head, first_row + row);
+      const std::int64_t flat = flat_row(p, s, head, first_row + row);
       const float grad = static_cast<const float*>(params.grad_remainder)[flat];
       delta[half] += grad * static_cast<const float*>(params.remainder)[flat];
       most += 1.01f * fabsf(grad);
     }
     // Where lengths overflow there is no bound, but 0 times it must be 0.
-    reach[half] = most < 3.4e38f ? most : 3.4e38f;
+    dp_bound[half] = most < 3.4e38f ? most : 3.4e38f;
   }
 }
 
 // The greatest |v|^2 of key tiles up to the newest, in all lanes.
-__device__ inline float stick_longest(const float* lengths, int count) {
-  float longest = 0.0f;
-  for (int i = threadIdx.x & 31; i < count; i += 32) longest = fmaxf(longest, lengths[i]);
-  return device::lanes_max(longest);
+__device__ inline float v_norm_max(const float* v_norms, int count) {
+  float v_norm = 0.0f;
+  for (int i = threadIdx.x & 31; i < count; i += 32) v_norm = fmaxf(v_norm, v_norms[i]);
+  return device::lanes_max(v_norm);
 }
 
 template <typename Op, int kDim>
-__device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
-  using T = typename StickStorage<Op>::Type;
-  using Tiles = StickQueryGradTiles<Op, kDim>;
+__device__ inline void backward_dq(const BackwardLaunch& launch) {
+  using T = typename Storage<Op>::Type;
+  using Tiles = BackwardDqShape<Op, kDim>;
   constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kStages = Tiles::kStages, kRows = Tiles::kRows;
   constexpr int kKeyTiles = kKeys / 8;
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
-  const StickRowTile tile(p, kRows, blockIdx.x);
-  const StickSequence& s = tile.s;
+  const BlockInfo tile(p, kRows, blockIdx.x);
+  const Sequence& s = tile.s;
   const int head = tile.head;
   const int first_row = tile.first_row;
   if (first_row >= s.rows) return;
-  const StickWindowWalk keys(launch, tile, kRows);
+  const ChunkWalk keys(launch, tile, kRows);
   if (!keys.any) return;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const device::SharedAddress queries = device::shared_address(shared), grads = queries + Tiles::kQueryBytes,
                               ring = grads + Tiles::kQueryBytes;
-  const StickTileCopy<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
+  const TileLoader<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
   copy.template rows<kRows>(queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row},
                             launch.q_aligned);
   copy.template rows<kRows>(grads, {static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, first_row},
@@ -107,43 +107,41 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   device::cp_async_commit();
 
   int key_tile = keys.newest_tile(kKeys);
-  StickKeyWalk<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned,
-                                                          launch.v_aligned);
+  KvPipeline<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned, launch.v_aligned);
   device::SharedAddress next = ring;                                        // place of the tile that is met next
-  std::uint32_t places = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // of the ring, added up
-  device::keep(places);
+  std::uint32_t stages = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // of the ring, added up
+  device::pin_in_register(stages);
   if constexpr (kStages > 1) walk.next(next, keys.begin < keys.end);
-  StickKeep<kKeys> keep(p, s);
-  keep.load(key_tile * kKeys);
+  KeyPadding<kKeys> padding(p, s);
+  padding.load(key_tile * kKeys);
 
   const int lane = threadIdx.x & 31, row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
   const int warp_row = first_row + row_in_tile;
-  const float longest =
-      stick_longest(launch.lengths + head * launch.length_slots + stick_length_slot(p, tile.slot.sequence),
-                    keys.newest_key < 0 ? 0 : keys.newest_key / kStickLengthKeys + 1);
+  const float v_norm = v_norm_max(launch.v_norms + head * launch.norm_slots + norm_slot(p, tile.slot.sequence),
+                                  keys.newest_key < 0 ? 0 : keys.newest_key / kNormKeys + 1);
   device::cp_async_wait<kStages - 1>();
   __syncthreads();
-  float delta[2], reach[2];
-  stick_row_sums<T, kRowBytes>(launch, s, head, warp_row, grads + row_in_tile * kRowBytes, longest, delta, reach);
+  float delta[2], dp_bound[2];
+  delta_and_bound<T, kRowBytes>(launch, s, head, warp_row, grads + row_in_tile * kRowBytes, v_norm, delta, dp_bound);
 
   // This lane's two rows, and its warp's first. A row behind the sequence's end has no stick.
-  const std::int64_t workspace_row = stick_workspace_row(launch, s, head, warp_row + lane / 4);
+  const std::int64_t own_row = workspace_row(launch, s, head, warp_row + lane / 4);
   int newest[2];
-  float stick[2], passed[2];
+  float rem[2], sum_g[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + lane / 4 + 8 * half;
     newest[half] = s.newest_key(p, row);
-    stick[half] = row < s.rows ? 1.0f : 0.0f;
-    passed[half] = 0.0f;
+    rem[half] = row < s.rows ? 1.0f : 0.0f;
+    sum_g[half] = 0.0f;
     if (row < s.rows && !keys.starts) {
-      const float2 state = launch.states[workspace_row + 8 * half];
-      stick[half] = state.x;
-      passed[half] = state.y;
+      const float2 state = launch.states[own_row + 8 * half];
+      rem[half] = state.x;
+      sum_g[half] = state.y;
     }
   }
   const int warp_oldest = s.newest_key(p, warp_row), warp_newest = s.newest_key(p, min(warp_row + 16, s.rows) - 1);
-  const StickBeta beta{-launch.factor};
+  const Beta beta{-launch.factor};
   const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + row_in_tile * kRowBytes);
   const device::SharedAddress grad_rows = device::a_rows<kRowBytes>(grads + row_in_tile * kRowBytes);
 
@@ -151,11 +149,11 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   const device::RowsA<kRowBytes, kDim <= 128 && device::kIs16Bit<Op>> q(query_rows);
   const device::RowsA<kRowBytes, kDim <= 64 && device::kIs16Bit<Op>> grad_o(grad_rows);
 
-  // dQ in accumulator layout, at the same place for every window.
+  // dQ in accumulator layout, at the same place for every K/V chunk.
   float grad_q[kDim / 8][4] = {};
-  const auto for_sums = [&](const StickRowTile& of, std::uint32_t but, auto&& each) {
+  const auto for_sums = [&](const BlockInfo& of, std::uint32_t but, auto&& each) {
     const int row = of.first_row + row_in_tile + lane / 4;
-    float* const sums = launch.sums + stick_workspace_row(launch, of.s, of.head, row) * p.head_dim;
+    float* const sums = launch.sums + workspace_row(launch, of.s, of.head, row) * p.head_dim;
 #pragma unroll
     for (int t = 0; t < kDim / 8; ++t) {
       const int column = 8 * t + 2 * (lane % 4);
@@ -176,69 +174,72 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
   }
 
   const std::uint32_t value_tile = walk.k_is_v ? 0 : Tiles::kTileBytes;  // behind that of keys
-  std::uint32_t key_rows = stick_key_rows<kRowBytes, kKeys / 4>(lane);
-  std::uint32_t key_columns = stick_key_columns<Op, kRowBytes, kKeys / 4>(lane);
-  stick_keep<T>(key_rows, key_columns);
-  // This lane's note of row g; that of row g + 8 is eight rows further.
-  std::int64_t span_bytes = -kStickRuns * static_cast<int>(sizeof(StickNote)) * (p.heads * launch.rows);
-  stick_keep<T>(span_bytes);
-  StickNote* note = launch.notes + (key_tile - launch.window_begin / kKeys) * (p.heads * launch.rows * kStickRuns) +
-                    workspace_row * kStickRuns + lane % 4;
+  std::uint32_t key_rows = interleaved_rows<kRowBytes, kKeys / 4>(lane);
+  std::uint32_t key_columns = interleaved_columns<Op, kRowBytes, kKeys / 4>(lane);
+  pin_if_16bit<T>(key_rows, key_columns);
+  // This lane's chunk state of row g; that of row g + 8 is eight rows further.
+  std::int64_t span_bytes = -kRunsOfSpan * static_cast<int>(sizeof(ChunkState)) * (p.heads * launch.rows);
+  pin_if_16bit<T>(span_bytes);
+  ChunkState* chunk_state = launch.chunk_states +
+                            (key_tile - launch.chunk_begin / kKeys) * (p.heads * launch.rows * kRunsOfSpan) +
+                            own_row * kRunsOfSpan + lane % 4;
   for (; key_tile * kKeys >= keys.begin; --key_tile) {
     if constexpr (kStages > 1) device::cp_async_wait<0>();
     __syncthreads();  // the tile is there for all, all are done with the one before, and its place is free
-    const device::SharedAddress place = next;
+    const device::SharedAddress stage = next;
     if constexpr (kStages == 1) {
-      walk.next(place, true);
+      walk.next(stage, true);
       device::cp_async_wait<0>();
       __syncthreads();
     } else {
-      next = places - place;
+      next = stages - stage;
       walk.next(next, (key_tile - 1) * kKeys >= keys.begin);
     }
     const int first_key = key_tile * kKeys;
-    const auto kept = keep.bits(first_key - kKeys);
+    const auto kept = padding.bits(first_key - kKeys);
     const auto take = [&](auto tiles) {
       constexpr bool kWhole = tiles == kKeyTiles;
       constexpr int kRun = 2 * tiles;
-      const device::SharedAddress rows = place + (kWhole ? key_rows : stick_key_rows<kRowBytes, kRun>(stick_lane()));
+      const device::SharedAddress rows =
+          stage + (kWhole ? key_rows : interleaved_rows<kRowBytes, kRun>(recomputed_lane()));
       float scores[tiles][4] = {}, grad_weights[tiles][4] = {};
-      device::multiply_rows<Op, kRowBytes, StickKeyOrder>(scores, q, rows);
-      device::multiply_rows<Op, kRowBytes, StickKeyOrder>(grad_weights, grad_o, rows + value_tile);
-      float left[2];
-      const auto scan = [&](auto masked, const StickVisible& visible) {
-        stick_scan_backward<Op, masked>(
-            scores, grad_weights, beta, visible, stick,
+      device::multiply_rows<Op, kRowBytes, InterleavedKeys>(scores, q, rows);
+      device::multiply_rows<Op, kRowBytes, InterleavedKeys>(grad_weights, grad_o, rows + value_tile);
+      float next_rem[2];
+      const auto scan = [&](auto masked, const Visible& visible) {
+        stick_break_backward<Op, masked>(
+            scores, grad_weights, beta, visible, rem,
             [&](int half, const device::QuadScan& newer) {
-              const auto taken = [&](int) { return stick_sum(scores, half) * newer.later * stick[half]; };
-              left[half] = stick_left<1>({newer}, {stick[half]}, taken).of_row[0];
+              const auto taken = [&](int) { return lane_sum(scores, half) * newer.later * rem[half]; };
+              next_rem[half] = rem_after<1>({newer}, {rem[half]}, taken).of_row[0];
             },
             [&](int half, float mass) {
-              passed[half] += mass;
-              const float most = left[half] * reach[half];
-              return device::max_nan(-most, device::min_nan(most, delta[half] - passed[half]));
+              sum_g[half] += mass;
+              const float most = next_rem[half] * dp_bound[half];
+              return device::max_nan(-most, device::min_nan(most, delta[half] - sum_g[half]));
             },
-            [&](int half, const StickNote& run) {
-              if (warp_row + lane / 4 + 8 * half < s.rows) note[8 * half * kStickRuns] = run;
-              stick[half] = left[half];
+            [&](int half, const ChunkState& run) {
+              if (warp_row + lane / 4 + 8 * half < s.rows) chunk_state[8 * half * kRunsOfSpan] = run;
+              rem[half] = next_rem[half];
             });
       };
-      if (kWhole && keep.all() && warp_oldest >= first_key + kKeys - 1) {
+      if (kWhole && padding.all() && warp_oldest >= first_key + kKeys - 1) {
         scan(std::false_type{}, {});
       } else {
-        scan(std::true_type{}, stick_visible<kRun>(newest[0] - first_key, newest[1] - first_key, kept));
+        scan(std::true_type{}, visible_runs<kRun>(newest[0] - first_key, newest[1] - first_key, kept));
       }
       device::FragmentA grad_scores[device::steps_of_tiles<Op>(tiles)];
       device::pack_a<Op>(grad_scores, grad_weights);
-      device::multiply_columns<Op, kRowBytes, StickKeyOrder>(
-          grad_q, grad_scores, place + (kWhole ? key_columns : stick_key_columns<Op, kRowBytes, kRun>(stick_lane())));
+      device::multiply_columns<Op, kRowBytes, InterleavedKeys>(
+          grad_q, grad_scores,
+          stage + (kWhole ? key_columns : interleaved_columns<Op, kRowBytes, kRun>(recomputed_lane())));
     };
-    if (warp_newest >= first_key) stick_take_oldest<kKeyTiles>(warp_newest - first_key, 1, take);
-    note = reinterpret_cast<StickNote*>(reinterpret_cast<std::uint8_t*>(note) + span_bytes);
+    if (warp_newest >= first_key) with_visible_width<kKeyTiles>(warp_newest - first_key, 1, take);
+    chunk_state = reinterpret_cast<ChunkState*>(reinterpret_cast<std::uint8_t*>(chunk_state) + span_bytes);
   }
   device::cp_async_wait_all();
 
-  const StickRowTile done = StickRowTile::again(p, kRows);
+  const BlockInfo done = BlockInfo::recompute(p, kRows);
   if (keys.finishes) {
 #pragma unroll
     for (int t = 0; t < kDim / 8; ++t) {
@@ -246,31 +247,29 @@ __device__ inline void stick_query_grad(const StickBackwardLaunch& launch) {
       for (int i = 0; i < 4; ++i) grad_q[t][i] *= launch.scale;
     }
   }
-  const StickRounded<T, kDim / 8> rounded(grad_q);
-  const std::uint32_t spoilt = stick_rows_not_finite(rounded);
+  const RoundedTile<T, kDim / 8> rounded(grad_q);
+  const std::uint32_t not_finite = rows_not_finite(rounded);
   if (keys.finishes) {
-    const StickRows<T> rows(static_cast<T*>(params.grad_q), params.grad_q_strides, p, done.s, done.head,
-                            done.first_row);
-    stick_store_rows<T>(rounded, queries + row_in_tile * kRowBytes, rows, row_in_tile, static_cast<int>(p.head_dim),
-                        launch.grad_q_aligned);
+    const QRows<T> rows(static_cast<T*>(params.grad_q), params.grad_q_strides, p, done.s, done.head, done.first_row);
+    store_rows<T>(rounded, queries + row_in_tile * kRowBytes, rows, row_in_tile, static_cast<int>(p.head_dim),
+                  launch.grad_q_aligned);
   } else {
-    for_sums(done, spoilt, [](float2& sum, float x, float y) { sum = {x, y}; });
+    for_sums(done, not_finite, [](float2& sum, float x, float y) { sum = {x, y}; });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_in_tile + lane / 4 + 8 * half;
-      if (lane % 4 == 0 && done.first_row + row < done.s.rows && (spoilt >> row % 16 & 1) == 0) {
-        launch.states[stick_workspace_row(launch, done.s, done.head, done.first_row + row)] = {stick[half],
-                                                                                               passed[half]};
+      if (lane % 4 == 0 && done.first_row + row < done.s.rows && (not_finite >> row % 16 & 1) == 0) {
+        launch.states[workspace_row(launch, done.s, done.head, done.first_row + row)] = {rem[half], sum_g[half]};
       }
     }
   }
-  stick_row_by_row(spoilt, [&](int row) {
+  row_by_row(not_finite, [&](int row) {
     const int of_row = row % 8 * 4;
     const float own_delta = device::of_lane(row < 8 ? delta[0] : delta[1], of_row);
-    const float own_reach = device::of_lane(row < 8 ? reach[0] : reach[1], of_row);
-    stick_query_grad_row<Op, kDim, kKeys, kStickRuns>(launch, done, keys, done.first_row + row_in_tile + row, 0,
-                                                      own_delta, own_reach);
+    const float own_dp_bound = device::of_lane(row < 8 ? dp_bound[0] : dp_bound[1], of_row);
+    backward_dq_row<Op, kDim, kKeys, kRunsOfSpan>(launch, done, keys, done.first_row + row_in_tile + row, 0, own_delta,
+                                                  own_dp_bound);
   });
 }
 
-}  // namespace mfx
+}  // namespace mfx::stick

@@ -2,30 +2,30 @@
 #pragma once
 
 #include "device/all_finite.cuh"
-#include "stick_attention/stick_geometry.cuh"
+#include "stick_attention/block_info.cuh"
 
-namespace mfx {
+namespace mfx::stick {
 
 // Storage type of an operand type.
 template <typename Op>
-struct StickStorage {
+struct Storage {
   using Type = Op;
 };
 template <>
-struct StickStorage<device::Tf32> {
+struct Storage<device::Tf32> {
   using Type = float;
 };
 
 // An accumulator [16, 8 kTiles] rounded to T: per tile of columns this lane's pair of row g and that of row g + 8.
 template <typename T, int kTiles>
-struct StickRounded {
+struct RoundedTile {
   static constexpr int kWordsOfPair = sizeof(T) / 2;
   std::uint32_t words[2 * kTiles * kWordsOfPair];
 
-  __device__ explicit StickRounded(const float (&acc)[kTiles][4]) {
+  __device__ explicit RoundedTile(const float (&acc)[kTiles][4]) {
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      const StickPair<T> pair = stick_pair<T>(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+      const OperandPair<T> pair = operand_pair<T>(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
 #pragma unroll
       for (int word = 0; word < kWordsOfPair; ++word) words[i * kWordsOfPair + word] = pair.words[word];
     }
@@ -38,10 +38,10 @@ struct StickRounded {
       float zero = 0.0f;  // NaN if a number is not finite
 #pragma unroll
       for (int i = half; i < 2 * kTiles; i += 2) {
-        StickPair<T> pair;
+        OperandPair<T> pair;
 #pragma unroll
         for (int word = 0; word < kWordsOfPair; ++word) pair.words[word] = words[i * kWordsOfPair + word];
-        zero += 0.0f * stick_rounded(pair).x + 0.0f * stick_rounded(pair).y;
+        zero += 0.0f * rounded_pair(pair).x + 0.0f * rounded_pair(pair).y;
       }
       const std::uint32_t lanes = __ballot_sync(device::kAllLanes, zero != 0.0f);
 #pragma unroll
@@ -54,7 +54,7 @@ struct StickRounded {
   __device__ void take_from(float (&acc)[kTiles][4]) const {
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      const float2 rounded = stick_rounded(StickPair<T>{words[i]});
+      const float2 rounded = rounded_pair(OperandPair<T>{words[i]});
       acc[i / 2][i % 2 * 2] -= rounded.x;
       acc[i / 2][i % 2 * 2 + 1] -= rounded.y;
     }
@@ -63,22 +63,22 @@ struct StickRounded {
 
 // The rows that are not finite in one of several, a bit each, the same in all lanes.
 template <typename T, int... kTiles>
-__device__ inline std::uint32_t stick_rows_not_finite(const StickRounded<T, kTiles>&... rounded) {
+__device__ inline std::uint32_t rows_not_finite(const RoundedTile<T, kTiles>&... rounded) {
   return device::warp_all_finite<T>(rounded.words...) ? 0 : (rounded.rows_not_finite() | ...);
 }
 
 template <typename T>
-constexpr int stick_store_bytes(int tiles) {
+constexpr int staging_row_bytes(int tiles) {
   const int bytes = 8 * tiles * static_cast<int>(sizeof(T));
   return bytes < 128 ? 128 : bytes;
 }
 
-// Writes a warp's results to rows [first, first + 16) of StickRows or StickKeyRows, through its own shared
-// memory (16 rows of stick_store_bytes), so that they leave in chunks of 16 bytes. Of the columns `columns` exist.
+// Writes a warp's results to rows [first, first + 16) of QRows or KvRows, through its own shared
+// memory (16 rows of staging_row_bytes), so that they leave in chunks of 16 bytes. Of the columns `columns` exist.
 template <typename T, int kTiles, typename Rows>
-__device__ inline void stick_store_rows(const StickRounded<T, kTiles>& rounded, device::SharedAddress scratch,
-                                        const Rows& rows, int first, int columns, bool aligned) {
-  constexpr int kRowBytes = stick_store_bytes<T>(kTiles), kElements = 16 / static_cast<int>(sizeof(T));
+__device__ inline void store_rows(const RoundedTile<T, kTiles>& rounded, device::SharedAddress scratch,
+                                  const Rows& rows, int first, int columns, bool aligned) {
+  constexpr int kRowBytes = staging_row_bytes<T>(kTiles), kElements = 16 / static_cast<int>(sizeof(T));
   const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
   // As in device/tile_product.cuh: XOR selects a chunk of 128 bytes, the rest of the way is an immediate offset.
   constexpr int kTileBytes = 8 * static_cast<int>(sizeof(T));
@@ -124,11 +124,11 @@ __device__ inline void stick_store_rows(const StickRounded<T, kTiles>& rounded, 
         if (aligned) {
           device::store_global_128(to + column, x);
         } else {
-          stick_scatter_chunk(to + column, x);
+          store_unaligned_chunk(to + column, x);
         }
       }
     }
   }
 }
 
-}  // namespace mfx
+}  // namespace mfx::stick
