@@ -211,10 +211,12 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
             scores, grad_weights, beta, visible, rem,
             [&](int half, const device::QuadScan& newer) {
               const auto taken = [&](int) { return lane_sum(scores, half) * newer.later * rem[half]; };
-              next_rem[half] = rem_after<1>({newer}, {rem[half]}, taken).of_row[0];
+              float next[1] = {rem[half]};
+              move_rem<1>(next, {newer}, taken);
+              next_rem[half] = next[0];
             },
-            [&](int half, float mass) {
-              sum_g[half] += mass;
+            [&](int half, float of_tile) {
+              sum_g[half] += of_tile;
               const float most = next_rem[half] * dp_bound[half];
               return device::max_nan(-most, device::min_nan(most, delta[half] - sum_g[half]));
             },

@@ -189,8 +189,8 @@ __device__ inline void backward_dq_wide(const BackwardLaunch& launch) {
       float sum_g = state.y;
       const std::int64_t stage = (key_tile - launch.chunk_begin / kKeys) * (p.heads * launch.rows) + at();
       float2 weights;
-      const float2 grad = wide_gradients<Op>(scan, rem, grad_weight, weights, [&](float mass) {
-        sum_g += mass;
+      const float2 grad = wide_gradients<Op>(scan, rem, grad_weight, weights, [&](float of_tile) {
+        sum_g += of_tile;
         const float most = next_rem * state.w;
         const float older = device::max_nan(-most, device::min_nan(most, state.z - sum_g));
         if (there && lane % 8 == 0) {

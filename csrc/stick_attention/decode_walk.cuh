@@ -11,10 +11,12 @@
 #include "device/vector_memory.cuh"
 #include "device/warp.cuh"
 #include "stick_attention/stick_attention_decode_plan.hpp"
+#include "stick_attention/stick_break.cuh"
 
 namespace mfx::stick_decode {
 
 using namespace mfx::device;
+using stick::rem_after;
 
 constexpr float kScoreBound = 80.0f;  // beyond, beta is 0 or 1 to every digit, and 1 - beta is still a normal number
 
@@ -209,8 +211,7 @@ __device__ inline void scan_row(Shared<S>& shared, const StickAttentionDecodePar
   if (2 * at.lane < at.tile()) {
     *reinterpret_cast<float2*>(&shared.weights[row][2 * at.lane]) = make_float2(weight0 * scale, weight1 * scale);
   }
-  // 1 - mass keeps a long tail of tiny weights exact, the product keeps a nearly used-up stick exact.
-  stick *= mass < 0.5f ? 1.0 - static_cast<double>(mass) : static_cast<double>(whole);
+  stick = rem_after(stick, stick * mass, whole);
 }
 
 // shared.sums of the keys end - 1 .. begin again, from the keys that a row sees alone: a weight of 0 does not keep NaN

@@ -64,32 +64,29 @@ __device__ inline float lane_sum(const float (&weights)[kTiles][4], int half) {
   return sum;
 }
 
-// What a tile leaves of the sticks of rows: where it took less than half, the stick less what was taken, for a product
-// of many factors just below 1 would lose the sum of their small differences from it; else the product. `taken(row)` is
-// what the keys of this lane took.
-template <int kRows>
-struct RemAfter {
-  float of_row[kRows];
-};
+// What keys leave of a stick `rem`, `product` being that of their u: where they took less than half, the stick less what
+// they took, for a product of many factors just below 1 would lose the sum of their small differences from it.
+template <typename Rem>
+__device__ inline Rem rem_after(Rem rem, Rem taken, float product) {
+  return product > 0.5f ? rem - taken : rem * product;
+}
 
+// Moves the sticks of rows over a tile. Sums are formed where one of the rows needs them: `taken(row)` is what the keys of
+// this lane took.
 template <int kRows, typename Taken>
-__device__ inline RemAfter<kRows> rem_after(const device::QuadScan (&newer)[kRows], const float (&rem)[kRows],
-                                            Taken&& taken) {
-  RemAfter<kRows> next_rem;
-  bool small[kRows], any = false;
+__device__ inline void move_rem(float (&rem)[kRows], const device::QuadScan (&newer)[kRows], Taken&& taken) {
+  bool any = false;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) any = any || newer[row].all > 0.5f;
+  if (!__any_sync(device::kAllLanes, any)) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) rem[row] *= newer[row].all;
+    return;
+  }
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    small[row] = newer[row].all > 0.5f;
-    next_rem.of_row[row] = rem[row] * newer[row].all;
-    any = any || small[row];
+    rem[row] = rem_after(rem[row], device::lanes_sum<device::kQuad>(taken(row)), newer[row].all);
   }
-  if (!__any_sync(device::kAllLanes, any)) return next_rem;
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    const float all_taken = device::lanes_sum<device::kQuad>(taken(row));
-    if (small[row]) next_rem.of_row[row] = rem[row] - all_taken;
-  }
-  return next_rem;
 }
 
 // Scores of rows g and g + 8 become weights, times weight_unit; the sticks move to the tile's older edge.
@@ -131,10 +128,7 @@ __device__ inline void stick_break(float (&scores)[kTiles][4], const ExpLogit& e
       }
     }
   }
-  const RemAfter<2> next_rem =
-      rem_after(newer, rem, [&](int half) { return lane_sum(scores, half) * (1.0f / weight_unit); });
-  rem[0] = next_rem.of_row[0];
-  rem[1] = next_rem.of_row[1];
+  move_rem(rem, newer, [&](int half) { return lane_sum(scores, half) * (1.0f / weight_unit); });
 }
 
 // Two neighbours rounded to operand type, as they lie in memory.

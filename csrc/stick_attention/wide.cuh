@@ -177,16 +177,14 @@ struct WideScan {
     weight[0] = e[0] * u[0] * u[1] * later;
   }
 
-  // What the tile leaves of a stick. 1 - mass keeps a long tail of small weights exact, the product a stick that is
-  // nearly used up.
+  // What the tile leaves of a stick.
   __device__ float next_rem(float rem) const {
-    const float mass = device::lanes_sum<8>(weight[0] + weight[1]);
-    return mass < 0.5f ? rem - rem * mass : rem * all;
+    return rem_after(rem, rem * device::lanes_sum<8>(weight[0] + weight[1]), all);
   }
 };
 
 // Gradients of a lane's two scores, over the scale, from those of its weights; weights become those for `stick`,
-// rounded for the product, times their unit. `edge(mass)` gets the tile's sum of G and returns that over all older
+// rounded for the product, times their unit. `edge(sum_g)` gets the tile's sum of G and returns that over all older
 // keys. See stick_break_backward().
 template <typename Op, typename Edge>
 __device__ inline float2 wide_gradients(const WideScan& scan, float rem, const float2& grad_weights, float2& weights,
