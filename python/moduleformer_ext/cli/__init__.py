@@ -97,7 +97,7 @@ def _expected(error: Exception) -> str | None:
             return f"--{field.replace('_', '-')} {problem}" if field else problem
         case MissingArgumentError(argument=argument) if argument is not None:
             return f"{argument.name} must be given a value"
-        case CycloptsError() | ValueError() | OSError() | FloatingPointError():
+        case CycloptsError() | ValueError() | OSError() | FloatingPointError() | ImportError():
             return " ".join(str(error).split("\n"))
         case MemoryError():
             return "there is not enough memory"
