@@ -57,7 +57,7 @@ def complaint(error: ValidationError) -> tuple[str, str]:
     for theirs, ours in _WORDS.items():
         if message.startswith(theirs):
             return name, f"{ours}{message.removeprefix(theirs)}, got {_shown(first['input'])}"
-    return name, f"must be right: {message}, got {_shown(first['input'])}"
+    return name, f"is not valid: {message}, got {_shown(first['input'])}"
 
 
 def _shown(value: Any) -> str:

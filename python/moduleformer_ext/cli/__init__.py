@@ -79,6 +79,7 @@ def _run(verb: str, words: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
+    app["--help"].group = "Parameters"
     app.default(importlib.import_module(f"{__name__}.{verb}").run)
     return int(app(words) or 0)
 

@@ -6,13 +6,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moduleformer_ext.cli.source import AsJson, Model, locate
+from moduleformer_ext.cli.source import AsJson, First, locate
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.surgery import compare
 
 
 def run(
-    first: Model,
+    first: First,
     second: Annotated[Path, Parameter(help="the model to compare it with")],
     /,
     *,

@@ -5,13 +5,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moduleformer_ext.cli.source import Model, Output, check_new, locate, new_model_directory
+from moduleformer_ext.cli.source import First, Output, check_new, locate, new_model_directory
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.surgery import count_parameters, merge
 
 
 def run(
-    first: Model,
+    first: First,
     second: Annotated[Path, Parameter(help="a model extended from the same base")],
     output: Output,
     /,

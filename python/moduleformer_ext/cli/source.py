@@ -17,7 +17,9 @@ from moduleformer_ext.files import new_directory
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.train import RunDirectory, is_run
 
-Model = Annotated[Path, Parameter(help="a run directory, or a directory with config.json, tokenizer.json and weights")]
+_HELP = "a run directory, or a directory with config.json, tokenizer.json and weights"
+Model = Annotated[Path, Parameter(name="model", help=_HELP)]
+First = Annotated[Path, Parameter(help=_HELP)]
 Output = Annotated[Path, Parameter(help="folder to create")]
 Switch = Annotated[bool, Parameter(negative=())]
 AsJson = Annotated[bool, Parameter(name="--json", negative=(), help="print JSON instead of a table")]

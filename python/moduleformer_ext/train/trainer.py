@@ -123,6 +123,8 @@ class Trainer:
         for name, stored_value, own in (("steps", scalars.steps, self.steps), ("dtype", scalars.dtype, self.dtype)):
             if stored_value != own:
                 raise ValueError(f"checkpoint: '{directory}' has {name} {stored_value}, but the run has {own}")
+        if "rng.cpu" not in tensors:
+            raise ValueError(f"checkpoint: '{directory / _TENSORS}' has no random state")
         stored = MoLMForCausalLM.from_pretrained(directory).state_dict()
         _check_matching(directory, self.model.state_dict(), stored)
         self.model.load_state_dict(stored)
