@@ -242,7 +242,8 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   device::cp_async_wait_all();
 
   const BlockInfo done = BlockInfo::recompute(p, kRows);
-  if (keys.finishes) {
+  const ChunkWalk walked(launch, done, kRows);
+  if (walked.finishes) {
 #pragma unroll
     for (int t = 0; t < kDim / 8; ++t) {
 #pragma unroll
@@ -251,7 +252,7 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   }
   const RoundedTile<T, kDim / 8> rounded(grad_q);
   const std::uint32_t not_finite = rows_not_finite(rounded);
-  if (keys.finishes) {
+  if (walked.finishes) {
     const QRows<T> rows(static_cast<T*>(params.grad_q), params.grad_q_strides, p, done.s, done.head, done.first_row);
     store_rows<T>(rounded, queries + row_in_tile * kRowBytes, rows, row_in_tile, static_cast<int>(p.head_dim),
                   launch.grad_q_aligned);
@@ -269,8 +270,8 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
     const int of_row = row % 8 * 4;
     const float own_delta = device::of_lane(row < 8 ? delta[0] : delta[1], of_row);
     const float own_dp_bound = device::of_lane(row < 8 ? dp_bound[0] : dp_bound[1], of_row);
-    backward_dq_row<Op, kDim, kKeys, kRunsOfSpan>(launch, done, keys, done.first_row + row_in_tile + row, 0, own_delta,
-                                                  own_dp_bound);
+    backward_dq_row<Op, kDim, kKeys, kRunsOfSpan>(launch, done, walked, done.first_row + row_in_tile + row, 0,
+                                                  own_delta, own_dp_bound);
   });
 }
 

@@ -217,7 +217,8 @@ __device__ inline void backward_dq_wide(const BackwardLaunch& launch) {
   device::cp_async_wait_all();
 
   const BlockInfo done = BlockInfo::recompute(p, kRows);
-  if (keys.finishes) {
+  const ChunkWalk walked(launch, done, kRows);
+  if (walked.finishes) {
 #pragma unroll
     for (int i = 0; i < 4 * Wide::kColumnTiles; ++i) grad_q[i / 4][i % 4] *= launch.scale;
   }
@@ -228,7 +229,7 @@ __device__ inline void backward_dq_wide(const BackwardLaunch& launch) {
 #pragma unroll 1
     for (int i = 0; i < kRows; ++i) not_finite |= __syncthreads_or(own_spoilt >> i & 1) ? 1u << i : 0;
   }
-  if (keys.finishes) {
+  if (walked.finishes) {
     const QRows<T> rows(static_cast<T*>(params.grad_q) + column, params.grad_q_strides, p, done.s, done.head,
                         done.first_row);
     store_rows<T>(rounded, tiles, rows, 0, columns, launch.grad_q_aligned);
@@ -240,7 +241,7 @@ __device__ inline void backward_dq_wide(const BackwardLaunch& launch) {
     }
   }
   row_by_row(not_finite, [&](int i) {
-    backward_dq_row<Op, Wide::kColumns, kKeys, 1>(launch, done, keys, done.first_row + i, column, states[i].z,
+    backward_dq_row<Op, Wide::kColumns, kKeys, 1>(launch, done, walked, done.first_row + i, column, states[i].z,
                                                   states[i].w);
   });
 }

@@ -9,6 +9,7 @@
 // fixed shape, so that timing shows in no bit.
 #pragma once
 
+#include "device/regalloc.cuh"
 #include "stick_attention/decode_walk.cuh"
 
 namespace mfx::stick_decode {
@@ -148,35 +149,55 @@ __device__ void climb(const StickAttentionDecodeParams& p, const StickDecodePlan
   }
 }
 
+// The keys of a slot, end - 1 .. begin.
+struct SlotKeys {
+  int older_keys;  // than those of slot 0
+  int slots;       // that have keys
+  int begin, end;
+
+  __device__ SlotKeys(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, const Group& group, int slot) {
+    const int length = clamped_length(p, group.batch);
+    older_keys = length > StickDecodePlan::kNewestKeys ? length - StickDecodePlan::kNewestKeys : 0;
+    slots = 1;
+    begin = older_keys;
+    end = length;
+    if (slot == 0 || older_keys == 0) return;
+    slots = plan.used_slots(older_keys);
+    end = older_keys - (slot - 1) * plan.slot_keys(older_keys);
+    begin = end > plan.slot_keys(older_keys) ? end - plan.slot_keys(older_keys) : 0;
+  }
+};
+
 template <typename T, typename S, bool kShared>
 __device__ void decode(const StickAttentionDecodeParams& p, const StickDecodePlan& plan,
                        const StickDecodeWorkspace& work, bool aligned, int slot) {
   __shared__ Shared<S> shared;
   __shared__ int ended;
   const Group group(p, plan, blockIdx.x);
-  const int length = clamped_length(p, group.batch);
-  const int older_keys = length > StickDecodePlan::kNewestKeys ? length - StickDecodePlan::kNewestKeys : 0;
-  int begin = older_keys, end = length, slots = 1;
+  const SlotKeys keys(p, plan, group, slot);
   bool needed = true;
   if (slot > 0) {
-    if (older_keys == 0) return;
+    if (keys.older_keys == 0) return;
     // One reading for the whole block: others may write it meanwhile.
     if (threadIdx.x == 0) ended = __ldcg(&work.ended[group.index]);
     __syncthreads();
-    slots = plan.used_slots(older_keys);
-    if (slot >= slots || ended == 0) return;  // 0: slot 0 was the result
+    if (slot >= keys.slots || ended == 0) return;  // 0: slot 0 was the result
     needed = slot < ended;
-    end = older_keys - (slot - 1) * plan.slot_keys(older_keys);
-    begin = end > plan.slot_keys(older_keys) ? end - plan.slot_keys(older_keys) : 0;
   }
-  if (needed) walk<T, S, kShared>(shared, p, group, aligned, begin, end);
-  if (slot == 0) return finish_newest<T>(shared, p, plan, work, group, older_keys);
+  if (needed && walk<T, S, kShared>(shared, p, group, aligned, keys.begin, keys.end)) {
+    std::uint32_t block = blockIdx.x;
+    hide_from_optimizer(block);  // all is computed anew, not kept in registers
+    const Group same_group(p, plan, block);
+    const SlotKeys same_keys(p, plan, same_group, slot);
+    sum_row_by_row<T, S>(shared, p, same_group, same_keys.begin, same_keys.end);
+  }
+  if (slot == 0) return finish_newest<T>(shared, p, plan, work, group, keys.older_keys);
   if (needed) {
     store_part(shared, p, plan, work, group, slot);
     // Where a slot alone ends all sticks, what is older is not needed, whatever the newer slots hold.
     if (threadIdx.x == 0 && all_ended(shared, group, p.stick_epsilon)) atomicMin(&work.ended[group.index], slot);
   }
-  climb<T, S>(p, plan, work, group, slot, slots);
+  climb<T, S>(p, plan, work, group, slot, keys.slots);
 }
 
 }  // namespace mfx::stick_decode

@@ -157,39 +157,36 @@ struct Odds {
   }
 };
 
-// The cache of a group's sequence and K/V head.
+// The newest key that the first token sees.
+__device__ inline int newest_of_first_token(const StickAttentionDecodeParams& p, const Group& group) {
+  return clamped_length(p, group.batch) - static_cast<int>(p.num_new) - (p.attend_current ? 0 : 1);
+}
+
+__device__ inline bool is_kept(const StickAttentionDecodeParams& p, const Group& group, int key) {
+  return p.key_padding_mask == nullptr ||
+         p.key_padding_mask[group.batch * p.mask_batch_stride + key * p.mask_key_stride];
+}
+
 template <typename T>
-struct Cache {
-  const T *keys, *values;
-  const bool* mask;
-  int newest_of_first_token;
-
-  __device__ Cache(const StickAttentionDecodeParams& p, const Group& group)
-      : keys(static_cast<const T*>(p.k_cache) + group.batch * p.k_batch_stride + group.head * p.k_head_stride),
-        values(static_cast<const T*>(p.v_cache) + group.batch * p.v_batch_stride + group.head * p.v_head_stride),
-        mask(p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + group.batch * p.mask_batch_stride),
-        newest_of_first_token(clamped_length(p, group.batch) - static_cast<int>(p.num_new) -
-                              (p.attend_current ? 0 : 1)) {}
-
-  __device__ int newest_key(const StickAttentionDecodeParams& p, const Group& group, int row) const {
-    return newest_of_first_token + static_cast<int>(group.token(p, row));
-  }
-  __device__ bool kept(const StickAttentionDecodeParams& p, int key) const {
-    return mask == nullptr || mask[key * p.mask_key_stride];
-  }
-};
+__device__ inline const T* cached_keys(const StickAttentionDecodeParams& p, const Group& group) {
+  return static_cast<const T*>(p.k_cache) + group.batch * p.k_batch_stride + group.head * p.k_head_stride;
+}
+template <typename T>
+__device__ inline const T* cached_values(const StickAttentionDecodeParams& p, const Group& group) {
+  return static_cast<const T*>(p.v_cache) + group.batch * p.v_batch_stride + group.head * p.v_head_stride;
+}
 
 // Turns a row's scores of the keys first..first + tile into weights A for a whole stick times `stick`, which it
 // updates. One warp; each lane has two neighbouring keys.
-template <typename T, typename S>
-__device__ inline void scan_row(Shared<S>& shared, const StickAttentionDecodeParams& p, const Cache<T>& cache,
+template <typename S>
+__device__ inline void scan_row(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group,
                                 const Place<S>& at, int row, int first, int begin, int last, double& stick) {
   float take[2] = {0, 0}, leave[2] = {1, 1};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int j = 2 * at.lane + i, key = first + j;
     const bool visible = j < at.tile() && key >= begin && key <= last;
-    if (!visible || !cache.kept(p, key)) continue;
+    if (!visible || !is_kept(p, group, key)) continue;
     float s = 0;
     for (int part = 0; part < at.warps_per_key; ++part) s += shared.scores[part][row][j];
     const Odds odds(s * static_cast<float>(p.scale));
@@ -217,18 +214,22 @@ __device__ inline void scan_row(Shared<S>& shared, const StickAttentionDecodePar
 // shared.sums of the keys end - 1 .. begin again, from the keys that a row sees alone: a weight of 0 does not keep NaN
 // or infinity of others from a sum. A warp per row, lanes on the head dimension.
 template <typename T, typename S>
-__device__ void sum_row_by_row(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group,
-                               const Cache<T>& cache, int begin, int end) {
+__device__ void sum_row_by_row(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group, int begin,
+                               int end) {
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int row = threadIdx.x / 32; row < group.rows; row += S::kWarps) {
     const T* const q = group.query<T>(p, row);
     const auto sum = [&](int d) -> float& { return shared.sums[row][Shared<S>::sum_index(d)]; };
     for (int d = lane; d < p.head_dim; d += 32) sum(d) = 0;
     double stick = 1;
-    for (int key = min(end - 1, cache.newest_key(p, group, row)); key >= begin; --key) {
+    const int newest = newest_of_first_token(p, group) + static_cast<int>(group.token(p, row));
+#pragma unroll 1
+    for (int key = min(end - 1, newest); key >= begin; --key) {
       if (has_ended(stick, p.stick_epsilon)) break;
-      if (!cache.kept(p, key)) continue;
-      const T *const k = cache.keys + key * p.k_key_stride, *const v = cache.values + key * p.v_key_stride;
+      if (!is_kept(p, group, key)) continue;
+      const T* const k = cached_keys<T>(p, group) + key * p.k_key_stride;
+      const T* const v = cached_values<T>(p, group) + key * p.v_key_stride;
       float score = 0;
       for (int d = lane; d < p.head_dim; d += 32) score += to_float(q[d]) * to_float(k[d]);
       const Odds odds(lanes_sum(score) * static_cast<float>(p.scale));
@@ -241,14 +242,16 @@ __device__ void sum_row_by_row(Shared<S>& shared, const StickAttentionDecodePara
 }
 
 // Walks the keys end - 1 .. begin. On return shared.sums and shared.sticks hold what they take from whole sticks.
+// Returns whether a sum is not finite.
 template <typename T, typename S, bool kShared>
-__device__ void walk(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group, bool aligned,
+__device__ bool walk(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group, bool aligned,
                      int begin, int end) {
   constexpr int kRounds = (S::kRows + S::kWarps - 1) / S::kWarps;
   const Place<S> at(p.head_dim);
-  const Cache<T> cache(p, group);
+  const T *const keys = cached_keys<T>(p, group), *const values = cached_values<T>(p, group);
+  const int newest = newest_of_first_token(p, group);
   Chunk<T> now[S::kKeys], then[S::kKeys];  // K, and the older tile's K where K is V, else V
-  load_tile<T, S>(now, at, cache.keys, p.k_key_stride, end - at.tile(), begin, aligned);
+  load_tile<T, S>(now, at, keys, p.k_key_stride, end - at.tile(), begin, aligned);
   float q[S::kRows][S::kVec] = {}, sum[S::kRows][S::kVec] = {};
 #pragma unroll
   for (int row = 0; row < S::kRows; ++row) {
@@ -261,9 +264,9 @@ __device__ void walk(Shared<S>& shared, const StickAttentionDecodeParams& p, con
 
   for (int first = end - at.tile();; first -= at.tile()) {
     if constexpr (kShared) {
-      load_tile<T, S>(then, at, cache.keys, p.k_key_stride, first - at.tile(), begin, aligned);
+      load_tile<T, S>(then, at, keys, p.k_key_stride, first - at.tile(), begin, aligned);
     } else {
-      load_tile<T, S>(then, at, cache.values, p.v_key_stride, first, begin, aligned);
+      load_tile<T, S>(then, at, values, p.v_key_stride, first, begin, aligned);
     }
     float dot[S::kRows * S::kKeys];
 #pragma unroll
@@ -278,7 +281,7 @@ __device__ void walk(Shared<S>& shared, const StickAttentionDecodeParams& p, con
         dot[row * S::kKeys + j] = s;
       }
     }
-    if constexpr (!kShared) load_tile<T, S>(now, at, cache.keys, p.k_key_stride, first - at.tile(), begin, aligned);
+    if constexpr (!kShared) load_tile<T, S>(now, at, keys, p.k_key_stride, first - at.tile(), begin, aligned);
 
     sum_and_spread<S::kLanes, S::kRows * S::kKeys>(dot);
     store_scores<S>(shared, at, dot);
@@ -288,7 +291,8 @@ __device__ void walk(Shared<S>& shared, const StickAttentionDecodeParams& p, con
     for (int i = 0; i < kRounds; ++i) {
       const int row = at.warp + i * S::kWarps;
       if (row >= S::kRows) break;
-      scan_row(shared, p, cache, at, row, first, begin, cache.newest_key(p, group, row), stick[i]);
+      const int last = newest + static_cast<int>(group.token(p, row));
+      scan_row(shared, p, group, at, row, first, begin, last, stick[i]);
       ended = ended && (row >= group.rows || has_ended(stick[i], p.stick_epsilon));
     }
     const bool all_ended = __syncthreads_and(ended);
@@ -343,7 +347,7 @@ __device__ void walk(Shared<S>& shared, const StickAttentionDecodeParams& p, con
   for (int i = 0; i < kRounds; ++i) {
     if (at.lane == 0 && at.warp + i * S::kWarps < S::kRows) shared.sticks[at.warp + i * S::kWarps] = stick[i];
   }
-  if (__syncthreads_or(zero != 0)) sum_row_by_row<T, S>(shared, p, group, cache, begin, end);
+  return __syncthreads_or(zero != 0);
 }
 
 }  // namespace mfx::stick_decode

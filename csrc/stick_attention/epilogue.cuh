@@ -32,20 +32,19 @@ struct RoundedTile {
   }
 
   __device__ std::uint32_t rows_not_finite() const {
+    using Op = std::conditional_t<sizeof(T) == 2, T, device::Tf32>;
+    float zero[4] = {};  // rows times zero: NaN where a number is not finite
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles * kWordsOfPair; i += 4) {
+      const device::FragmentA a = {words[i], words[i + kWordsOfPair], words[i + 3 - kWordsOfPair], words[i + 3]};
+      device::multiply_step<Op>(zero, a, 0, 0);
+    }
     std::uint32_t rows = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float zero = 0.0f;  // NaN if a number is not finite
+      const std::uint32_t lanes = __ballot_sync(device::kAllLanes, zero[2 * half] != 0.0f);
 #pragma unroll
-      for (int i = half; i < 2 * kTiles; i += 2) {
-        OperandPair<T> pair;
-#pragma unroll
-        for (int word = 0; word < kWordsOfPair; ++word) pair.words[word] = words[i * kWordsOfPair + word];
-        zero += 0.0f * rounded_pair(pair).x + 0.0f * rounded_pair(pair).y;
-      }
-      const std::uint32_t lanes = __ballot_sync(device::kAllLanes, zero != 0.0f);
-#pragma unroll
-      for (int g = 0; g < 8; ++g) rows |= (lanes >> 4 * g & 15) != 0 ? 1u << (8 * half + g) : 0;
+      for (int g = 0; g < 8; ++g) rows |= (lanes >> 4 * g & 1) << (8 * half + g);
     }
     return rows;
   }
