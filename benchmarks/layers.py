@@ -51,12 +51,12 @@ def config_shape(config: MoLMConfig) -> LayerShape:
     """The sizes of a layer of ``config``, whose layers are all alike."""
     return LayerShape(
         d=config.n_embd,
-        att_hidden=config.att_hidden,
+        att_hidden=config.attention.hidden,
         heads=config.n_head,
-        att_experts=config.att_experts[0],
-        ffn_experts=config.mlp_experts[0],
-        ffn_hidden=config.ffd_hidden,
-        k=config.k_mlp,
+        att_experts=config.num_experts("attention")[0],
+        ffn_experts=config.num_experts("ffn")[0],
+        ffn_hidden=config.ffn.hidden,
+        k=config.ffn.k,
         gating_size=config.gating_size,
     )
 

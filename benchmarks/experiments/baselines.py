@@ -77,7 +77,9 @@ def make_rotary_molm(config: MoLMConfig) -> MoLMForCausalLM:
     model = MoLMForCausalLM(config)
     for block in model.transformer.h:
         attention = block.attn
-        block.attn = RotaryMixtureOfAttention(config.n_embd, config.att_hidden, config.n_head, attention.q_proj.gate)
+        block.attn = RotaryMixtureOfAttention(
+            config.n_embd, config.attention.hidden, config.n_head, attention.q_proj.gate
+        )
         for name, module in attention.named_children():
             setattr(block.attn, name, module)
     return model

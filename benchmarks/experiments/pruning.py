@@ -17,7 +17,6 @@ import numpy as np
 
 from moduleformer_ext.data import TokenStream
 from moduleformer_ext.models import MoLMForCausalLM
-from moduleformer_ext.models.convert import model_from_state
 from moduleformer_ext.surgery import NORMALISERS, ExpertUsage, count_parameters, plan_by_size, prune
 
 from .cells import Result
@@ -153,7 +152,7 @@ def measure_seed(subject: Subject) -> dict[Key, dict[float, float]]:
 
 def with_loss(model: MoLMForCausalLM, loss: str) -> MoLMForCausalLM:
     """The model with another routing loss in its objective."""
-    return model_from_state(model.config.replace(aux_loss_type=loss), model.state_dict())
+    return MoLMForCausalLM.from_state(model.config.replace(aux_loss_type=loss), model.state_dict())
 
 
 def without_layer(model: MoLMForCausalLM, layer: int) -> MoLMForCausalLM:
@@ -167,7 +166,7 @@ def without_layer(model: MoLMForCausalLM, layer: int) -> MoLMForCausalLM:
         number, rest = name.removeprefix(prefix).split(".", 1)
         if int(number) != layer:
             state[f"{prefix}{int(number) - (int(number) > layer)}.{rest}"] = tensor
-    return model_from_state(model.config.replace(n_layer=model.config.n_layer - 1), state)
+    return MoLMForCausalLM.from_state(model.config.replace(n_layer=model.config.n_layer - 1), state)
 
 
 def layer_fractions(setting: Setting) -> list[float]:
@@ -180,7 +179,7 @@ def layer_fractions(setting: Setting) -> list[float]:
 def fractions(setting: Setting) -> list[float]:
     """The sizes to prune to: those of whole layers, one before them, and nearly the smallest."""
     config = setting.size.molm
-    smallest = count_parameters(config.replace(n_att_experts=config.k_att, n_mlp_experts=config.k_mlp))
+    smallest = count_parameters(config.replace(n_att_experts=config.attention.k, n_mlp_experts=config.ffn.k))
     least = round(smallest / count_parameters(config) + 0.02, 3)
     layers = layer_fractions(setting)
     return sorted({*(at for at in layers if at > least), round((1 + layers[0]) / 2, 3), least}, reverse=True)

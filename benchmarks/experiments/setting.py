@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moduleformer_ext.data import Dataset
-from moduleformer_ext.models import MoLMConfig
+from moduleformer_ext.models import ExpertsConfig, MoLMConfig
 from moduleformer_ext.surgery import count_parameters
 from moduleformer_ext.train.config import TrainConfig
 
@@ -53,10 +53,8 @@ class Size:
             n_embd=self.n_embd,
             n_layer=self.n_layer,
             n_head=2,
-            att_hidden=self.n_embd,
-            ffd_hidden=self.ffd_hidden,
-            n_att_experts=self.n_att_experts,
-            n_mlp_experts=self.n_mlp_experts,
+            attention=ExpertsConfig(hidden=self.n_embd, num_experts=self.n_att_experts),
+            ffn=ExpertsConfig(hidden=self.ffd_hidden, num_experts=self.n_mlp_experts),
             gating_size=32,
             block_size=self.length,
             history_length=0,

@@ -80,7 +80,7 @@ def test_prune_then_finetune(run: Path, texts: list[str], tmp_path: Path) -> Non
     words = ["finetune", str(small), "--run", str(tuned), "--text", *texts, "--segment-length", "12", *STEPS]
     assert main(words) == 0
     before, after = _model(small), _model(_last(tuned))
-    assert after.config.mlp_expert_places == before.config.mlp_expert_places
+    assert after.config.ffn.places == before.config.ffn.places
     assert count_parameters(after.config) == count_parameters(before.config)
     found = compare(before, after)
     assert all(change for site in found.experts.values() for change in site.rows.values())
@@ -120,8 +120,8 @@ def test_merge(run: Path, extended: Path, tmp_path: Path, capsys: pytest.Capture
     assert f"wrote {both}: " in capsys.readouterr().out
     assert (both / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
     merged, parts = _model(both), [_model(extended), _model(other)]
-    assert merged.config.att_experts == (5, 5)
-    assert [n - 8 for n in merged.config.mlp_experts] == [3, 1]
+    assert merged.config.num_experts("attention") == (5, 5)
+    assert [n - 8 for n in merged.config.num_experts("ffn")] == [3, 1]
     sizes = [count_parameters(model.config) for model in (*parts, _model(_last(run)), merged)]
     assert sizes[3] == sizes[0] + sizes[1] - sizes[2]
     assert main(["generate", str(both), "--prompt", "near", "--max-new-tokens", "5"]) == 0

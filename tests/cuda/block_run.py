@@ -5,7 +5,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models import ExpertsConfig, MoLMConfig, MoLMForCausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONFIG = MoLMConfig(
@@ -13,10 +13,8 @@ CONFIG = MoLMConfig(
     n_embd=64,
     n_layer=1,
     n_head=2,
-    att_hidden=32,
-    ffd_hidden=48,
-    n_att_experts=4,
-    n_mlp_experts=6,
+    attention=ExpertsConfig(hidden=32, num_experts=4),
+    ffn=ExpertsConfig(hidden=48, num_experts=6),
     gating_size=16,
     aux_loss_weight=0.1,
 )

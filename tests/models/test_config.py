@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moduleformer_ext.models import PRESETS, MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models import PRESETS, ExpertsConfig, MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models.experts import PUBLISHED_NAMES
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_json_round_trip(name: str) -> None:
 )
 def test_bad_fields_are_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        MoLMConfig(**changes)
+        MoLMConfig.from_dict(changes)
 
 
 def test_unknown_names_are_errors() -> None:
@@ -72,7 +73,7 @@ def test_published_format() -> None:
         "n_ctx": 1536,
     }
     config = MoLMConfig.from_reference(published)
-    assert (config.n_embd, config.n_layer, config.gate_type, config.n_att_experts) == (64, 3, "gmm", 32)
+    assert (config.n_embd, config.n_layer, config.gate_type, config.attention.num_experts) == (64, 3, "gmm", 32)
     assert config.layer_norm_epsilon == 1e-5  # the field has no effect in the published implementation
     assert config.eos_token_id == 50256
     assert MoLMConfig.from_reference(config.to_reference()) == config
@@ -86,8 +87,10 @@ def test_what_the_published_format_cannot_say() -> None:
         {"layer_norm_epsilon": 1e-6},
     ):
         with pytest.raises(ValueError, match=f"{list(changes)[-1]} must be .* in the published format"):
-            MoLMConfig(**changes).to_reference()
-    uniform = MoLMConfig(n_layer=2, n_mlp_experts=(4, 4), aux_loss_type="concentration", aux_loss_weight=0.1)
+            MoLMConfig.from_dict(changes).to_reference()
+    uniform = MoLMConfig(
+        n_layer=2, ffn=ExpertsConfig(hidden=8, num_experts=(4, 4)), aux_loss_type="concentration", aux_loss_weight=0.1
+    )
     fields = uniform.to_reference()
     assert (fields["n_mlp_experts"], fields["aux_loss_type"], fields["aux_loss_weight"]) == (4, "mi", 0)
 
@@ -97,3 +100,37 @@ def test_configurations_are_values() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.n_embd = 3  # type: ignore[misc]
     assert config.replace(n_embd=512) == MoLMConfig(n_embd=512)
+
+
+def test_experts_go_by_their_published_names_outside() -> None:
+    attention = ExpertsConfig(hidden=64, num_experts=(3, 4), k=1, normaliser_rows=(0, 2), num_new=(1, 0))
+    ffn = ExpertsConfig(hidden=48, num_experts=6, k=3, places=((0, 1, 2, 3, 4, 5, -1), (5, 4, 3, 2, 1, 0)))
+    config = MoLMConfig(n_layer=2, attention=attention, ffn=ffn)
+    fields = {
+        "att_hidden": 64,
+        "n_att_experts": [3, 4],
+        "k_att": 1,
+        "att_normaliser_rows": [0, 2],
+        "n_new_att_experts": [1, 0],
+        "att_expert_places": None,
+        "ffd_hidden": 48,
+        "n_mlp_experts": 6,
+        "k_mlp": 3,
+        "mlp_normaliser_rows": 0,
+        "n_new_mlp_experts": 0,
+        "mlp_expert_places": [[0, 1, 2, 3, 4, 5, -1], [5, 4, 3, 2, 1, 0]],
+    }
+    written = json.loads(json.dumps(config.to_dict()))
+    assert {name: written[name] for name in fields} == fields
+    assert MoLMConfig.from_dict({"n_layer": 2, **fields}) == config == MoLMConfig.from_dict(written)
+    assert MoLMConfig(n_layer=2).replace(**fields) == config
+    assert config.replace(attention=ExpertsConfig(hidden=8), k_att=3).attention == ExpertsConfig(hidden=8, k=3)
+    assert (config.num_experts("attention"), config.num_experts("ffn")) == ((3, 4), (6, 6))
+
+
+def test_every_field_of_experts_is_checked() -> None:
+    for kind, names in PUBLISHED_NAMES.items():
+        for name, published in names.items():
+            for value in ("x", 1.5, [None] * 24, [["x"]] * 24):
+                with pytest.raises(ValueError, match=f"MoLMConfig: {published} must be "):
+                    MoLMConfig(**{kind: dataclasses.replace(getattr(MoLMConfig(), kind), **{name: value})})

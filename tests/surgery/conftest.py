@@ -43,7 +43,7 @@ def make_model() -> ModelMaker:
 
     def make(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> MoLMForCausalLM:
         torch.manual_seed(seed)
-        model = MoLMForCausalLM(MoLMConfig(**{**BASE, **changes})).to(dtype)
+        model = MoLMForCausalLM(MoLMConfig.from_dict({**BASE, **changes})).to(dtype)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
         return model.eval()

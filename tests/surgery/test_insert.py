@@ -11,6 +11,7 @@ import torch
 from moduleformer_ext import ops
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.surgery import (
+    KINDS,
     PENALTIES,
     ExpertUsage,
     PruningPlan,
@@ -44,7 +45,7 @@ def _mask_new_logits(model: MoLMForCausalLM) -> None:
 def test_masked_new_experts_leave_the_logits(make_model, tokens, gate_type, init, order):
     model = make_model(gate_type=gate_type, router_order=order)
     extended = insert_experts(model, attention=2, ffn=[1, 3], init=init)
-    assert extended.config.att_experts == (6, 6) and extended.config.mlp_experts == (6, 9)
+    assert [extended.config.num_experts(kind) for kind in KINDS] == [(6, 6), (6, 9)]
     assert not torch.equal(extended(tokens).logits, model(tokens).logits)
     _mask_new_logits(extended)
     torch.testing.assert_close(extended(tokens).logits, model(tokens).logits, rtol=0, atol=1e-12)

@@ -9,7 +9,7 @@ import torch
 
 from moduleformer_ext import ops
 from moduleformer_ext.models import MoLMForCausalLM
-from moduleformer_ext.surgery import PruningPlan, Site, compare, insert_experts, merge, prune, sites
+from moduleformer_ext.surgery import KINDS, PruningPlan, Site, compare, insert_experts, merge, prune, sites
 
 GATES = ["mlp", "linear", "gmm"]
 
@@ -72,8 +72,8 @@ def test_without_the_other_s_rows_it_is_the_single_extension(make_model, tokens,
 def test_every_expert_and_row_has_its_bits(make_model):
     base, one, two = _extensions(make_model)
     merged = merge(one, two)
-    assert merged.config.att_experts == (5, 7) and merged.config.mlp_experts == (8, 7)
-    assert (merged.config.n_new_att_experts, merged.config.n_new_mlp_experts) == ((1, 3), (3, 1))
+    assert [merged.config.num_experts(kind) for kind in KINDS] == [(5, 7), (8, 7)]
+    assert (merged.config.attention.num_new, merged.config.ffn.num_new) == ((1, 3), (3, 1))
     states = [model.state_dict() for model in (base, one, two, merged)]
     for site in sites(base.config):
         num_old = site.num_experts(base.config)

@@ -8,6 +8,7 @@ import torch
 
 from moduleformer_ext import ops, reference
 from moduleformer_ext.surgery import (
+    KINDS,
     ExpertUsage,
     PruningPlan,
     Site,
@@ -179,7 +180,7 @@ def test_kernels_take_other_numbers_of_experts_in_every_layer(make_model, tokens
     model = make_model(gate_type=gate_type)
     kept = {**_keep(model), Site("ffn", 0): (1, 2, 4), Site("attention", 1): (0, 3), Site("ffn", 1): (0, 1, 2, 5)}
     uneven = insert_experts(prune(model, PruningPlan(model.config, kept)), attention=[3, 0], ffn=[0, 5], init="copy")
-    assert (uneven.config.att_experts, uneven.config.mlp_experts) == ((7, 2), (3, 9))
+    assert [uneven.config.num_experts(kind) for kind in KINDS] == [(7, 2), (3, 9)]
 
     def run():
         uneven.zero_grad()

@@ -44,7 +44,7 @@ def test_usage_counts_equal_brute_force(model: MoLMForCausalLM) -> None:
     with torch.no_grad():
         output = model.eval()(torch.from_numpy(TOKENS[None, :-1].astype(np.int64)), output_routes=True)
     for layer, routes in enumerate(output.routes):
-        for kind, k in zip(KINDS, (model.config.k_att, model.config.k_mlp), strict=True):
+        for kind, k in zip(KINDS, (model.config.attention.k, model.config.ffn.k), strict=True):
             counts = usage.counts[kind][layer]
             chosen = getattr(routes, kind).expert_ids.flatten().tolist()
             assert counts.tolist() == [chosen.count(expert) for expert in range(len(counts))]

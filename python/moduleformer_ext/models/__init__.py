@@ -1,16 +1,21 @@
 """MoLM, the ModuleFormer language models."""
 
 from moduleformer_ext.models.cache import KVCache, StaticKVCache
-from moduleformer_ext.models.checkpoint import from_pretrained, save_pretrained
 from moduleformer_ext.models.config import MoLMConfig
-from moduleformer_ext.models.convert import from_reference, to_reference
+from moduleformer_ext.models.experts import ExpertsConfig
 from moduleformer_ext.models.generation import generate, generate_stream
 from moduleformer_ext.models.modeling import CausalLMOutput, MoLM, MoLMForCausalLM, MoLMOutput
 from moduleformer_ext.models.presets import PRESETS
 
+from_pretrained = MoLMForCausalLM.from_pretrained
+from_reference = MoLMForCausalLM.from_reference
+save_pretrained = MoLMForCausalLM.save_pretrained
+to_reference = MoLMForCausalLM.to_reference
+
 __all__ = [
     "PRESETS",
     "CausalLMOutput",
+    "ExpertsConfig",
     "KVCache",
     "MoLM",
     "MoLMConfig",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 import torch
@@ -17,9 +17,10 @@ from typing_extensions import TypedDict  # pydantic reads the typing module's fr
 
 from moduleformer_ext.files import load_tensors, parse_json, read_json, replacing, save_tensors, write_file
 from moduleformer_ext.models.config import MoLMConfig
-from moduleformer_ext.models.convert import from_reference, model_from_state
-from moduleformer_ext.models.modeling import MoLMForCausalLM
 from moduleformer_ext.models.state import canonical_state
+
+if TYPE_CHECKING:
+    from moduleformer_ext.models.modeling import MoLMForCausalLM
 
 FORMAT = "moduleformer_ext"
 CONFIG_FILE = "config.json"
@@ -75,39 +76,28 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return unshared
 
 
-def from_pretrained(
-    directory: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> MoLMForCausalLM:
-    """Read a directory that :func:`save_pretrained` wrote, or one of a published MoLM as it is downloaded.
+def read_pretrained(directory: str | Path) -> tuple[MoLMConfig, dict[str, Tensor]]:
+    """Configuration and weights of a directory that :func:`save_pretrained` wrote, or of a published MoLM's as it is
+    downloaded.
 
     Published ones hold a config.json and weights as .safetensors or .bin (read with ``weights_only=True``), in one
     file or in shards with an index.
 
-    Args:
-        dtype: convert the weights; by default they keep the type they are stored in.
-        device: where the weights go.
-
-    Returns:
-        The model, in evaluation mode.
-
     Raises:
         FileNotFoundError: a file is missing; the message says which.
-        ValueError: the weights do not fit the configuration or are of several types; the message lists the tensors.
+        ValueError: a file is damaged, or a field of the configuration wrong.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"from_pretrained: {directory} is not a directory")
-    own_config = _own_config(directory / WEIGHTS_FILE)
-    config = _read_json(directory / CONFIG_FILE) if own_config is None else own_config
+    own = _own_config(directory / WEIGHTS_FILE)
+    published = _read_json(directory / CONFIG_FILE) if own is None else {}
     state = read_weights(directory)
     try:
-        if own_config is None:
-            model = from_reference(config, state, copy=False, dtype=dtype)
-        else:
-            model = model_from_state(MoLMConfig.from_dict(config), state, copy=False, dtype=dtype)
+        config = MoLMConfig.from_reference(published) if own is None else MoLMConfig.from_dict(own)
     except ValueError as error:
         raise ValueError(f"from_pretrained: '{directory}': {error}") from error
-    return model.to(device)
+    return config, state
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

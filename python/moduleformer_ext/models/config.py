@@ -8,41 +8,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moduleformer_ext.nn.experts import GATED_ACTIVATIONS
-
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-} | {name: name for name in sorted(GATED_ACTIVATIONS)}
-"""Names that a configuration may use for an activation -> the name in :mod:`moduleformer_ext.ops`."""
+from moduleformer_ext.models.activations import ACTIVATIONS
+from moduleformer_ext.models.experts import PER_LAYER, PUBLISHED_NAMES, ExpertsConfig, flatten, split
+from moduleformer_ext.models.presets import PRESETS
+from moduleformer_ext.models.reference import fields_from_reference, fields_to_reference
 
 GATE_TYPES = ("mlp", "linear", "gmm")
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
+_ATTENTION, _FFN = ExpertsConfig(hidden=512), ExpertsConfig(hidden=2048)
 AUX_LOSS_TYPES = ("mi", "switch", "concentration", "none")
-
-_PER_LAYER_FIELDS = (
-    "n_att_experts",
-    "n_mlp_experts",
-    "att_normaliser_rows",
-    "mlp_normaliser_rows",
-    "n_new_att_experts",
-    "n_new_mlp_experts",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoLMConfig:
     """A ModuleFormer language model. Fields and defaults are those of the published configurations.
 
+    Files and options have the fields of ``attention`` and ``ffn`` under their published names, and so do
+    :meth:`preset`, :meth:`replace`, :meth:`to_dict` and :meth:`from_dict`: ``n_mlp_experts`` is ``ffn.num_experts``.
+
     Example:
-        >>> config = MoLMConfig.preset("molm-4b-k2", block_size=1024)
-        >>> config.n_embd, config.n_layer, config.k_att
-        (1024, 24, 2)
+        >>> config = MoLMConfig.preset("molm-4b-k2", block_size=1024, n_mlp_experts=64)
+        >>> config.n_embd, config.n_layer, config.attention.k, config.ffn.num_experts
+        (1024, 24, 2, 64)
 
     Raises:
         ValueError: a field is out of range or contradicts another; the message names it.
@@ -54,18 +41,10 @@ class MoLMConfig:
     n_layer: int = 24
     n_head: int = 8
     """Heads of keys and values, and of each routed query."""
-    att_hidden: int = 512
-    """Width of all heads together. With ``n_head == 1`` and ``att_hidden == n_embd`` keys and values are the tokens."""
-    ffd_hidden: int = 2048
-    """Width of one feed-forward expert."""
-    n_att_experts: int | tuple[int, ...] = 32
-    """Attention experts, the same in every layer or one number per layer."""
-    k_att: int = 2
-    """Attention experts per token."""
-    n_mlp_experts: int | tuple[int, ...] = 32
-    """Feed-forward experts, the same in every layer or one number per layer."""
-    k_mlp: int = 2
-    """Feed-forward experts per token."""
+    attention: ExpertsConfig = _ATTENTION
+    """Query and output experts. With ``n_head == 1`` and ``hidden == n_embd`` keys and values are the tokens."""
+    ffn: ExpertsConfig = _FFN
+    """Feed-forward experts."""
     activation_function: str = "gelu_new"
 
     gate_type: str = "mlp"
@@ -79,17 +58,6 @@ class MoLMConfig:
     aux_loss_type: str = "mi"
     """``"mi"`` (mutual information), ``"concentration"``, ``"switch"`` (with z-loss) or ``"none"``."""
     aux_loss_weight: float = 0.0
-
-    att_normaliser_rows: int | tuple[int, ...] = 0
-    """Router rows of pruned attention experts that stay in the softmax without being selectable, per layer."""
-    mlp_normaliser_rows: int | tuple[int, ...] = 0
-    n_new_att_experts: int | tuple[int, ...] = 0
-    """How many of a layer's attention experts, its last ones, are new: those that train while the others are frozen."""
-    n_new_mlp_experts: int | tuple[int, ...] = 0
-    att_expert_places: tuple[tuple[int, ...], ...] | None = None
-    """Per layer, where the attention expert that was made as number 0, 1, 2, … is now; -1 if it was pruned. None:
-    all experts are where they were made."""
-    mlp_expert_places: tuple[tuple[int, ...], ...] | None = None
 
     block_size: int = 512
     """New tokens per training segment."""
@@ -111,43 +79,32 @@ class MoLMConfig:
     """Ends a sequence; several where each of them does."""
 
     def __post_init__(self) -> None:
-        for name in _PER_LAYER_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, Sequence):
-                object.__setattr__(self, name, tuple(value))
-                if len(value) != self.n_layer:
-                    self._reject(name, f"one number or one per layer ({self.n_layer})", value)
         self._check_numbers()
         self._check_names()
-        self._check_experts()
-        if self.att_hidden % self.n_head:
-            self._reject("att_hidden", f"a multiple of n_head ({self.n_head})", self.att_hidden)
-        for k_name, experts_name in (("k_att", "n_att_experts"), ("k_mlp", "n_mlp_experts")):
-            k, fewest = getattr(self, k_name), min(self.per_layer(experts_name))
-            if k > fewest:
-                self._reject(k_name, f"at most {experts_name} ({fewest})", k)
-        if not 0 <= self.sample_topk <= min(self.k_att, self.k_mlp):
-            self._reject("sample_topk", f"in [0, {min(self.k_att, self.k_mlp)}] (k_att and k_mlp)", self.sample_topk)
+        for kind in PUBLISHED_NAMES:
+            self._check_experts(kind)
+        if self.attention.hidden % self.n_head:
+            self._reject("att_hidden", f"a multiple of n_head ({self.n_head})", self.attention.hidden)
+        fewest = min(self.attention.k, self.ffn.k)
+        if not 0 <= self.sample_topk <= fewest:
+            self._reject("sample_topk", f"in [0, {fewest}] (k_att and k_mlp)", self.sample_topk)
 
     def _reject(self, name: str, expected: str, value: object) -> None:
         raise ValueError(f"MoLMConfig: {name} must be {expected}, got {value!r}")
 
-    def per_layer(self, name: str) -> tuple[int, ...]:
-        """A field that is one number or one per layer, as one per layer."""
-        value = getattr(self, name)
-        return value if isinstance(value, tuple) else (value,) * self.n_layer
+    @property
+    def identity_kv(self) -> bool:
+        """Whether keys and values are the tokens themselves."""
+        return self.n_head == 1 and self.attention.hidden == self.n_embd
+
+    def num_experts(self, kind: str) -> tuple[int, ...]:
+        """The experts of each layer; ``kind`` is ``"attention"`` or ``"ffn"``."""
+        return tuple(getattr(self, kind).in_layer("num_experts", layer) for layer in range(self.n_layer))
 
     def _check_numbers(self) -> None:
-        sizes = ("vocab_size", "n_embd", "n_layer", "n_head", "att_hidden", "ffd_hidden", "k_att", "k_mlp")
-        for name in (*sizes, "gating_size", "block_size"):
+        for name in ("vocab_size", "n_embd", "n_layer", "n_head", "gating_size", "block_size"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 self._reject(name, "a positive integer", getattr(self, name))
-        for name in ("n_att_experts", "n_mlp_experts"):
-            if not all(_is_int(n) and n >= 1 for n in self.per_layer(name)):
-                self._reject(name, "positive integers", getattr(self, name))
-        for name in _PER_LAYER_FIELDS[2:]:
-            if not all(_is_int(n) and n >= 0 for n in self.per_layer(name)):
-                self._reject(name, "non-negative integers", getattr(self, name))
         for name in ("sample_topk", "history_length"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
                 self._reject(name, "a non-negative integer", getattr(self, name))
@@ -171,28 +128,38 @@ class MoLMConfig:
             if value is not None and not all(_is_int(token) for token in (value if several else (value,))):
                 self._reject(name, "None or an integer" + " or several" * (name == "eos_token_id"), value)
 
-    def _check_experts(self) -> None:
-        for kind in ("att", "mlp"):
-            experts = self.per_layer(f"n_{kind}_experts")
-            if any(new > n for new, n in zip(self.per_layer(f"n_new_{kind}_experts"), experts, strict=True)):
-                self._reject(
-                    f"n_new_{kind}_experts", f"at most n_{kind}_experts", getattr(self, f"n_new_{kind}_experts")
-                )
-            if self.router_order != "softmax_topk" and any(self.per_layer(f"{kind}_normaliser_rows")):
-                name = f"{kind}_normaliser_rows"
-                self._reject(name, f"0 with router_order {self.router_order!r}", getattr(self, name))
-            self._check_places(f"{kind}_expert_places", experts)
+    def _check_experts(self, kind: str) -> None:
+        experts: ExpertsConfig = getattr(self, kind)
+        names = PUBLISHED_NAMES[kind]
 
-    def _check_places(self, name: str, experts: Sequence[int]) -> None:
-        places = getattr(self, name)
-        if places is None:
-            return
-        object.__setattr__(self, name, tuple(tuple(layer) for layer in places))
-        if len(places) != self.n_layer:
-            self._reject(name, f"None or one list per layer ({self.n_layer})", places)
-        for layer, n in zip(places, experts, strict=True):
-            if sorted(place for place in layer if place != -1) != list(range(n)):
-                self._reject(name, f"-1 or each of 0 to {n - 1} once", layer)
+        def reject(name: str, expected: str, value: object = None) -> None:
+            self._reject(names[name], expected, getattr(experts, name) if value is None else value)
+
+        for name in ("hidden", "k"):
+            if not _is_int(getattr(experts, name)) or getattr(experts, name) < 1:
+                reject(name, "a positive integer")
+        for name in PER_LAYER:
+            value = getattr(experts, name)
+            if isinstance(value, tuple) and len(value) != self.n_layer:
+                reject(name, f"one number or one per layer ({self.n_layer})")
+            least, expected = (1, "positive") if name == "num_experts" else (0, "non-negative")
+            if not all(_is_int(n) and n >= least for n in (value if isinstance(value, tuple) else (value,))):
+                reject(name, f"{expected} integers")
+        numbers = self.num_experts(kind)
+        if experts.k > min(numbers):
+            reject("k", f"at most {names['num_experts']} ({min(numbers)})")
+        if any(experts.in_layer("num_new", layer) > n for layer, n in enumerate(numbers)):
+            reject("num_new", f"at most {names['num_experts']}")
+        has_rows = any(experts.in_layer("normaliser_rows", layer) for layer in range(self.n_layer))
+        if has_rows and self.router_order != "softmax_topk":
+            reject("normaliser_rows", f"0 with router_order {self.router_order!r}")
+        if experts.places is not None:
+            layers = experts.places if isinstance(experts.places, tuple) else ()
+            if len(layers) != self.n_layer or not all(isinstance(places, tuple) for places in layers):
+                reject("places", f"None or one list per layer ({self.n_layer})")
+            for places, n in zip(layers, numbers, strict=True):
+                if not all(map(_is_int, places)) or sorted(p for p in places if p != -1) != list(range(n)):
+                    reject("places", f"-1 or each of 0 to {n - 1} once", places)
 
     def _check_names(self) -> None:
         for name, known in (
@@ -204,56 +171,47 @@ class MoLMConfig:
             if getattr(self, name) not in known:
                 self._reject(name, f"one of {', '.join(known)}", getattr(self, name))
 
-    @property
-    def att_experts(self) -> tuple[int, ...]:
-        """Attention experts of each layer."""
-        return self.per_layer("n_att_experts")
-
-    @property
-    def mlp_experts(self) -> tuple[int, ...]:
-        """Feed-forward experts of each layer."""
-        return self.per_layer("n_mlp_experts")
-
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MoLMConfig:
         """A named configuration, with some fields changed. ``PRESETS`` has the names."""
-        from moduleformer_ext.models.presets import PRESETS
-
         if name not in PRESETS:
             raise ValueError(f"MoLMConfig: preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], **changes})
 
     def replace(self, **changes: Any) -> MoLMConfig:
         """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        of_experts, others = split(changes)
+        for kind, fields in of_experts.items():
+            if fields:
+                others[kind] = dataclasses.replace(others.get(kind, getattr(self, kind)), **fields)
+        return dataclasses.replace(self, **others)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
-        fields = dataclasses.asdict(self)
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            fields |= flatten(field.name, value) if field.name in PUBLISHED_NAMES else {field.name: value}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> MoLMConfig:
         """The inverse of :meth:`to_dict`; absent fields take their defaults, unknown ones are an error."""
-        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
+        default = cls()
+        if unknown := sorted(fields.keys() - default.to_dict().keys()):
             raise ValueError(f"MoLMConfig: unknown fields {', '.join(unknown)}")
-        return cls(**fields)
+        return default.replace(**fields)
 
     @classmethod
     def from_reference(cls, fields: Mapping[str, Any]) -> MoLMConfig:
-        """Read the configuration of a published MoLM; see
-        :func:`moduleformer_ext.models.convert.config_from_reference`.
+        """Read the config.json of a published MoLM; see
+        :func:`moduleformer_ext.models.reference.fields_from_reference`.
         """
-        from moduleformer_ext.models.convert import config_from_reference
-
-        return config_from_reference(fields)
+        return cls.from_dict(fields_from_reference(fields))
 
     def to_reference(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_reference`; see :func:`moduleformer_ext.models.convert.config_to_reference`."""
-        from moduleformer_ext.models.convert import config_to_reference
-
-        return config_to_reference(self)
+        """The inverse of :meth:`from_reference`; see :func:`moduleformer_ext.models.reference.fields_to_reference`."""
+        return fields_to_reference(self)
 
 
 def _is_number(value: object) -> bool:

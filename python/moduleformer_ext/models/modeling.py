@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moduleformer_ext import ops
+from moduleformer_ext.models import checkpoint as files
 from moduleformer_ext.models import generation
+from moduleformer_ext.models.activations import ACTIVATIONS
 from moduleformer_ext.models.cache import KVCache, Pair, StaticKVCache
-from moduleformer_ext.models.config import ACTIVATIONS, MoLMConfig
+from moduleformer_ext.models.config import MoLMConfig
+from moduleformer_ext.models.experts import ExpertsConfig
+from moduleformer_ext.models.state import HEADS, canonical_state, model_from_state
 from moduleformer_ext.nn import (
     Block,
     BlockRoutes,
@@ -151,12 +155,13 @@ class MoLM(nn.Module):
 
     @classmethod
     def from_reference(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MoLM:
-        """Published weights without their head; see
-        :func:`moduleformer_ext.models.convert.backbone_from_reference`.
-        """
-        from moduleformer_ext.models.convert import backbone_from_reference
+        """The model below the head of a published checkpoint, which may be a classifier's (``score.weight``).
 
-        return backbone_from_reference(config, state_dict)
+        Arguments, result and errors are those of :meth:`MoLMForCausalLM.from_reference`; the head stays in
+        ``state_dict``.
+        """
+        state = {name.removeprefix("transformer."): t for name, t in state_dict.items() if name not in HEADS}
+        return model_from_state(cls, MoLMConfig.from_reference(config).replace(tie_word_embeddings=False), state)
 
     def _remember(
         self, past: KVCache | StaticKVCache | None, presents: list[LayerCache | StaticLayerCache]
@@ -172,7 +177,7 @@ class MoLM(nn.Module):
         if past is None:
             return None
         if not isinstance(past, (KVCache, StaticKVCache)):
-            identity_kv = self.config.att_hidden == self.config.n_embd and self.config.n_head == 1
+            identity_kv = self.config.identity_kv
             past = KVCache.from_pairs(past, n_head=self.config.n_head, identity_kv=identity_kv)
         if len(past) != len(self.h):
             raise ValueError(f"MoLM: past_key_values must have {len(self.h)} layers, got {len(past)}")
@@ -316,59 +321,99 @@ class MoLMForCausalLM(nn.Module):
         self.transformer.activation_checkpointing = enabled
 
     @classmethod
-    def from_reference(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MoLMForCausalLM:
-        """A model with published weights; see :func:`moduleformer_ext.models.convert.from_reference`."""
-        from moduleformer_ext.models.convert import from_reference
+    def from_state(
+        cls,
+        config: MoLMConfig,
+        state_dict: Mapping[str, Tensor],
+        *,
+        copy: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> MoLMForCausalLM:
+        """The model of ``config`` with exactly these weights, in evaluation mode; see
+        :func:`moduleformer_ext.models.state.model_from_state` for arguments and errors.
+        """
+        if "score.weight" in state_dict and "lm_head.weight" not in state_dict:
+            raise ValueError(
+                "from_reference: state_dict must hold a language model, got a sequence classifier's (score.weight and "
+                "no lm_head.weight); MoLM.from_reference reads the model below that head, a Linear without bias on "
+                "last_hidden_state"
+            )
+        model = model_from_state(cls, config, state_dict, copy=copy, dtype=dtype)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.transformer.wte.weight
+        return model
 
-        return from_reference(config, state_dict)
+    @classmethod
+    def from_reference(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MoLMForCausalLM:
+        """A model with published weights, from the fields of a config.json and all tensors; as :meth:`from_state`."""
+        return cls.from_state(MoLMConfig.from_reference(config), state_dict)
 
     def to_reference(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(config, state dict) as published; see :func:`moduleformer_ext.models.convert.to_reference`."""
-        from moduleformer_ext.models.convert import to_reference
+        """(config, state dict) as published.
 
-        return to_reference(self)
+        The tensors are the model's own, detached; see :func:`moduleformer_ext.models.state.canonical_state`.
+        """
+        state = canonical_state(self)
+        if self.config.tie_word_embeddings:
+            state["lm_head.weight"] = state["transformer.wte.weight"]
+        return self.config.to_reference(), state
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config and weights; see :func:`moduleformer_ext.models.checkpoint.save_pretrained`."""
-        from moduleformer_ext.models.checkpoint import save_pretrained
-
-        save_pretrained(self, directory)
+        files.save_pretrained(self, directory)
 
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> MoLMForCausalLM:
-        """Read config and weights; see :func:`moduleformer_ext.models.checkpoint.from_pretrained`."""
-        from moduleformer_ext.models.checkpoint import from_pretrained
+        """Read a directory that :meth:`save_pretrained` wrote, or one of a published MoLM as it is downloaded; see
+        :func:`moduleformer_ext.models.checkpoint.read_pretrained`.
 
-        return from_pretrained(directory, dtype=dtype, device=device)
+        Args:
+            dtype: convert the weights; by default they keep the type they are stored in.
+            device: where the weights go.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: a file is missing; the message says which.
+            ValueError: the weights do not fit the configuration or are of several types; the message lists the
+                tensors.
+        """
+        config, state = files.read_pretrained(directory)
+        try:
+            model = cls.from_state(config, state, copy=False, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(f"from_pretrained: '{directory}': {error}") from error
+        return model.to(device)
 
 
 def _make_block(config: MoLMConfig, layer: int) -> Block:
-    def router(num_experts: int, k: int, num_normaliser_rows: int) -> Router:
+    def router(experts: ExpertsConfig) -> Router:
         return make_router(
             cast(GateType, config.gate_type),
             config.n_embd,
-            num_experts,
-            k,
+            experts.in_layer("num_experts", layer),
+            experts.k,
             gating_size=config.gating_size,
             dropout=config.moe_pdrop,
             order=cast(RouterOrder, config.router_order),
             sample_topk=config.sample_topk,
-            num_normaliser_rows=num_normaliser_rows,
+            num_normaliser_rows=experts.in_layer("normaliser_rows", layer),
         )
 
     attention = MixtureOfAttention(
         config.n_embd,
-        config.att_hidden,
+        config.attention.hidden,
         config.n_head,
-        router(config.att_experts[layer], config.k_att, config.per_layer("att_normaliser_rows")[layer]),
+        router(config.attention),
         stick_epsilon=config.stick_epsilon,
     )
     ffn = MixtureOfFFN(
         config.n_embd,
-        config.ffd_hidden,
-        router(config.mlp_experts[layer], config.k_mlp, config.per_layer("mlp_normaliser_rows")[layer]),
+        config.ffn.hidden,
+        router(config.ffn),
         activation=ACTIVATIONS[config.activation_function],
     )
     return Block(

@@ -1,15 +1,28 @@
-"""A model's weights as files have them, whatever it is wrapped in while it lives."""
+"""A model's weights as files have them, whatever it is wrapped in while it lives; and back into a model."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from moduleformer_ext.models.modeling import MoLMForCausalLM
+from moduleformer_ext.models.config import MoLMConfig
 
+if TYPE_CHECKING:
+    from moduleformer_ext.models.modeling import MoLM, MoLMForCausalLM
+
+Model = TypeVar("Model", "MoLM", "MoLMForCausalLM")
+
+HEADS = ("lm_head.weight", "score.weight")
+"""Of a language model, and of a classifier of sequences."""
+
+_TIED = ("transformer.wte.weight", "lm_head.weight")
+_LAYER = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
+_DROPPED_BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and checkpoint wrappers put into names."""
 
@@ -27,7 +40,7 @@ def canonical_state(model: MoLMForCausalLM) -> dict[str, Tensor]:
         gather = getattr(tensor.detach(), "full_tensor", None)  # of a DTensor, whose import takes long
         state[_published(name)] = tensor.detach() if gather is None else gather()
     with torch.device("meta"):
-        expected = MoLMForCausalLM(model.config).state_dict()
+        expected = type(model)(model.config).state_dict()
     check_fit(expected, state)
     if model.config.tie_word_embeddings:
         head, embedding = state.pop("lm_head.weight"), state["transformer.wte.weight"]
@@ -37,6 +50,45 @@ def canonical_state(model: MoLMForCausalLM) -> dict[str, Tensor]:
                 "tie_word_embeddings, got another"
             )
     return state
+
+
+def model_from_state(
+    kind: type[Model],
+    config: MoLMConfig,
+    state_dict: Mapping[str, Tensor],
+    *,
+    copy: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """A model of ``config`` with exactly these weights, in evaluation mode.
+
+    Args:
+        kind: the class of the model.
+        state_dict: all its tensors under their published names. Buffers of old checkpoints are skipped, and of tied
+            embeddings one tensor is enough.
+        copy: with False the model uses these very tensors.
+        dtype: convert the weights; by default they keep the type they are stored in.
+
+    Raises:
+        ValueError: names are missing or unknown, or shapes do not match the configuration, or types differ; all
+            tensors are listed.
+    """
+    state = {name: tensor for name, tensor in state_dict.items() if not _DROPPED_BUFFERS.fullmatch(name)}
+    if config.tie_word_embeddings:
+        for name, other in (_TIED, _TIED[::-1]):
+            if name in state:
+                state.setdefault(other, state[name])
+    _check_layers(config, state)
+    with torch.device("meta"):
+        model = kind(config)
+    check_fit(model.state_dict(), state)
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    _check_types(state)
+    if copy:
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -58,6 +110,29 @@ def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> No
     found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError("the weights do not fit the configuration; tensors " + "; ".join(found))
+
+
+def _check_layers(config: MoLMConfig, state: Mapping[str, Tensor]) -> None:
+    """A wrong number of layers is found before they are built, which would take minutes for a million."""
+    layers = {match[1] for name in state if (match := _LAYER.match(name))}
+    if config.n_layer > len(layers):
+        raise ValueError(
+            f"the weights do not fit the configuration; n_layer must be {len(layers)}, the number of layers with "
+            f"tensors, got {config.n_layer}"
+        )
+
+
+def _check_types(state: Mapping[str, Tensor]) -> None:
+    """Routers compute in their own precision; all else meets in the residual stream and must be of one type."""
+    names: dict[torch.dtype, list[str]] = {}
+    for name, tensor in state.items():
+        if ".gate." not in name:
+            names.setdefault(tensor.dtype, []).append(name)
+    if len(names) > 1:
+        found = "; ".join(f"{dtype}: {', '.join(of_type)}" for dtype, of_type in names.items())
+        raise ValueError(
+            f"the weights must be of one type outside of the routers (convert with dtype=...), got {found}"
+        )
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:

@@ -8,14 +8,13 @@ from typing import cast
 
 from torch import nn
 
-from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models import ExpertsConfig, MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.nn import ExpertLinear, Router
 from moduleformer_ext.nn.experts import GATED_ACTIVATIONS
 
 ATTENTION, FFN = KINDS = ("attention", "ffn")
 """The two kinds of experts: query and output projections of attention, and feed-forward experts."""
 
-_CONFIG_NAMES = {ATTENTION: "att", FFN: "mlp"}
 _MODULES = {ATTENTION: "attn.q_proj", FFN: "mlpf"}
 _ROWS = {"linear": "w_gate.0.weight", "mlp": "w_gate.3.weight", "gmm": "expert_centroids"}
 
@@ -49,25 +48,29 @@ class Site:
         """Name of the rows [U, row_size] of pruned experts that stay in the softmax."""
         return f"{self.prefix}.gate.normaliser_rows"
 
+    def experts(self, config: MoLMConfig) -> ExpertsConfig:
+        """Their description, of all layers."""
+        return getattr(config, self.kind)
+
     def num_experts(self, config: MoLMConfig) -> int:
         """E."""
-        return config.per_layer(expert_field(self.kind))[self.layer]
+        return self.experts(config).in_layer("num_experts", self.layer)
 
     def num_normaliser_rows(self, config: MoLMConfig) -> int:
         """U."""
-        return config.per_layer(normaliser_field(self.kind))[self.layer]
+        return self.experts(config).in_layer("normaliser_rows", self.layer)
 
     def num_new(self, config: MoLMConfig) -> int:
         """How many of the experts, the last ones, are new."""
-        return config.per_layer(new_field(self.kind))[self.layer]
+        return self.experts(config).in_layer("num_new", self.layer)
 
     def k(self, config: MoLMConfig) -> int:
         """Experts per token."""
-        return config.k_att if self.kind == ATTENTION else config.k_mlp
+        return self.experts(config).k
 
     def places(self, config: MoLMConfig) -> tuple[int, ...]:
         """Where the expert with identity 0, 1, 2, … is; -1 if it was pruned."""
-        places = config.att_expert_places if self.kind == ATTENTION else config.mlp_expert_places
+        places = self.experts(config).places
         return tuple(range(self.num_experts(config))) if places is None else places[self.layer]
 
     def identities(self, config: MoLMConfig) -> list[int]:
@@ -91,26 +94,6 @@ def sites(config: MoLMConfig) -> Iterator[Site]:
     return (Site(kind, layer) for layer in range(config.n_layer) for kind in KINDS)
 
 
-def expert_field(kind: str) -> str:
-    """Field of the configuration with the number of experts per layer."""
-    return f"n_{_CONFIG_NAMES[kind]}_experts"
-
-
-def new_field(kind: str) -> str:
-    """Field with the number of new experts per layer."""
-    return f"n_new_{_CONFIG_NAMES[kind]}_experts"
-
-
-def normaliser_field(kind: str) -> str:
-    """Field with the number of unselectable router rows per layer."""
-    return f"{_CONFIG_NAMES[kind]}_normaliser_rows"
-
-
-def places_field(kind: str) -> str:
-    """Field with the table from identities to places."""
-    return f"{_CONFIG_NAMES[kind]}_expert_places"
-
-
 def row_size(config: MoLMConfig) -> int:
     """Width of a router's row."""
     return config.n_embd if config.gate_type == "linear" else config.gating_size
@@ -118,10 +101,8 @@ def row_size(config: MoLMConfig) -> int:
 
 def expert_size(config: MoLMConfig, kind: str) -> int:
     """Parameters of one expert, its router row not counted."""
-    if kind == ATTENTION:
-        return 2 * config.n_embd * config.att_hidden
-    matrices = 3 if config.activation_function in GATED_ACTIVATIONS else 2
-    return matrices * config.n_embd * config.ffd_hidden
+    gated = kind == FFN and config.activation_function in GATED_ACTIVATIONS
+    return (3 if gated else 2) * config.n_embd * getattr(config, kind).hidden
 
 
 def count_parameters(config: MoLMConfig) -> int:
@@ -129,8 +110,7 @@ def count_parameters(config: MoLMConfig) -> int:
     d, v = config.n_embd, config.vocab_size
     total = v * d * (1 if config.tie_word_embeddings else 2) + 2 * d
     norms = 4 * d
-    identity_kv = config.att_hidden == d and config.n_head == 1
-    keys_values = 0 if identity_kv else 2 * (d + 1) * config.att_hidden
+    keys_values = 0 if config.identity_kv else 2 * (d + 1) * config.attention.hidden
     gate = {"linear": 0, "mlp": (d + 1) * config.gating_size, "gmm": d * config.gating_size + 1}[config.gate_type]
     total += config.n_layer * (norms + keys_values + 2 * gate)
     for site in sites(config):

@@ -99,9 +99,10 @@ def check_same_shape(op: str, first: MoLMConfig, second: MoLMConfig, *, more: Se
     """Raise a ValueError that names the fields, of those of the shape and `more`, in which two models cannot be of one
     family.
     """
-    different = [name for name in (*_SHAPE_FIELDS, *more) if getattr(first, name) != getattr(second, name)]
+    one, other = first.to_dict(), second.to_dict()
+    different = [name for name in (*_SHAPE_FIELDS, *more) if one[name] != other[name]]
     if different:
-        values = ", ".join(f"{name} {getattr(first, name)!r} and {getattr(second, name)!r}" for name in different)
+        values = ", ".join(f"{name} {one[name]!r} and {other[name]!r}" for name in different)
         raise ValueError(f"{op}: models must agree but for their experts, got {values}")
 
 

@@ -10,6 +10,7 @@ experts train alone, and :func:`moduleformer_ext.surgery.routing_penalty` keeps 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor
 
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
-from moduleformer_ext.models.convert import model_from_state
 from moduleformer_ext.models.state import canonical_state
-from moduleformer_ext.surgery.anatomy import ATTENTION, FFN, KINDS, Site, expert_field, new_field, places_field, sites
+from moduleformer_ext.surgery.anatomy import ATTENTION, FFN, KINDS, Site, sites
 from moduleformer_ext.surgery.prune import per_layer
 from moduleformer_ext.surgery.usage import ExpertUsage
 
@@ -78,7 +78,7 @@ def insert_experts(
                 new = [_drawn(config, name, state[name], num_new, generator) for name in names]
             for name, tensor in zip(names, new, strict=True):
                 state[name] = torch.cat([state[name], tensor])
-    return model_from_state(_extended(config, numbers), state)
+    return MoLMForCausalLM.from_state(_extended(config, numbers), state)
 
 
 def _numbers(config: MoLMConfig, name: str, value: NumNew) -> tuple[int, ...]:
@@ -96,10 +96,13 @@ def _extended(config: MoLMConfig, numbers: dict[str, tuple[int, ...]]) -> MoLMCo
         layers = [Site(kind, layer) for layer in range(config.n_layer)]
         before = [site.num_experts(config) for site in layers]
         after = [n + new for n, new in zip(before, numbers[kind], strict=True)]
-        changes[expert_field(kind)] = per_layer(after)
-        changes[new_field(kind)] = per_layer(numbers[kind])
-        changes[places_field(kind)] = tuple(
-            (*site.places(config), *range(n, end)) for site, n, end in zip(layers, before, after, strict=True)
+        changes[kind] = dataclasses.replace(
+            getattr(config, kind),
+            num_experts=per_layer(after),
+            num_new=per_layer(numbers[kind]),
+            places=tuple(
+                (*site.places(config), *range(n, end)) for site, n, end in zip(layers, before, after, strict=True)
+            ),
         )
     return config.replace(**changes)
 

@@ -11,15 +11,15 @@ with A' and A'' the rows that the models added: nothing is averaged, and everyth
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
-from moduleformer_ext.models.convert import model_from_state
 from moduleformer_ext.models.state import canonical_state
-from moduleformer_ext.surgery.anatomy import KINDS, Site, expert_field, new_field, places_field, sites
+from moduleformer_ext.surgery.anatomy import KINDS, Site, sites
 from moduleformer_ext.surgery.compare import check_same_shape
 from moduleformer_ext.surgery.prune import per_layer
 
@@ -61,7 +61,7 @@ def merge(first: MoLMForCausalLM, second: MoLMForCausalLM) -> MoLMForCausalLM:
         for name in (*site.matrices, site.rows(configs[0])):
             sources = [own[name] for own in states]
             state[name] = torch.stack([sources[expert.model][expert.place] for expert in experts])
-    return model_from_state(_merged_config(configs[0], origins), state)
+    return MoLMForCausalLM.from_state(_merged_config(configs[0], origins), state)
 
 
 def _check_shared_parameters(config: MoLMConfig, states: tuple[State, State]) -> None:
@@ -112,9 +112,12 @@ def _merged_config(config: MoLMConfig, origins: dict[Site, list[_Origin]]) -> Mo
     changes: dict[str, Any] = {}
     for kind in KINDS:
         layers = [origins[Site(kind, layer)] for layer in range(config.n_layer)]
-        changes[expert_field(kind)] = per_layer([len(experts) for experts in layers])
-        changes[new_field(kind)] = per_layer([sum(expert.is_new for expert in experts) for experts in layers])
-        changes[places_field(kind)] = tuple(map(_places, layers))
+        changes[kind] = dataclasses.replace(
+            getattr(config, kind),
+            num_experts=per_layer([len(experts) for experts in layers]),
+            num_new=per_layer([sum(expert.is_new for expert in experts) for experts in layers]),
+            places=tuple(map(_places, layers)),
+        )
     return config.replace(**changes)
 
 

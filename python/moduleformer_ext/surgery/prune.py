@@ -12,6 +12,7 @@ they cost a router row each but can no longer be chosen.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +20,12 @@ from typing import Any
 import torch
 
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
-from moduleformer_ext.models.convert import model_from_state
 from moduleformer_ext.models.state import canonical_state
 from moduleformer_ext.surgery.anatomy import (
     KINDS,
     Site,
     count_parameters,
-    expert_field,
     expert_size,
-    new_field,
-    normaliser_field,
-    places_field,
     row_size,
     sites,
 )
@@ -83,16 +79,19 @@ class PruningPlan:
         for kind in KINDS:
             layers = [Site(kind, layer) for layer in range(config.n_layer)]
             first_new = [site.num_experts(config) - site.num_new(config) for site in layers]
-            changes |= {
-                expert_field(kind): per_layer([len(self.kept[site]) for site in layers]),
-                new_field(kind): per_layer(
+            rows = [
+                site.num_normaliser_rows(config) + (len(self.dropped(site)) if self.keep_normaliser else 0)
+                for site in layers
+            ]
+            changes[kind] = dataclasses.replace(
+                getattr(config, kind),
+                num_experts=per_layer([len(self.kept[site]) for site in layers]),
+                num_new=per_layer(
                     [sum(p >= first for p in self.kept[site]) for site, first in zip(layers, first_new, strict=True)]
                 ),
-                places_field(kind): tuple(self._places(site) for site in layers),
-            }
-            if self.keep_normaliser:
-                rows = [site.num_normaliser_rows(config) + len(self.dropped(site)) for site in layers]
-                changes[normaliser_field(kind)] = per_layer(rows)
+                normaliser_rows=per_layer(rows),
+                places=tuple(self._places(site) for site in layers),
+            )
         return config.replace(**changes)
 
     def _places(self, site: Site) -> tuple[int, ...]:
@@ -214,4 +213,4 @@ def prune(model: MoLMForCausalLM, plan: PruningPlan) -> MoLMForCausalLM:
             state[site.normaliser_rows] = pruned_rows if earlier is None else torch.cat([earlier, pruned_rows])
         for name in (*site.matrices, rows):
             state[name] = state[name][kept.to(state[name].device)]
-    return model_from_state(plan.pruned_config, state)
+    return MoLMForCausalLM.from_state(plan.pruned_config, state)
