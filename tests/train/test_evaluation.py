@@ -76,3 +76,11 @@ def test_a_loss_that_is_no_number_is_an_error(model: MoLMForCausalLM, monkeypatc
 def test_sizes_below_one_are_errors(model: MoLMForCausalLM, name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"evaluate: {name} must be at least 1, got {value}"):
         evaluate(model, {"d": TokenStream(TOKENS, 300, 1)}, **{name: value})
+
+
+def test_every_module_gets_its_own_mode_back(model: MoLMForCausalLM) -> None:
+    model.train().transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    evaluate(model, {"d": TokenStream(TOKENS, 300, 1)}, batch_size=1, segment_length=9)
+    assert [module.training for module in model.modules()] == before
+    model.eval()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from moduleformer_ext.data import TokenStream
 from moduleformer_ext.data.stream import TokenArray
 from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.nn import EvaluationMode
 from moduleformer_ext.surgery import ExpertUsage
 from moduleformer_ext.train.precision import autocast
 
@@ -65,10 +66,8 @@ def evaluate(
         if value < 1:
             raise ValueError(f"evaluate: {name} must be at least 1, got {value}")
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     scores = {}
-    try:
+    with EvaluationMode(model):
         for domain, stream in streams.items():
             scores[domain] = score = Score(num_tokens=stream.num_scored, num_bytes=stream.num_bytes)
             with torch.no_grad(), autocast(device, dtype):
@@ -76,8 +75,6 @@ def evaluate(
                     _score_lanes(model, lanes.to(device), segment_length, score)
             if math.isnan(score.bits):
                 raise FloatingPointError(f"evaluate: the loss on domain '{domain}' must be a number, got nan")
-    finally:
-        model.train(training)
     return scores
 
 
@@ -101,7 +98,7 @@ def _score_lanes(model: MoLMForCausalLM, lanes: Tensor, segment_length: int, sco
     for start in range(0, lanes.shape[1] - 1, segment_length):
         block = lanes[:, start : start + segment_length + 1]
         inputs, targets = block[:, :-1], block[:, 1:]
-        output = model(inputs, past_key_values=history, use_cache=True, output_routes=True)
+        output = model(inputs, past_key_values=history, use_cache=True, output_aux_loss=False, output_routes=True)
         history = output.past_key_values.last(model.config.history_length)
         loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         score.bits += loss.item() / math.log(2.0)

@@ -18,7 +18,6 @@ def generate_samples(
     seed: int = 0,
 ) -> str:
     """Return one titled sample per domain."""
-    model.eval()
     sections = []
     for domain in dataset.domains:
         prompt = dataset.held_out[domain].tokens[: _PROMPT_TOKENS + 1].astype("int64")
