@@ -5,12 +5,16 @@
 #include <c10/core/SymInt.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
 #include "moduleformer_ext/common.hpp"
 
 #define MFX_CHECK_ARG(condition, op, argument, expectation, ...) \
   TORCH_CHECK_VALUE(condition, op, ": ", argument, " must ", expectation, ", got ", __VA_ARGS__)
 
 namespace mfx {
+
+using OptionalTensor = std::optional<at::Tensor>;
 
 // Turns a launcher's status into an exception.
 inline void check_status(const char* op, const Status& status) {

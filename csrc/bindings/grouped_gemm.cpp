@@ -14,7 +14,6 @@ namespace mfx {
 namespace {
 
 constexpr const char* kOp = "grouped_gemm";
-using OptionalTensor = std::optional<at::Tensor>;
 using OptionalName = std::optional<c10::string_view>;
 
 // The arguments all entry points have in common.

@@ -15,7 +15,6 @@ namespace mfx {
 namespace {
 
 constexpr const char* kOp = "linear_decode";
-using OptionalTensor = std::optional<at::Tensor>;
 
 void check_arguments(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   MFX_CHECK_ARG(x.dim() >= 1, kOp, "x", "be [..., in]", "shape ", x.sym_sizes());

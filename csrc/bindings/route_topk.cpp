@@ -16,117 +16,21 @@
 #include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
+#include "bindings/router_network.hpp"
 
 namespace mfx {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 // gates, expert_ids, prob_sum, plogp_sum, logsumexp_sq_sum, counts, logits
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ResultsAndHidden = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-RouterGate parse_gate(std::string_view gate) {
-  if (gate == "logits") return RouterGate::kLogits;
-  if (gate == "linear") return RouterGate::kLinear;
-  if (gate == "mlp") return RouterGate::kMlp;
-  if (gate == "gmm") return RouterGate::kGmm;
-  MFX_CHECK_ARG(false, "route_topk", "gate", "be 'logits', 'linear', 'mlp' or 'gmm'", "'", gate, "'");
-}
 
 RouterOrder parse_order(const char* op, std::string_view order) {
   if (order == "softmax_topk") return RouterOrder::kSoftmaxTopK;
   if (order == "topk_softmax") return RouterOrder::kTopKSoftmax;
   MFX_CHECK_ARG(false, op, "order", "be 'softmax_topk' or 'topk_softmax'", "'", order, "'");
 }
-
-// The Python function that the messages name.
-const char* op_name(RouterGate gate) {
-  constexpr const char* kNames[] = {"route_topk", "route_topk_linear", "route_topk_mlp", "route_topk_gmm"};
-  return kNames[static_cast<int>(gate)];
-}
-
-bool has_hidden_layer(RouterGate gate) {
-  return gate == RouterGate::kMlp || gate == RouterGate::kGmm;
-}
-
-at::ScalarType result_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// The tensors of a gate network, checked; sizes may be symbolic.
-struct Network {
-  RouterGate gate;
-  const char* op;
-  const Tensor& x;
-  const OptionalTensor& hidden_weight;
-  const OptionalTensor& hidden_bias;
-  at::TensorList weight;
-
-  Network(const Tensor& x, std::string_view gate_name, const OptionalTensor& hidden_weight,
-          const OptionalTensor& hidden_bias, at::TensorList weight)
-      : gate(parse_gate(gate_name)),
-        op(op_name(gate)),
-        x(x),
-        hidden_weight(hidden_weight),
-        hidden_bias(hidden_bias),
-        weight(weight) {
-    const char* x_name = gate == RouterGate::kLogits ? "logits" : "x";
-    check_dim(op, x_name, x, 2);
-    check_float_dtype(op, x_name, x);
-    MFX_CHECK_ARG(x.sym_size(1) >= 1, op, x_name, "have at least one column", "shape ", x.sym_sizes());
-    MFX_CHECK_ARG(hidden_weight.has_value() == has_hidden_layer(gate), op, "hidden_weight",
-                  "be given with the mlp and gmm gates alone", hidden_weight.has_value() ? "one" : "none");
-    MFX_CHECK_ARG(hidden_bias.has_value() == (gate == RouterGate::kMlp), op, "hidden_bias",
-                  "be given with the mlp gate alone", hidden_bias.has_value() ? "one" : "none");
-    if (hidden_weight.has_value()) {
-      check_parameter("hidden_weight", *hidden_weight, 2);
-      check_columns("hidden_weight", *hidden_weight, "D", x.sym_size(1));
-      MFX_CHECK_ARG(hidden_dim() >= 1, op, "hidden_weight", "have at least one row", "shape ",
-                    hidden_weight->sym_sizes());
-    }
-    if (hidden_bias.has_value()) {
-      check_parameter("hidden_bias", *hidden_bias, 1);
-      MFX_CHECK_ARG(hidden_bias->sym_size(0) == hidden_dim(), op, "hidden_bias",
-                    c10::str("have shape [G] with G = ", hidden_dim(), " rows of hidden_weight"), "shape ",
-                    hidden_bias->sym_sizes());
-    }
-    if (gate == RouterGate::kLogits) {
-      MFX_CHECK_ARG(weight.empty(), op, "weight", "be empty for logits", weight.size(), " segments");
-      return;
-    }
-    const char* weight_name = gate == RouterGate::kGmm ? "centroids" : "weight";
-    MFX_CHECK_ARG(!weight.empty(), op, weight_name, "have at least one segment", "none");
-    for (const Tensor& segment : weight) {
-      check_parameter(weight_name, segment, 2);
-      check_same_dtype(op, weight_name, segment, "its first segment", weight[0]);
-      check_columns(weight_name, segment, hidden_weight.has_value() ? "G" : "D",
-                    hidden_weight.has_value() ? hidden_dim() : x.sym_size(1));
-    }
-    MFX_CHECK_ARG(num_experts() >= 1, op, weight_name, "have at least one row (expert)", "none");
-  }
-
-  c10::SymInt hidden_dim() const { return hidden_weight.has_value() ? hidden_weight->sym_size(0) : c10::SymInt(0); }
-  c10::SymInt num_experts() const {
-    if (gate == RouterGate::kLogits) return x.sym_size(1);
-    c10::SymInt rows = 0;
-    for (const Tensor& segment : weight) rows += segment.sym_size(0);
-    return rows;
-  }
-
- private:
-  void check_parameter(const char* name, const Tensor& tensor, int64_t dim) const {
-    check_dim(op, name, tensor, dim);
-    check_same_device(op, name, tensor, "x", x);
-    check_float_dtype(op, name, tensor);
-    MFX_CHECK_ARG((tensor.scalar_type() == at::kDouble) == (x.scalar_type() == at::kDouble), op, name,
-                  c10::str("be float64 if and only if x is (", x.scalar_type(), ")"), tensor.scalar_type());
-  }
-  void check_columns(const char* name, const Tensor& tensor, const char* letter, const c10::SymInt& columns) const {
-    MFX_CHECK_ARG(tensor.sym_size(1) == columns, op, name, c10::str("have ", letter, " = ", columns, " columns"),
-                  "shape ", tensor.sym_sizes());
-  }
-};
 
 void check_choice(const Network& network, int64_t k, std::string_view order, const OptionalTensor& noise,
                   int64_t num_sampled) {
@@ -171,46 +75,6 @@ ResultsAndHidden forward_meta(const Tensor& x, std::string_view gate, const Opti
   check_choice(network, k, order, noise, num_sampled);
   return allocate(network, k, save_hidden);
 }
-
-// Keeps contiguous copies alive while their pointers are in use.
-class NetworkParams {
- public:
-  explicit NetworkParams(const Network& network) {
-    const auto keep = [this](const Tensor& tensor) { return kept_.emplace_back(tensor).const_data_ptr(); };
-    params_.gate = network.gate;
-    params_.num_tokens = network.x.size(0);
-    params_.dim = network.x.size(1);
-    params_.num_experts = network.num_experts().expect_int();
-    params_.x = keep(network.x.contiguous());
-    params_.x_dtype = check_float_dtype(network.op, "x", network.x);
-    if (network.hidden_weight.has_value()) {
-      params_.hidden_dim = network.hidden_weight->size(0);
-      params_.hidden_weight = keep(network.hidden_weight->contiguous());
-      params_.hidden_weight_dtype = check_float_dtype(network.op, "hidden_weight", *network.hidden_weight);
-    }
-    if (network.hidden_bias.has_value()) {
-      params_.hidden_bias = keep(network.hidden_bias->to(result_type(network.x)).contiguous());
-    }
-    for (const Tensor& segment : network.weight) {
-      segments_.push_back(keep(segment.contiguous()));
-      num_rows_.push_back(segment.size(0));
-      params_.weight_dtype = check_float_dtype(network.op, "weight", segment);
-    }
-    params_.num_segments = static_cast<int64_t>(segments_.size());
-    params_.segments = segments_.data();
-    params_.num_rows = num_rows_.data();
-  }
-  NetworkParams(const NetworkParams&) = delete;
-  NetworkParams& operator=(const NetworkParams&) = delete;
-
-  const RouterGateParams& get() const { return params_; }
-
- private:
-  RouterGateParams params_{};
-  std::vector<Tensor> kept_;
-  std::vector<const void*> segments_;
-  std::vector<int64_t> num_rows_;
-};
 
 ResultsAndHidden forward(const Tensor& x, std::string_view gate, const OptionalTensor& hidden_weight,
                          const OptionalTensor& hidden_bias, at::TensorList weight, int64_t k, std::string_view order,

@@ -19,7 +19,6 @@ namespace mfx {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // o, remainder, residual, first_tiles
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 

@@ -19,7 +19,6 @@ namespace {
 constexpr const char* kOp = "stick_attention_decode";
 constexpr double kDefaultEpsilon = 0x1p-24;
 using Outputs = std::tuple<at::Tensor, at::Tensor>;
-using OptionalTensor = std::optional<at::Tensor>;
 
 void check_cache(const char* name, const at::Tensor& cache, const at::Tensor& q) {
   check_dim(kOp, name, cache, 4);

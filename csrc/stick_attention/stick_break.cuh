@@ -64,15 +64,15 @@ __device__ inline float lane_sum(const float (&weights)[kTiles][4], int half) {
   return sum;
 }
 
-// What keys leave of a stick `rem`, `product` being that of their u: where they took less than half, the stick less what
-// they took, for a product of many factors just below 1 would lose the sum of their small differences from it.
+// What keys leave of a stick `rem`, `product` being that of their u: where they took less than half, the stick less
+// what they took, for a product of many factors just below 1 would lose the sum of their small differences from it.
 template <typename Rem>
 __device__ inline Rem rem_after(Rem rem, Rem taken, float product) {
   return product > 0.5f ? rem - taken : rem * product;
 }
 
-// Moves the sticks of rows over a tile. Sums are formed where one of the rows needs them: `taken(row)` is what the keys of
-// this lane took.
+// Moves the sticks of rows over a tile. Sums are formed where one of the rows needs them: `taken(row)` is what the keys
+// of this lane took.
 template <int kRows, typename Taken>
 __device__ inline void move_rem(float (&rem)[kRows], const device::QuadScan (&newer)[kRows], Taken&& taken) {
   bool any = false;

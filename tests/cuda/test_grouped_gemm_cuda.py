@@ -181,7 +181,7 @@ def test_segments_equal_one_tensor(dtype, device):
 def test_more_segments_than_a_launch_takes(device):
     layout = on(random_layout(80, 66, 1), device)
     apart = torch.randn(66, 2, 8, 8).to(device)  # every other matrix: no two are neighbours
-    with pytest.raises(ValueError, match="grouped_gemm: weight must lie in runs of matrices .* at most 64 .* got 65"):
+    with pytest.raises(ValueError, match=r"grouped_gemm: weight must lie in runs of matrices .* at most 64 .* got 65"):
         grouped_gemm(torch.randn(80, 8).to(device), [a[:1] for a in apart], layout)
 
 

@@ -152,7 +152,7 @@ def test_float64_is_refused(device):
 
 def test_too_many_segments(device):
     x, weight = torch.zeros(2, 8, device=device), [torch.zeros(1, 8, device=device)] * 33
-    with pytest.raises(ValueError, match="route_topk_linear: weight must have at most 32 segments for .* got 33"):
+    with pytest.raises(ValueError, match=r"route_topk_linear: weight must have at most 32 segments for .* got 33"):
         ops.route_topk_linear(x, weight, 1)
 
 
