@@ -8,15 +8,15 @@
 #include <algorithm>
 
 #include "device/warp.cuh"
-#include "grouped_gemm/finish.cuh"
-#include "grouped_gemm/way_out.cuh"
+#include "grouped_gemm/epilogue.cuh"
+#include "grouped_gemm/output_op.cuh"
 
 namespace mfx::grouped {
 
 // False beyond the last tile. Whole warps call this; every lane looks at one of 32 experts.
 __device__ inline bool find_row_tile(const std::int32_t* offsets, int num_experts, int rows_per_tile, int column_tiles,
                                      unsigned tile, RowTile* found) {
-  const int lane = threadIdx.x % 32;
+  const int lane = device::lane_id();
   for (int base = 0; base < num_experts; base += 32) {
     const int expert = min(base + lane, num_experts);
     const int begin = offsets[expert], end = offsets[min(expert + 1, num_experts)];
@@ -49,12 +49,12 @@ class RowProduct {
 
  private:
   using T = typename Math::T;
-  static constexpr Major kRight = kProduct == Product::kForward ? Major::kResult : Major::kDepth;
+  static constexpr bool kForward = kProduct == Product::kForward;
   static constexpr int kElement = sizeof(T);
+  using Gemm = WarpGemm<Math, Shape, Major::kK, kForward ? Major::kMN : Major::kK>;
   using Table = RowTable<Shape::kRows>;
-  using RowLoader = DepthMajorLoader<Math, Shape, Shape::kRows, kAligned>;
-  using Folded = FoldedColumns<Shape>;
-  using Out = WayOut<Shape>;
+  using Gated = GatedColumns<Shape>;
+  using Out = Epilogue<Shape>;
 
  public:
   static constexpr int kTableOffset = std::max(Shape::kPipelineBytes, Out::kSharedBytes);
@@ -63,56 +63,71 @@ class RowProduct {
   static __device__ void run(const RowProductParams& p) {
     extern __shared__ __align__(1024) unsigned char shared[];
     Table& table = *reinterpret_cast<Table*>(shared + kTableOffset);
-    const Multistage<Math, Shape, Major::kDepth, kRight> product(device::shared_address(shared));
-    const bool folded = kProduct == Product::kForward && p.activation.gated;
-    const int columns_per_tile = folded ? Shape::kColumns / 2 : Shape::kColumns;
-    const int column_tiles = (p.columns + columns_per_tile - 1) / columns_per_tile;
+    const Gemm gemm;
+    const bool gated = kForward && p.activation.gated;  // a tile's columns are half of one half, half of the other
+    const int tile_columns = gated ? Shape::kColumns / 2 : Shape::kColumns;
+    const int column_tiles = (p.columns + tile_columns - 1) / tile_columns;
     RowTile tile;
     for (unsigned i = blockIdx.x; find_row_tile(p.offsets, p.num_experts, Shape::kRows, column_tiles, i, &tile);
          i += gridDim.x) {
+      const int column = tile.column_tile * tile_columns;
       fill(table, p, tile);
-      RowLoader left(tile.rows, p.depth,
-                     [&](int row) { return p.rows.data + p.rows.offset(tile.first + row, p.slot_order); });
-      const char* matrix = p.matrices[tile.expert];
-      const int column = tile.column_tile * columns_per_tile;
-      // Rows of this warp, none where its columns are beyond the last.
-      const int warp_columns = Shape::kColumnsPerWarp / (folded ? 2 : 1);
-      const bool visible = column + Shape::warp_column() / Shape::kColumnsPerWarp * warp_columns < p.columns;
-      const int rows = visible ? min(tile.rows - Shape::warp_row(), Shape::kRowsPerWarp) : 0;
-      Accumulators<Shape> sums;
-      if constexpr (kProduct == Product::kForward) {
-        MatrixLoader<Math, Shape, Shape::kColumns, kAligned> right(
-            p.matrices.row_bytes, p.depth,
-            [&](int c) {
-              const int at =
-                  folded ? column + Folded::within_half(c) + (Folded::second_half(c) ? p.columns : 0) : column + c;
-              return matrix + std::int64_t{at} * kElement;
-            },
-            [&](int c) { return p.columns - column - (folded ? Folded::within_half(c) : c); });
-        product.run(sums, BothOperands<Shape, RowLoader, decltype(right)>{left, right}, p.depth, rows);
-      } else {
-        DepthMajorLoader<Math, Shape, Shape::kColumns, kAligned> right(
-            p.columns - column, p.depth, [&](int c) { return matrix + (column + c) * p.matrices.row_bytes; });
-        product.run(sums, BothOperands<Shape, RowLoader, decltype(right)>{left, right}, p.depth, rows);
-      }
-      if constexpr (kProduct == Product::kForward) {
-        if (folded) {
-          finish<true, ForwardFinish<T, true, kAligned>>(p, table, tile, column, sums, rows);
-        } else if (p.activation.function != Activation::kNone) {
-          finish<false, ForwardFinish<T, false, kAligned>>(p, table, tile, column, sums, rows);
-        } else {
-          finish<false, PlainFinish<T, kAligned>>(p, table, tile, column, sums, rows);
-        }
-      } else if constexpr (kProduct == Product::kInputGrad) {
-        finish_with_dots<InputGradFinish<T, kAligned>>(p, table, tile, column, sums, rows);
-      } else {
-        finish_with_dots<HiddenGradFinish<T, kAligned>>(p, table, tile, column, sums, rows);
-      }
+      auto a = rows_of(p, tile);
+      auto b = matrix_of(p, tile, column, gated);
+      const int rows = rows_of_warp(p, tile, column, gated);
+      Accumulators<Shape> acc;  // Y = X B
+      mainloop(acc, gemm, device::shared_address(shared), BothOperands<Shape, decltype(a), decltype(b)>{a, b}, p.depth,
+               rows);
+      finish(p, table, tile, column, gated, acc, rows);
       __syncthreads();
     }
   }
 
  private:
+  static __device__ auto rows_of(const RowProductParams& p, const RowTile& tile) {
+    return RowLoader<Math, Shape, Shape::kRows, kAligned>(
+        tile.rows, p.depth, [&](int row) { return p.rows.data + p.rows.offset(tile.first + row, p.slot_order); });
+  }
+
+  static __device__ auto matrix_of(const RowProductParams& p, const RowTile& tile, int column, bool gated) {
+    const char* matrix = p.matrices[tile.expert];
+    if constexpr (kForward) {
+      return MatrixLoader<Math, Shape, Shape::kColumns, kAligned>(
+          p.matrices.row_bytes, p.depth,
+          [&](int c) {
+            const int at =
+                gated ? column + Gated::within_half(c) + (Gated::second_half(c) ? p.columns : 0) : column + c;
+            return matrix + std::int64_t{at} * kElement;
+          },
+          [&](int c) { return p.columns - column - (gated ? Gated::within_half(c) : c); });
+    } else {
+      return RowLoader<Math, Shape, Shape::kColumns, kAligned>(
+          p.columns - column, p.depth, [&](int c) { return matrix + (column + c) * p.matrices.row_bytes; });
+    }
+  }
+
+  // None where the warp's columns are beyond the last.
+  static __device__ int rows_of_warp(const RowProductParams& p, const RowTile& tile, int column, bool gated) {
+    const int warp_columns = Shape::kColumnsPerWarp / (gated ? 2 : 1);
+    const bool visible = column + Shape::warp_column() / Shape::kColumnsPerWarp * warp_columns < p.columns;
+    return visible ? min(tile.rows - Shape::warp_row(), Shape::kRowsPerWarp) : 0;
+  }
+
+  static __device__ void finish(const RowProductParams& p, const Table& table, const RowTile& tile, int column,
+                                bool gated, const Accumulators<Shape>& acc, int rows) {
+    if constexpr (kProduct == Product::kInputGrad) {
+      visit_with_dots<InputGradOp<T, kAligned>>(p, table, tile, column, acc, rows);
+    } else if constexpr (kProduct == Product::kHiddenGrad) {
+      visit_with_dots<HiddenGradOp<T, kAligned>>(p, table, tile, column, acc, rows);
+    } else if (gated) {
+      visit<true, ForwardOp<T, true, kAligned>>(p, table, tile, column, acc, rows);
+    } else if (p.activation.function != Activation::kNone) {
+      visit<false, ForwardOp<T, false, kAligned>>(p, table, tile, column, acc, rows);
+    } else {
+      visit<false, PlainOp<T, kAligned>>(p, table, tile, column, acc, rows);
+    }
+  }
+
   static __device__ void fill(Table& table, const RowProductParams& p, const RowTile& tile) {
     for (int row = threadIdx.x; row < tile.rows; row += Shape::kThreads) {
       const int position = tile.first + row;
@@ -126,35 +141,34 @@ class RowProduct {
     }
   }
 
-  template <bool kFolded, typename Finish>
-  static __device__ void finish(const RowProductParams& p, const Table& table, const RowTile& tile, int tile_column,
-                                const Accumulators<Shape>& sums, int rows) {
+  template <bool kFolded, typename OutputOp>
+  static __device__ void visit(const RowProductParams& p, const Table& table, const RowTile& tile, int tile_column,
+                               const Accumulators<Shape>& acc, int rows) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const Finish finish_row(p, tile, tile_column + Out::template column<kFolded>());
-    Out::template visit<kFolded>(sums, device::shared_address(shared), rows,
+    const OutputOp output_op(p, tile, tile_column + Out::template column<kFolded>());
+    Out::template visit<kFolded>(acc, device::shared_address(shared), rows,
                                  [&](int row, const float4& y, const float4& partner) {
-                                   if (finish_row.left > 0 && row < tile.rows) finish_row(row, y, partner, table);
+                                   if (output_op.left > 0 && row < tile.rows) output_op(row, y, partner, table);
                                  });
   }
 
   // Sums what each row's lanes return to `dots`, one number for each warp's columns.
-  template <typename Finish>
-  static __device__ void finish_with_dots(const RowProductParams& p, const Table& table, const RowTile& tile,
-                                          int tile_column, const Accumulators<Shape>& sums, int rows) {
+  template <typename OutputOp>
+  static __device__ void visit_with_dots(const RowProductParams& p, const Table& table, const RowTile& tile,
+                                         int tile_column, const Accumulators<Shape>& acc, int rows) {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int kLanes = Out::template kLanes<false>;
     const int column = tile_column + Out::template column<false>();
-    const Finish finish_row(p, tile, column);
+    const OutputOp output_op(p, tile, column);
     float* const dots =
         p.dots != nullptr ? p.dots + std::int64_t{column / Shape::kColumnsPerWarp} * p.slots + tile.first : nullptr;
-    Out::template visit<false>(sums, device::shared_address(shared), rows,
-                               [&](int row, const float4& y, const float4&) {
-                                 const bool present = finish_row.left > 0 && row < tile.rows;
-                                 float dot = present ? finish_row(row, y, table) : 0.0f;
-                                 if (dots == nullptr) return;
-                                 dot = device::lanes_sum<kLanes>(dot);
-                                 if (present && threadIdx.x % kLanes == 0) dots[row] = dot;
-                               });
+    Out::template visit<false>(acc, device::shared_address(shared), rows, [&](int row, const float4& y, const float4&) {
+      const bool present = output_op.left > 0 && row < tile.rows;
+      float dot = present ? output_op(row, y, table) : 0.0f;
+      if (dots == nullptr) return;
+      dot = device::lanes_sum<kLanes>(dot);
+      if (present && threadIdx.x % kLanes == 0) dots[row] = dot;
+    });
   }
 };
 

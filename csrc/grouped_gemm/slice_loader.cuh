@@ -35,9 +35,9 @@ __device__ inline int bytes_of_chunk(int bytes_left) {
 
 // Rows whose depth is contiguous; the rows stay, the depth advances.
 template <typename Math, typename Shape, int kSpan, bool kAligned>
-class DepthMajorLoader {
+class RowLoader {
   using T = typename Math::T;
-  using S = Slice<Math, Major::kDepth, kSpan, Shape::kDepthBytes>;
+  using S = Slice<Math, Major::kK, kSpan, Shape::kDepthBytes>;
   static constexpr int kLanes = S::kRowBytes / 16;
   static constexpr int kRowsPerPass = Shape::kThreads / kLanes, kPasses = kSpan / kRowsPerPass;
   static_assert(kPasses >= 1 && kSpan % kRowsPerPass == 0, "all threads copy in all passes");
@@ -45,7 +45,7 @@ class DepthMajorLoader {
  public:
   // row_of(i): the address of row i < rows.
   template <typename RowOf>
-  __device__ DepthMajorLoader(int rows, int depth, RowOf row_of) {
+  __device__ RowLoader(int rows, int depth, RowOf row_of) {
     const int row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
     bytes_left_ = depth * static_cast<int>(sizeof(T)) - chunk * 16;
     to_ = S::offset(row, chunk);
@@ -86,7 +86,7 @@ class DepthMajorLoader {
 template <typename Math, typename Shape, int kSpan, bool kAligned>
 class DepthRows {
   using T = typename Math::T;
-  using S = Slice<Math, Major::kResult, kSpan, Shape::kDepthBytes>;
+  using S = Slice<Math, Major::kMN, kSpan, Shape::kDepthBytes>;
   static constexpr int kChunk = 16 / sizeof(T);                              // elements
   static constexpr int kLanes = S::kRowBytes < 128 ? S::kRowBytes / 16 : 8;  // eight lanes meet all banks
   static constexpr int kChunkPasses = S::kRowBytes / 16 / kLanes;
@@ -167,7 +167,7 @@ struct BothOperands {
   template <bool kWhole>
   __device__ void load(SharedAddress stage) {
     left.template load<kWhole>(stage);
-    right.template load<kWhole>(stage + Shape::kLeftBytes);
+    right.template load<kWhole>(stage + Shape::kABytes);
   }
 };
 

@@ -2,8 +2,8 @@
 //
 // A block of 4 warps computes kRows x kColumns of a result. Depth (the summed dimension) arrives in slices of
 // kDepthBytes per row. An operand's slice is stored as it lies in global memory, in one of two ways:
-//   Major::kDepth   one row per row (or column) of the result, depth contiguous
-//   Major::kResult  one row per element of depth, rows (or columns) of the result contiguous
+//   Major::kK   one row per row (or column) of the result, depth contiguous
+//   Major::kMN  one row per element of depth, rows (or columns) of the result contiguous
 // 16-byte chunks of a row are exchanged by XOR with its index so that no access meets a bank conflict.
 #pragma once
 
@@ -17,8 +17,8 @@ namespace mfx::grouped {
 
 using device::SharedAddress;
 
-enum class Major { kDepth, kResult };
-enum class Side { kLeft, kRight };  // the A or the B operand of mma
+enum class Major { kK, kMN };
+enum class Side { kA, kB };
 
 template <int kRows_, int kColumns_, int kWarpRows, int kWarpColumns, int kWarpDepth_, int kDepthBytes_, int kStages_,
           int kBlocksPerSm_>
@@ -30,8 +30,8 @@ struct Tile {
   static constexpr int kRowBlocks = kRowsPerWarp / 16, kColumnBlocks = kColumnsPerWarp / 8;  // of mma's size
   static constexpr int kDepthBytes = kDepthBytes_, kSteps = kDepthBytes / 32;                // mma's depth: 32 bytes
   static constexpr int kStages = kStages_, kBlocksPerSm = kBlocksPerSm_;
-  static constexpr int kLeftBytes = kRows * kDepthBytes, kRightBytes = kColumns * kDepthBytes;
-  static constexpr int kStageBytes = kLeftBytes + kRightBytes, kPipelineBytes = kStages * kStageBytes;
+  static constexpr int kABytes = kRows * kDepthBytes, kBBytes = kColumns * kDepthBytes;
+  static constexpr int kStageBytes = kABytes + kBBytes, kPipelineBytes = kStages * kStageBytes;
 
   // Warps are numbered depth first, then columns, then rows.
   static __device__ int warp() { return threadIdx.x / 32; }
@@ -50,10 +50,10 @@ template <typename Math, Major kMajor, int kSpan, int kDepthBytes>
 struct Slice {
   using T = typename Math::T;
   static constexpr int kDepth = kDepthBytes / sizeof(T);
-  static constexpr int kRowBytes = kMajor == Major::kDepth ? kDepthBytes : kSpan * static_cast<int>(sizeof(T));
-  static constexpr int kRows = kMajor == Major::kDepth ? kSpan : kDepth;
+  static constexpr int kRowBytes = kMajor == Major::kK ? kDepthBytes : kSpan * static_cast<int>(sizeof(T));
+  static constexpr int kRows = kMajor == Major::kK ? kSpan : kDepth;
   // ldmatrix cannot transpose 32-bit elements: those are read one by one, by four rows at a time.
-  static constexpr bool kWords = kMajor == Major::kResult && sizeof(T) == 4;
+  static constexpr bool kWords = kMajor == Major::kMN && sizeof(T) == 4;
   static_assert(kRowBytes >= (kWords ? 128 : 64), "the banks must be covered");
 
   static __device__ std::uint32_t offset(int row, int chunk) {
@@ -79,11 +79,11 @@ class FragmentReader {
       offset_ = (offset_ ^ (origin * kElement)) + first_step * kStepRows * S::kRowBytes;
     } else {
       // Matrices 1 and 2 of ldmatrix.x4 are the other eight rows and the other half of the depth, or vice versa.
-      constexpr bool kRowsFirst = (kMajor == Major::kDepth) == (kSide == Side::kLeft);
+      constexpr bool kRowsFirst = (kMajor == Major::kK) == (kSide == Side::kA);
       const int row = kRowsFirst ? lane & 15 : (lane & 7) | (lane >> 4 << 3);
       const int chunk = kRowsFirst ? lane >> 4 : lane >> 3 & 1;
       offset_ = S::offset(row, chunk);
-      if constexpr (kMajor == Major::kDepth) {
+      if constexpr (kMajor == Major::kK) {
         offset_ = (offset_ + origin * S::kRowBytes) ^ (first_step * 32);
       } else {
         offset_ = (offset_ ^ (origin * kElement)) + first_step * kStepRows * S::kRowBytes;
@@ -95,7 +95,7 @@ class FragmentReader {
   // Rows (columns) 16 * block and further, `step` being counted from the warp's first.
   __device__ typename Math::Operand read(SharedAddress slice, int block, int step) const {
     std::uint32_t r[4];
-    if constexpr (kMajor == Major::kDepth) {
+    if constexpr (kMajor == Major::kK) {
       device::ldmatrix_x4(r, ((slice + offset_) ^ (step * 32)) + block * 16 * S::kRowBytes);
     } else {
       const SharedAddress at = ((slice + offset_) ^ (block * 16 * kElement)) + step * kStepRows * S::kRowBytes;
@@ -104,8 +104,8 @@ class FragmentReader {
         const int below = 4 * S::kRowBytes;   // half a step deeper
         r[0] = device::load_shared_32(at);
         r[3] = device::load_shared_32(right + below);
-        r[kSide == Side::kLeft ? 1 : 2] = device::load_shared_32(right);
-        r[kSide == Side::kLeft ? 2 : 1] = device::load_shared_32(at + below);
+        r[kSide == Side::kA ? 1 : 2] = device::load_shared_32(right);
+        r[kSide == Side::kA ? 2 : 1] = device::load_shared_32(at + below);
       } else {
         device::ldmatrix_x4_trans(r, at);
       }

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "grouped_gemm/way_out.cuh"
+#include "grouped_gemm/epilogue.cuh"
 
 namespace mfx::grouped {
 
@@ -37,7 +37,7 @@ class RoutedLoader {
     for (int i = 0; i < kPasses; ++i) {
       const bool present = kWhole || position(i) < end_;
       left_.copy(stage, i, offset(p_.x, i), present);
-      right_.copy(stage + Shape::kLeftBytes, i, offset(p_.grad, i), present);
+      right_.copy(stage + Shape::kABytes, i, offset(p_.grad, i), present);
     }
     position_ += LeftRows::kDepth;
     fetch_slots();
@@ -69,7 +69,7 @@ class WeightGrad {
   using Shape = Shape_;
   static constexpr Product kProduct = Product::kWeightGrad;
   static constexpr bool kAligned = kAligned_;
-  static constexpr int kSharedBytes = std::max(Shape::kPipelineBytes, WayOut<Shape>::kSharedBytes);
+  static constexpr int kSharedBytes = std::max(Shape::kPipelineBytes, Epilogue<Shape>::kSharedBytes);
 
  private:
   using T = typename Math::T;
@@ -87,21 +87,21 @@ class WeightGrad {
     const int rows = column + Shape::warp_column() < p.out_features
                          ? min(p.in_features - row - Shape::warp_row(), Shape::kRowsPerWarp)
                          : 0;
-    Accumulators<Shape> sums;
-    const Multistage<Math, Shape, Major::kResult, Major::kResult> product(device::shared_address(shared));
-    product.run(sums, RoutedLoader<Math, Shape, kAligned>(p, row, column, first, depth), depth, rows);
+    Accumulators<Shape> acc;  // dW = X^T G
+    mainloop(acc, WarpGemm<Math, Shape, Major::kMN, Major::kMN>(), device::shared_address(shared),
+             RoutedLoader<Math, Shape, kAligned>(p, row, column, first, depth), depth, rows);
 
-    const int first_column = column + WayOut<Shape>::template column<false>();
+    const int first_column = column + Epilogue<Shape>::template column<false>();
     const int columns_left = p.out_features - first_column;
     const int end = columns_left > 0 ? p.in_features - row : 0;
     const std::int64_t row_bytes = p.grad_weight.row_bytes;
-    const int lane_row = WayOut<Shape>::template first_row<false>();
+    const int lane_row = Epilogue<Shape>::template first_row<false>();
     char* to = grad + (row + lane_row) * row_bytes + first_column * static_cast<std::int64_t>(sizeof(T));
-    WayOut<Shape>::template visit<false>(sums, device::shared_address(shared), rows,
-                                         [&](int r, const float4& sum, const float4&) {
-                                           if (r < end) store4<T, kAligned>(to, sum, columns_left);
-                                           to += WayOut<Shape>::template kRowsPerPass<false> * row_bytes;
-                                         });
+    Epilogue<Shape>::template visit<false>(acc, device::shared_address(shared), rows,
+                                           [&](int r, const float4& sum, const float4&) {
+                                             if (r < end) store4<T, kAligned>(to, sum, columns_left);
+                                             to += Epilogue<Shape>::template kRowsPerPass<false> * row_bytes;
+                                           });
   }
 };
 

@@ -2,13 +2,13 @@
 // columns and memory sees whole sectors. Where warps share the depth, their sums meet here, in the warps' order.
 #pragma once
 
-#include "grouped_gemm/multistage.cuh"
+#include "grouped_gemm/mainloop.cuh"
 #include "grouped_gemm/vector4.cuh"
 
 namespace mfx::grouped {
 
 template <typename Shape>
-class WayOut {
+class Epilogue {
   // The pitch sends the eight rows of a store, and the lanes of a load, to different banks.
   static constexpr int kPitch = Shape::kColumnsPerWarp + 8;
   static constexpr int kFloats = Shape::kRowsPerWarp * kPitch;
@@ -83,7 +83,7 @@ class WayOut {
 // Where a tile's columns lie in a matrix of two halves that a gated activation folds: each warp's columns are half of
 // one and half of the other, so that partners meet in one warp.
 template <typename Shape>
-struct FoldedColumns {
+struct GatedColumns {
   static constexpr int kHalf = Shape::kColumnsPerWarp / 2;
   static __device__ int within_half(int column) { return column / Shape::kColumnsPerWarp * kHalf + column % kHalf; }
   static __device__ bool second_half(int column) { return column % Shape::kColumnsPerWarp >= kHalf; }

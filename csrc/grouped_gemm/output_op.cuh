@@ -42,11 +42,11 @@ struct OutRows {
 };
 
 template <typename T, bool kAligned>
-struct PlainFinish {
+struct PlainOp {
   const int left;  // columns that exist
   const OutRows<T, kAligned> out;
 
-  __device__ PlainFinish(const RowProductParams& p, const RowTile&, int column)
+  __device__ PlainOp(const RowProductParams& p, const RowTile&, int column)
       : left(p.columns - column), out(p, column) {}
 
   template <typename Table>
@@ -57,14 +57,14 @@ struct PlainFinish {
 
 // out <- gate * activation(y), hidden <- y; y is (y, partner) and the activation gated if kFolded.
 template <typename T, bool kFolded, bool kAligned>
-struct ForwardFinish {
+struct ForwardOp {
   const int left;
   const Activation function;
   const OutRows<T, kAligned> out;
   char* const hidden;  // or null
   const std::int64_t half_bytes;
 
-  __device__ ForwardFinish(const RowProductParams& p, const RowTile& tile, int column)
+  __device__ ForwardOp(const RowProductParams& p, const RowTile& tile, int column)
       : left(p.columns - column),
         function(p.activation.function),
         out(p, column),
@@ -88,13 +88,13 @@ struct ForwardFinish {
 
 // out <- gate * y, unless null; returns <y, x> where dots are wanted.
 template <typename T, bool kAligned>
-struct InputGradFinish {
+struct InputGradOp {
   const int left;
   const OutRows<T, kAligned> out;
   const bool wants_out;
   const char* const x;
 
-  __device__ InputGradFinish(const RowProductParams& p, const RowTile&, int column)
+  __device__ InputGradOp(const RowProductParams& p, const RowTile&, int column)
       : left(p.columns - column),
         out(p, column),
         wants_out(p.out.data != nullptr),
@@ -109,12 +109,12 @@ struct InputGradFinish {
 
 // y is the gradient of gate * activation(h).
 template <typename T, bool kAligned>
-struct HiddenGradFinish {
+struct HiddenGradOp {
   const int left;
   const ActivationGradRows at;  // the tile's first row and the lane's column
   const std::int64_t half_bytes;
 
-  __device__ HiddenGradFinish(const RowProductParams& p, const RowTile& tile, int column)
+  __device__ HiddenGradOp(const RowProductParams& p, const RowTile& tile, int column)
       : left(p.columns - column),
         at(p.hidden_grad.template from<T>(tile.first, column)),
         half_bytes(std::int64_t{p.columns} * sizeof(T)) {}
