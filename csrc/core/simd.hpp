@@ -366,10 +366,12 @@ inline VecD reciprocal(VecD x) {
 }
 
 // e^x to about 1 ulp for |x| <= 87 (float) or 708 (double), where no scaling can overflow; outside, undefined.
-// x = n ln 2 + r, with n by adding and subtracting 1.5 * 2^mantissa, then a polynomial in |r| <= ln 2 / 2.
+// x = n ln 2 + r, with n by adding and subtracting 1.5 * 2^mantissa (and the bias of exponents, so that the low bits of
+// the sum are those of 2^n), then a polynomial in |r| <= ln 2 / 2. Multiplied by 2^n it stays NaN where it is.
 inline VecF exp_bounded(VecF x) {
-  const VecF shifted = x * 1.44269504088896341f + 12582912.0f;
-  const VecF n = shifted - 12582912.0f;
+  constexpr float kShift = 12582912.0f + 127;
+  const VecF shifted = x * 1.44269504088896341f + kShift;
+  const VecF n = shifted - kShift;
   const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -377,13 +379,13 @@ inline VecF exp_bounded(VecF x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
-  const VecU32 scale = reinterpret_cast<VecU32>(shifted) << 23;  // the low bits of `shifted` are n
-  return reinterpret_cast<VecF>(reinterpret_cast<VecU32>(p) + scale);
+  return p * reinterpret_cast<VecF>(reinterpret_cast<VecU32>(shifted) << 23);
 }
 
 inline VecD exp_bounded(VecD x) {
-  const VecD shifted = x * 1.4426950408889634074 + 6755399441055744.0;
-  const VecD n = shifted - 6755399441055744.0;
+  constexpr double kShift = 6755399441055744.0 + 1023;
+  const VecD shifted = x * 1.4426950408889634074 + kShift;
+  const VecD n = shifted - kShift;
   const VecD r = (x - n * 0.69314718055966295651) - n * 2.8235290563031577122e-13;
   VecD p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
@@ -397,8 +399,7 @@ inline VecD exp_bounded(VecD x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   p = p * (r * r) + (r + 1.0);
-  const VecU64 scale = reinterpret_cast<VecU64>(shifted) << 52;
-  return reinterpret_cast<VecD>(reinterpret_cast<VecU64>(p) + scale);
+  return p * reinterpret_cast<VecD>(reinterpret_cast<VecU64>(shifted) << 52);
 }
 
 // e^x everywhere: 0 and infinity at the ends (with gradual underflow cut off), NaN for NaN.

@@ -63,7 +63,7 @@ class StickBackward {
   struct Pack {
     std::int64_t sequence, head, tile, at;           // the at-th key tile of all
     std::uint64_t keys_left_out, values_not_finite;  // bits of keys
-    Real longest;                                    // greatest squared length of its values that take part
+    Real v_norm_max;                                 // greatest length of its values that take part
   };
   struct Range {
     std::int64_t begin, end;
@@ -110,11 +110,8 @@ class StickBackward {
 
   // The key tiles that forward visited for the query tile that begins at `row`.
   Range visited(const StickQueryTile& tile) const {
-    const StickSequence& s = g_.sequences[tile.sequence];
-    const std::int64_t newest = g_.newest_key(s, std::min(tile.first_row + g_.tile_rows, s.rows) - 1);
-    if (newest < 0) return {0, 0};
-    const std::int64_t end = newest / kTileKeys + 1;
-    return {std::min<std::int64_t>(params_.first_tiles[g_.flat_row(tile, tile.first_row)], end), end};
+    const std::int64_t end = StickSight(g_, tile).key_tiles();
+    return {end == 0 ? 0 : std::min<std::int64_t>(params_.first_tiles[g_.flat_row(tile, tile.first_row)], end), end};
   }
 
   // Cuts a head's query tiles into chunks that visit about the same number of key tiles each.
@@ -156,7 +153,7 @@ class StickBackward {
         const Vec<Real> x = load_words(v[first + j] + d, static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d)));
         squares += x * x;
       }
-      pack.longest = std::max(pack.longest, reduce_add(squares));
+      pack.v_norm_max = std::max(pack.v_norm_max, std::sqrt(reduce_add(squares)));
     }
   }
 
@@ -165,7 +162,7 @@ class StickBackward {
     BrgemmScope scope;
     AlignedBuffer<Real> grads, reals;
     AlignedBuffer<Op> operands;
-    Real *scores, *grad_weights, *mass, *grad_q, *stick, *newest, *delta, *passed, *reach;
+    Real *scores, *grad_weights, *g, *grad_q, *rem, *newest, *delta, *sum_g, *dp_bound;
     Op *q_columns, *grad_o_columns, *q_rows, *grad_o_rows, *weights, *grad_scores, *grad_scores_vnni;
     Op *key_scratch, *value_scratch;
 
@@ -175,13 +172,13 @@ class StickBackward {
           operands(2 * dim * m + 2 * padded * m + 3 * kTileKeys * m + 2 * kTileKeys * dim) {
       scores = reals.data();
       grad_weights = scores + kTileKeys * m;
-      mass = grad_weights + kTileKeys * m;
-      grad_q = mass + kTileKeys * m;
-      stick = grad_q + dim * m;
-      newest = stick + m;
+      g = grad_weights + kTileKeys * m;
+      grad_q = g + kTileKeys * m;
+      rem = grad_q + dim * m;
+      newest = rem + m;
       delta = newest + m;
-      passed = delta + m;
-      reach = passed + m;
+      sum_g = delta + m;
+      dp_bound = sum_g + m;
       q_columns = operands.data();
       grad_o_columns = q_columns + dim * m;
       q_rows = grad_o_columns + dim * m;
@@ -198,49 +195,42 @@ class StickBackward {
     const bool alone = has_one_task(packs_[task.first_pack]);
     task.grads = alone ? worker.grads.data() : partial_grads_.data() + task.partial * tile_grads_;
     std::fill_n(task.grads, (task.tiles.end - task.tiles.begin) * tile_grads_, Real(0));
-    Real longest = 0;
+    Real v_norm_max = 0;
     for (std::int64_t t = task.tiles.begin; t < task.tiles.end; ++t) {
-      longest = std::max(longest, packs_[task.first_pack + t].longest);
+      v_norm_max = std::max(v_norm_max, packs_[task.first_pack + t].v_norm_max);
     }
     for (std::int64_t row = task.rows.begin; row < task.rows.end; row += g_.tile_rows) {
-      walk(task, {task.sequence, task.head, row}, longest, worker);
+      walk(task, {task.sequence, task.head, row}, v_norm_max, worker);
     }
     if (!alone) return;
     const std::int64_t tiles = g_.key_tiles(g_.sequences[task.sequence]);
     for (std::int64_t t = 0; t < tiles; ++t) write_grads(packs_[task.first_pack + t]);
   }
 
-  void walk(const Task& task, const StickQueryTile& tile, Real longest, Worker& x) {
+  void walk(const Task& task, const StickQueryTile& tile, Real v_norm_max, Worker& x) {
     const std::int64_t m = g_.tile_rows, dim = p_.head_dim, padded = padded_dim_;
-    const StickSequence& s = g_.sequences[tile.sequence];
     const StickRows<const T> q(static_cast<const T*>(p_.q), p_.q_strides, g_, tile);
     const StickRows<const T> grad_o(static_cast<const T*>(params_.grad_o), params_.grad_o_strides, g_, tile);
     const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, tile.sequence, tile.head);
     const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, tile.sequence, tile.head);
-    const StickKeep mask(g_, tile.sequence);
+    StickSight sight(g_, tile);
 
     pack_rows_transposed(q, dim, m, x.q_columns);
     pack_rows_transposed(grad_o, dim, m, x.grad_o_columns);
     const std::uint64_t q_left_out = pack_finite_rows(q, dim, m, padded, x.q_rows);
     const std::uint64_t grad_o_left_out = pack_finite_rows(grad_o, dim, m, padded, x.grad_o_rows);
-    start_rows(tile, grad_o, longest, x);
+    start_rows(tile, grad_o, v_norm_max, x);
 
-    const std::int64_t newest_key = g_.newest_key(s, tile.first_row + q.count - 1);
-    const std::int64_t oldest_newest = g_.newest_key(s, tile.first_row);
     const Range tiles = visited(tile);
 
     bool started = false;
     for (std::int64_t t = tiles.end; t-- > tiles.begin;) {
-      const std::int64_t first = t * kTileKeys;
-      const std::int64_t keys = std::min(kTileKeys, round_up(newest_key - first + 1, 16));
-      std::uint8_t bytes[kTileKeys];
-      const std::uint8_t* keep;
-      if (!mask.tile(first, keys, bytes, &keep)) continue;
+      if (!sight.turn_to(t)) continue;
+      const std::int64_t first = sight.first, keys = sight.keys;
       const Pack& pack = packs_[task.first_pack + t];
       // Rows that are not there would multiply their zeros with what is not finite.
-      const bool diagonal =
-          oldest_newest < first + keys - 1 || (q.count < m && (pack.keys_left_out | pack.values_not_finite) != 0);
-      if (diagonal) g_.newest_keys(s, tile.first_row, first, x.newest);
+      const Real* const newest =
+          sight.newest_keys(x.newest, !sight.all_rows_there() && (pack.keys_left_out | pack.values_not_finite) != 0);
       const OperandA<Op> key_rows = row_operand(k, first, keys, dim, x.key_scratch);
       const OperandA<Op> value_rows = row_operand(v, first, keys, dim, x.value_scratch);
       tile_gemm(keys, m, dim, key_rows.data, key_rows.ld, x.q_columns, m, x.scores, m, false);
@@ -248,16 +238,16 @@ class StickBackward {
       stick_scan_backward<Op, Real>({.tile = {.scores = x.scores,
                                               .rows = m,
                                               .keys = keys,
-                                              .keep = keep,
-                                              .newest = diagonal ? x.newest : nullptr,
+                                              .keep = sight.keep,
+                                              .newest = newest,
                                               .scale = p_.scale,
-                                              .stick = x.stick},
+                                              .rem = x.rem},
                                      .grad_scratch = x.grad_weights,
                                      .score_scratch = x.scores,
-                                     .mass = x.mass,
+                                     .g = x.g,
                                      .delta = x.delta,
-                                     .reach = x.reach,
-                                     .passed = x.passed},
+                                     .dp_bound = x.dp_bound,
+                                     .sum_g = x.sum_g},
                                     x.weights, x.grad_scores, x.grad_scores_vnni);
       Real* const grad_k = task.grads + (t - task.tiles.begin) * tile_grads_;
       Real* const grad_v = params_.grad_v == nullptr ? grad_k : grad_k + kTileKeys * padded;
@@ -267,9 +257,7 @@ class StickBackward {
                 x.grad_q, m, started);
       started = true;
 
-      const auto sees = [&](std::int64_t row, std::int64_t key) {
-        return (keep == nullptr || keep[key]) && first + key <= g_.newest_key(s, tile.first_row + row);
-      };
+      const auto sees = [&](std::int64_t row, std::int64_t key) { return sight.sees(row, key); };
       const auto add_rows = [&](std::uint64_t rows, const StickRows<const T>& from, const Op* factors, Real* grad) {
         add_non_finite(
             rows, [&](std::int64_t row) { return from[row]; }, keys, dim, sees,
@@ -294,7 +282,7 @@ class StickBackward {
   }
 
   // The rows' state at the newest key, and delta = do . o + d_remainder * remainder, with o as it was before rounding.
-  void start_rows(const StickQueryTile& tile, const StickRows<const T>& grad_o, Real longest, Worker& x) {
+  void start_rows(const StickQueryTile& tile, const StickRows<const T>& grad_o, Real v_norm_max, Worker& x) {
     constexpr int w = kWidth<Real>;
     const StickRows<const T> o(static_cast<const T*>(params_.o), params_.o_strides, g_, tile);
     const T* const residual_base = static_cast<const T*>(params_.residual);
@@ -303,10 +291,10 @@ class StickBackward {
     const Real* const remainder = static_cast<const Real*>(params_.remainder);
     const Real* const grad_remainder = static_cast<const Real*>(params_.grad_remainder);
     for (std::int64_t row = 0; row < g_.tile_rows; ++row) {
-      x.stick[row] = row < o.count ? 1 : 0;
-      x.passed[row] = 0;
+      x.rem[row] = row < o.count ? 1 : 0;
+      x.sum_g[row] = 0;
       x.delta[row] = 0;
-      x.reach[row] = 0;
+      x.dp_bound[row] = 0;
       if (row >= o.count) continue;
       Vec<Real> sum{}, squares{};
       for (std::int64_t d = 0; d < p_.head_dim; d += w) {
@@ -320,14 +308,14 @@ class StickBackward {
       const std::int64_t flat = g_.flat_row(tile, tile.first_row + row);
       x.delta[row] = reduce_add(sum);
       // 1.01 for the rounding of weights and of the lengths.
-      x.reach[row] = Real(1.01) * std::sqrt(reduce_add(squares)) * std::sqrt(longest);
+      x.dp_bound[row] = Real(1.01) * std::sqrt(reduce_add(squares)) * v_norm_max;
       if (grad_remainder != nullptr) {
         x.delta[row] += grad_remainder[flat] * remainder[flat];
-        x.reach[row] += Real(1.01) * std::abs(grad_remainder[flat]);
+        x.dp_bound[row] += Real(1.01) * std::abs(grad_remainder[flat]);
       }
       // Where lengths overflow, no bound: but 0 times it must be 0.
       constexpr Real most = std::numeric_limits<Real>::max();
-      x.reach[row] = x.reach[row] < most ? x.reach[row] : most;
+      x.dp_bound[row] = x.dp_bound[row] < most ? x.dp_bound[row] : most;
     }
   }
 

@@ -50,9 +50,9 @@ class Part {
 };
 
 // One K/V head of one sequence.
-class Stick {
+class HeadWalk {
  public:
-  Stick(const StickAttentionDecodeParams& params, std::int64_t batch, std::int64_t kv_head, std::int64_t split_keys)
+  HeadWalk(const StickAttentionDecodeParams& params, std::int64_t batch, std::int64_t kv_head, std::int64_t split_keys)
       : p_(params), batch_(batch), kv_head_(kv_head), split_keys_(split_keys), total_(params) {
     const std::int64_t older = std::max<std::int64_t>(0, p_.lengths[batch] - kFirstSplitKeys);
     pending_.resize((older + split_keys - 1) / split_keys);
@@ -112,27 +112,27 @@ Status stick_attention_decode_cpu(const StickAttentionDecodeParams& p) {
 
   const std::int64_t key_bytes = p.head_dim * element_bytes(p.dtype) * (p.k_is_v ? 1 : 2);
   const std::int64_t split_keys = std::clamp(kSplitBytes / key_bytes, kMinSplitKeys, kMaxSplitKeys);
-  std::vector<std::unique_ptr<Stick>> sticks;
+  std::vector<std::unique_ptr<HeadWalk>> heads;
   for (std::int64_t b = 0; b < p.batch; ++b) {
-    for (std::int64_t h = 0; h < p.num_kv_heads; ++h) sticks.push_back(std::make_unique<Stick>(p, b, h, split_keys));
+    for (std::int64_t h = 0; h < p.num_kv_heads; ++h) heads.push_back(std::make_unique<HeadWalk>(p, b, h, split_keys));
   }
-  const std::int64_t pairs = static_cast<std::int64_t>(sticks.size());
+  const std::int64_t pairs = static_cast<std::int64_t>(heads.size());
 
   const std::int64_t pairs_per_thread = std::max<std::int64_t>(1, kParallelBytes / (kFirstSplitKeys * key_bytes));
   parallel_for(pairs, pairs_per_thread, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) sticks[i]->walk_newest();
+    for (std::int64_t i = begin; i < end; ++i) heads[i]->walk_newest();
   });
 
-  std::vector<Stick*> unfinished;
+  std::vector<HeadWalk*> unfinished;
   std::int64_t splits = 0;
-  for (const auto& stick : sticks) {
-    if (stick->num_older() > 0) unfinished.push_back(stick.get());
-    splits = std::max(splits, stick->num_older());
+  for (const auto& head : heads) {
+    if (head->num_older() > 0) unfinished.push_back(head.get());
+    splits = std::max(splits, head->num_older());
   }
   const std::int64_t width = static_cast<std::int64_t>(unfinished.size());
   parallel_tasks(splits * width, [&](std::int64_t task) { unfinished[task % width]->walk_older(task / width); });
 
-  for (const auto& stick : sticks) stick->write();
+  for (const auto& head : heads) head->write();
   return {};
 }
 

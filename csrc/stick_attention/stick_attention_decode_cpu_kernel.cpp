@@ -8,6 +8,7 @@
 #include "core/denormals.hpp"
 #include "core/simd.hpp"
 #include "stick_attention/stick_attention_decode_cpu.hpp"
+#include "stick_attention/stick_scan.hpp"
 
 namespace mfx::MFX_ISA {
 namespace {
@@ -15,10 +16,6 @@ namespace {
 constexpr int kTileKeys = 16;
 constexpr int kMaxRowBlock = 4;
 constexpr int kAccumulators = kVectorRegisters == 32 ? 16 : 8;
-
-// Beyond these beta is 0 or 1 to every digit, and 1 - beta is still a normal number.
-template <typename A>
-constexpr A kScoreBound = sizeof(A) == 8 ? A(700) : A(80);
 
 void prefetch(const void* p, std::int64_t bytes) {
   for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
@@ -48,7 +45,8 @@ class SplitWalk {
         out(static_cast<A*>(part.out)),
         remainder(part.remainder),
         queries(rows * row_elements),
-        weights(rows * kTileKeys) {
+        weights(rows * kTileKeys),
+        exp_logit(p.scale) {
     for (std::int64_t i = 0; i < rows * row_elements; ++i) out[i] = 0;
     for (std::int64_t row = 0; row < rows; ++row) {
       remainder[row] = 1;
@@ -223,32 +221,27 @@ class SplitWalk {
   // Replaces a row's scores by its weights A and takes the tile's share off its stick.
   void scan(std::int64_t row, std::int64_t begin, int keys) {
     A* weight = &weights[row * kTileKeys];
-    alignas(64) A take[kTileKeys], leave[kTileKeys];
+    alignas(64) A beta[kTileKeys], u[kTileKeys];  // u = 1 - beta
     for (int j = 0; j < kTileKeys; j += kW) {
-      // Written so that NaN, which compares false, passes through.
-      V s = load(weight + j) * static_cast<A>(p.scale);
-      s = s > kScoreBound<A> ? broadcast(kScoreBound<A>) : s;
-      s = s < -kScoreBound<A> ? broadcast(-kScoreBound<A>) : s;
-      const V e = exp_bounded(s);
-      const V u = A(1) / (A(1) + e);
-      store(leave + j, u);
-      store(take + j, e * u);
+      const V e = exp_logit(load(weight + j));
+      const V one_minus_beta = reciprocal(1 + e);
+      store(u + j, one_minus_beta);
+      store(beta + j, e * one_minus_beta);
     }
     if (p.key_padding_mask != nullptr || begin + keys - 1 > newest_key(row)) {
       for (int j = 0; j < keys; ++j) {
-        if (!sees(row, begin + j)) take[j] = 0, leave[j] = 1;
+        if (!sees(row, begin + j)) beta[j] = 0, u[j] = 1;
       }
     }
-    A left = 1, mass = 0;
+    A product = 1, taken = 0;
     for (int j = keys - 1; j >= 0; --j) {
-      weight[j] = take[j] * left;
-      mass += weight[j];
-      left *= leave[j];
+      weight[j] = beta[j] * product;
+      taken += weight[j];
+      product *= u[j];
     }
-    const A stick = static_cast<A>(remainder[row]);
-    for (int j = 0; j < keys; ++j) weight[j] *= stick;
-    // 1 - mass keeps a long tail of tiny weights exact, the product keeps a nearly used-up stick exact.
-    remainder[row] *= mass < A(0.5) ? 1.0 - static_cast<double>(mass) : static_cast<double>(left);
+    const A rem = static_cast<A>(remainder[row]);
+    for (int j = 0; j < keys; ++j) weight[j] *= rem;
+    remainder[row] *= stick_rem_after(1.0, static_cast<double>(product), static_cast<double>(taken));
   }
 
   // out[row] += sum_j weights[row, first + j] v_j for a block of rows.
@@ -309,6 +302,7 @@ class SplitWalk {
   double* const remainder;    // [rows]; double, because a long walk multiplies it thousands of times
   AlignedBuffer<A> queries;   // [rows, row_elements], widened once
   AlignedBuffer<A> weights;   // [rows, kTileKeys]: scores, then A
+  const ExpLogit<A> exp_logit;
 };
 
 template <typename T>
@@ -318,8 +312,8 @@ void combine(const StickAttentionDecodeParams& p, const StickDecodePart& total, 
   for (std::int64_t row = 0; row < p.num_new * p.group_size; ++row) {
     A* o = static_cast<A*>(total.out) + row * elements;
     const A* more = static_cast<const A*>(older.out) + row * elements;
-    const A stick = static_cast<A>(total.remainder[row]);
-    for (std::int64_t d = 0; d < elements; d += kWidth<A>) store(o + d, load(o + d) + stick * load(more + d));
+    const A rem = static_cast<A>(total.remainder[row]);
+    for (std::int64_t d = 0; d < elements; d += kWidth<A>) store(o + d, load(o + d) + rem * load(more + d));
     total.remainder[row] *= older.remainder[row];
   }
 }

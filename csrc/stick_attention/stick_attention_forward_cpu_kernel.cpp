@@ -56,15 +56,15 @@ class StickForward {
     BrgemmScope scope;
     AlignedBuffer<Real> reals;
     AlignedBuffer<Op> operands;
-    Real *out, *scores, *stick, *newest;
+    Real *out, *scores, *rem, *newest;
     Op *queries, *weights, *key_scratch, *value_scratch;
 
     Worker(std::int64_t m, std::int64_t dim)
         : reals(dim * m + kTileKeys * m + 2 * m), operands(dim * m + kTileKeys * m + 2 * kTileKeys * dim) {
       out = reals.data();  // O^T
       scores = out + dim * m;
-      stick = scores + kTileKeys * m;
-      newest = stick + m;
+      rem = scores + kTileKeys * m;
+      newest = rem + m;
       queries = operands.data();
       weights = queries + dim * m;
       key_scratch = weights + kTileKeys * m;
@@ -126,60 +126,50 @@ class StickForward {
 
   void walk(const StickQueryTile& task, Worker& x) {
     const std::int64_t m = g_.tile_rows, dim = p_.head_dim;
-    const StickSequence& s = g_.sequences[task.sequence];
     const StickRows<const T> q(static_cast<const T*>(p_.q), p_.q_strides, g_, task);
     const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, task.sequence, task.head);
     const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, task.sequence, task.head);
-    const StickKeep mask(g_, task.sequence);
+    StickSight sight(g_, task);
     pack_rows_transposed(q, dim, m, x.queries);
-    for (std::int64_t row = 0; row < m; ++row) x.stick[row] = row < q.count ? 1 : 0;
-    const std::int64_t newest_key = g_.newest_key(s, task.first_row + q.count - 1);
-    const std::int64_t oldest_newest = g_.newest_key(s, task.first_row);
+    for (std::int64_t row = 0; row < m; ++row) x.rem[row] = row < q.count ? 1 : 0;
     const Real epsilon = static_cast<Real>(params_.stick_epsilon);
 
     bool started = false;
-    std::int64_t first_tile = newest_key < 0 ? 0 : newest_key / kTileKeys + 1;
+    std::int64_t first_tile = sight.key_tiles();
     while (first_tile > 0) {
       --first_tile;
-      const std::int64_t first = first_tile * kTileKeys;
-      const std::int64_t keys = std::min(kTileKeys, round_up(newest_key - first + 1, 16));
-      std::uint8_t bytes[kTileKeys];
-      const std::uint8_t* keep;
-      if (!mask.tile(first, keys, bytes, &keep)) continue;
-      const bool diagonal = oldest_newest < first + keys - 1;
-      if (diagonal) g_.newest_keys(s, task.first_row, first, x.newest);
+      if (!sight.turn_to(first_tile)) continue;
+      const std::int64_t first = sight.first, keys = sight.keys;
       const OperandA<Op> key_rows = row_operand(k, first, keys, dim, x.key_scratch);
       tile_gemm(keys, m, dim, key_rows.data, key_rows.ld, x.queries, m, x.scores, m, false);
       stick_scan_forward<Op, Real>({.scores = x.scores,
                                     .rows = m,
                                     .keys = keys,
-                                    .keep = keep,
-                                    .newest = diagonal ? x.newest : nullptr,
+                                    .keep = sight.keep,
+                                    .newest = sight.newest_keys(x.newest),
                                     .scale = p_.scale,
-                                    .stick = x.stick},
+                                    .rem = x.rem},
                                    x.weights);
       const PackedValues values = this->values(v, task, first_tile, x.value_scratch);
       tile_gemm(dim, m, keys, values.data, kTileKeys, x.weights, m, x.out, m, started);
       started = true;
       add_non_finite(
           values.left_out, [&](std::int64_t key) { return v[first + key]; }, q.count, dim,
-          [&](std::int64_t key, std::int64_t row) {
-            return (keep == nullptr || keep[key]) && first + key <= g_.newest_key(s, task.first_row + row);
-          },
+          [&](std::int64_t key, std::int64_t row) { return sight.sees(row, key); },
           [&](std::int64_t key, std::int64_t row) {
             return std::is_same_v<Op, BFloat16> ? x.weights[(key / 2 * m + row) * 2 + key % 2]
                                                 : x.weights[key * m + row];
           },
           [&](std::int64_t row, std::int64_t d) -> Real& { return x.out[d * m + row]; });
       // A row that has met a NaN stays NaN however far it walks.
-      if (epsilon > 0 && std::none_of(x.stick, x.stick + m, [&](Real r) { return r > epsilon; })) break;
+      if (epsilon > 0 && std::none_of(x.rem, x.rem + m, [&](Real r) { return r > epsilon; })) break;
     }
     if (!started) std::fill_n(x.out, dim * m, Real(0));
-    finish(task, x.out, x.stick, first_tile);
+    finish(task, x.out, x.rem, first_tile);
   }
 
   // Writes o, what its rounding lost, the remainders and the note for backward.
-  void finish(const StickQueryTile& task, const Real* out, const Real* stick, std::int64_t first_tile) {
+  void finish(const StickQueryTile& task, const Real* out, const Real* rem, std::int64_t first_tile) {
     const std::int64_t m = g_.tile_rows;
     const StickRows<T> o(static_cast<T*>(params_.o), params_.o_strides, g_, task);
     T* const residual_base = static_cast<T*>(params_.residual);
@@ -196,7 +186,7 @@ class StickForward {
         });
     for (std::int64_t row = 0; row < o.count; ++row) {
       const std::int64_t flat = g_.flat_row(task, task.first_row + row);
-      static_cast<Real*>(params_.remainder)[flat] = stick[row];
+      static_cast<Real*>(params_.remainder)[flat] = rem[row];
       params_.first_tiles[flat] = static_cast<std::int32_t>(first_tile);
     }
   }

@@ -31,28 +31,28 @@ inline VecD stick_clamp(VecD x, VecD bound) {
 // exp(scale * score) as a normal number whose 1 / (1 + e) is a normal number too (the scan runs with denormals
 // flushed): scale * score is cut at +-80 (700 in double), where weights are 0 or 1 to every digit that is kept.
 template <typename Real>
-class StickOdds;
+class ExpLogit;
 
 template <>
-class StickOdds<float> {
+class ExpLogit<float> {
  public:
-  explicit StickOdds(double scale)
+  explicit ExpLogit(double scale)
       : factor_(broadcast(static_cast<float>(scale * 1.4426950408889634))),
         bound_(broadcast(static_cast<float>(std::min(80.0 / std::abs(scale), 1e38)))) {}
 
-  // 2^(n + r) with n + r = score * factor, |r| <= 1/2.
+  // 2^(n + r) with n + r = score * factor, |r| <= 1/2, as exp_bounded().
   VecF operator()(VecF score) const {
     score = stick_clamp(score, bound_);
-    const VecF shifted = score * factor_ + 12582912.0f;  // 1.5 * 2^23: the low bits are n
-    const VecF r = score * factor_ - (shifted - 12582912.0f);
+    constexpr float kShift = 12582912.0f + 127;
+    const VecF shifted = score * factor_ + kShift;
+    const VecF r = score * factor_ - (shifted - kShift);
     VecF p = r * 1.535335828e-4f + 1.339887853e-3f;
     p = p * r + 9.618437406e-3f;
     p = p * r + 5.550332458e-2f;
     p = p * r + 2.402264791e-1f;
     p = p * r + 6.931472029e-1f;
     p = p * r + 1.0f;
-    const VecI32 n = reinterpret_cast<VecI32>(shifted) << 23;
-    return reinterpret_cast<VecF>(reinterpret_cast<VecI32>(p) + n);
+    return p * reinterpret_cast<VecF>(reinterpret_cast<VecU32>(shifted) << 23);
   }
 
  private:
@@ -60,9 +60,9 @@ class StickOdds<float> {
 };
 
 template <>
-class StickOdds<double> {
+class ExpLogit<double> {
  public:
-  explicit StickOdds(double scale)
+  explicit ExpLogit(double scale)
       : factor_(broadcast(scale)), bound_(broadcast(std::min(700.0 / std::abs(scale), 1e300))) {}
   VecD operator()(VecD score) const { return exp_bounded(stick_clamp(score, bound_) * factor_); }
 
@@ -104,14 +104,14 @@ struct StickTile {
   const std::uint8_t* keep;  // [keys], null keeps all: a key that is not kept takes no stick
   const Real* newest;        // [rows], newest key of this tile a row sees; null where all rows see all keys
   double scale;              // of the scores
-  Real* stick;               // [rows], in: left at the tile's newer edge; out: left at its older edge
+  Real* rem;                 // [rows], in: left at the tile's newer edge; out: left at its older edge
 };
 
-// What is left of a stick after a tile: where the tile took less than half, the stick less what was taken, for a
-// product of many factors just below 1 would lose the sum of their small differences from it; else the product.
+// What a tile leaves of a stick: where it took less than half, the stick less what was taken, for a product of many
+// factors just below 1 would lose the sum of their small differences from it; else the product.
 template <typename V>
-inline V stick_left(V stick, V product, V taken) {
-  return taken < stick * 0.5f ? stick - taken : product;
+inline V stick_rem_after(V rem, V product, V taken) {
+  return taken < rem * 0.5f ? rem - taken : product;
 }
 
 // Weights of kN vectors of rows from row `lane` on, as B operand of the value product: [keys, rows], for bf16 in VNNI
@@ -120,14 +120,14 @@ template <typename Op, typename Real, int kN, bool kDiagonal, bool kKeep>
 inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t lane, Op* weights) {
   using V = Vec<Real>;
   constexpr int w = kWidth<Real>;
-  V stick[kN], product[kN], taken[kN], newest[kN];
+  V rem[kN], product[kN], taken[kN], newest[kN];
   for (int n = 0; n < kN; ++n) {
-    stick[n] = load(tile.stick + lane + n * w);
-    product[n] = stick[n];
+    rem[n] = load(tile.rem + lane + n * w);
+    product[n] = rem[n];
     taken[n] = V{};
     if constexpr (kDiagonal) newest[n] = load(tile.newest + lane + n * w);
   }
-  const StickOdds<Real> odds(tile.scale);
+  const ExpLogit<Real> exp_logit(tile.scale);
   for (std::int64_t pair = tile.keys / 2; pair-- > 0;) {
     V weight[2][kN];
     for (int half = 1; half >= 0; --half) {
@@ -139,7 +139,7 @@ inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t l
         }
       }
       for (int n = 0; n < kN; ++n) {
-        V e = odds(load(tile.scores + key * tile.rows + lane + n * w));
+        V e = exp_logit(load(tile.scores + key * tile.rows + lane + n * w));
         if constexpr (kDiagonal) e = broadcast(static_cast<Real>(key)) <= newest[n] ? e : V{};
         const V u = reciprocal(1 + e);
         weight[half][n] = e * u * product[n];
@@ -156,7 +156,7 @@ inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t l
       }
     }
   }
-  for (int n = 0; n < kN; ++n) store(tile.stick + lane + n * w, stick_left(stick[n], product[n], taken[n]));
+  for (int n = 0; n < kN; ++n) store(tile.rem + lane + n * w, stick_rem_after(rem[n], product[n], taken[n]));
 }
 
 // Backward walks the same way with the same arithmetic, so it meets the same weights. With G = weight * dp,
@@ -166,18 +166,18 @@ inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t l
 // The walk goes against that sum. At the tile's older edge it is delta (the row's whole sum of G, known from o) less
 // what has passed; from there a second sweep, oldest key first, adds up the tile's own G, for subtracting them one by
 // one would leave rounding errors of the large newest ones in the small older ones. What rounding leaves at the edge is
-// cut to what the stick allows: |sum of older G| <= stick * reach, with reach >= |do| max|v| + |d_remainder|; else it
-// would be multiplied with the beta of every older key, however little stick is left. For the same reason G takes
-// weights as they were rounded for the products (bf16): o, and so delta, is made of those.
+// cut to what the stick allows: |sum of older G| <= stick * dp_bound, with dp_bound >= |do| max|v| + |d_remainder|;
+// else it would be multiplied with the beta of every older key, however little stick is left. For the same reason G
+// takes weights as they were rounded for the products (bf16): o, and so delta, is made of those.
 template <typename Real>
 struct StickGradTile {
   StickTile<Real> tile;
-  Real* grad_scratch;   // [keys, rows], in: dP^T = V dO^T; overwritten
-  Real* score_scratch;  // [keys, rows], tile.scores' memory; overwritten
-  Real* mass;           // [keys, rows], scratch
-  const Real* delta;    // [rows]
-  const Real* reach;    // [rows]
-  Real* passed;         // [rows], in and out: sum of G over all newer keys
+  Real* grad_scratch;    // [keys, rows], in: dP^T = V dO^T; overwritten
+  Real* score_scratch;   // [keys, rows], tile.scores' memory; overwritten
+  Real* g;               // [keys, rows], scratch
+  const Real* delta;     // [rows]
+  const Real* dp_bound;  // [rows]
+  Real* sum_g;           // [rows], in and out: sum of G over all newer keys
 };
 
 // Writes weights and score gradients row-major [keys, rows] (A operands) and, for bf16, the gradients once more in
@@ -188,13 +188,13 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
   using V = Vec<Real>;
   constexpr int w = kWidth<Real>;
   const StickTile<Real>& tile = grad.tile;
-  const StickOdds<Real> odds(tile.scale);
+  const ExpLogit<Real> exp_logit(tile.scale);
   const V scale = broadcast(static_cast<Real>(tile.scale));
-  V stick[kN], product[kN], taken[kN], newest[kN], passed[kN];
+  V rem[kN], product[kN], taken[kN], newest[kN], sum_g[kN];
   for (int n = 0; n < kN; ++n) {
-    stick[n] = load(tile.stick + lane + n * w);
-    product[n] = stick[n];
-    taken[n] = passed[n] = V{};
+    rem[n] = load(tile.rem + lane + n * w);
+    product[n] = rem[n];
+    taken[n] = sum_g[n] = V{};
     if constexpr (kDiagonal) newest[n] = load(tile.newest + lane + n * w);
   }
   for (std::int64_t key = tile.keys; key-- > 0;) {
@@ -206,7 +206,7 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
         store(weights + at, V{});
         continue;
       }
-      V e = odds(load(tile.scores + at));
+      V e = exp_logit(load(tile.scores + at));
       if constexpr (kDiagonal) e = broadcast(static_cast<Real>(key)) <= newest[n] ? e : V{};
       const V u = reciprocal(1 + e);
       const V beta = e * u;
@@ -216,20 +216,20 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
       store(weights + at, weight);
       V g = load(weights + at) * load(grad.grad_scratch + at);
       if constexpr (kDiagonal) g = broadcast(static_cast<Real>(key)) <= newest[n] ? g : V{};
-      passed[n] += g;
-      store(grad.mass + at, g);
+      sum_g[n] += g;
+      store(grad.g + at, g);
       store(grad.grad_scratch + at, u * g);
       store(grad.score_scratch + at, beta);
     }
   }
   V older[kN];
   for (int n = 0; n < kN; ++n) {
-    const V left = stick_left(stick[n], product[n], taken[n]);
-    passed[n] += load(grad.passed + lane + n * w);
-    store(tile.stick + lane + n * w, left);
-    store(grad.passed + lane + n * w, passed[n]);
-    const V most = left * load(grad.reach + lane + n * w);
-    older[n] = stick_clamp(load(grad.delta + lane + n * w) - passed[n], most);
+    const V rem_older = stick_rem_after(rem[n], product[n], taken[n]);
+    sum_g[n] += load(grad.sum_g + lane + n * w);
+    store(tile.rem + lane + n * w, rem_older);
+    store(grad.sum_g + lane + n * w, sum_g[n]);
+    const V most = rem_older * load(grad.dp_bound + lane + n * w);
+    older[n] = stick_clamp(load(grad.delta + lane + n * w) - sum_g[n], most);
   }
   for (std::int64_t pair = 0; pair < tile.keys / 2; ++pair) {
     V ds[2][kN];
@@ -244,7 +244,7 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
         }
         ds[half][n] = scale * (load(grad.grad_scratch + at) - load(grad.score_scratch + at) * older[n]);
         if constexpr (kDiagonal) ds[half][n] = broadcast(static_cast<Real>(key)) <= newest[n] ? ds[half][n] : V{};
-        older[n] += load(grad.mass + at);
+        older[n] += load(grad.g + at);
       }
     }
     for (int n = 0; n < kN; ++n) {

@@ -157,6 +157,58 @@ class StickKeep {
   const bool* mask_;
 };
 
+// What the rows of a query tile see, one tile of keys after the other.
+class StickSight {
+ public:
+  StickSight(const StickGeometry& g, const StickQueryTile& t)
+      : g_(g),
+        sequence_(g.sequences[t.sequence]),
+        first_row_(t.first_row),
+        rows_(std::min(g.tile_rows, sequence_.rows - t.first_row)),
+        oldest_(g.newest_key(sequence_, t.first_row)),
+        newest_(g.newest_key(sequence_, t.first_row + rows_ - 1)),
+        mask_(g, t.sequence) {}
+
+  StickSight(const StickSight&) = delete;
+  StickSight& operator=(const StickSight&) = delete;
+
+  // Tiles up to the newest key that a row sees.
+  std::int64_t key_tiles() const { return newest_ < 0 ? 0 : newest_ / kTileKeys + 1; }
+
+  // Turns to a tile of keys; false when none of them takes part.
+  bool turn_to(std::int64_t tile) {
+    first = tile * kTileKeys;
+    keys = std::min(kTileKeys, round_up(newest_ - first + 1, 16));
+    return mask_.tile(first, keys, bytes_, &keep);
+  }
+
+  bool all_rows_there() const { return rows_ == g_.tile_rows; }
+
+  // StickTile::newest: null where every row sees all keys of the tile, unless asked for `in_any_case`.
+  template <typename Real>
+  const Real* newest_keys(Real* newest, bool in_any_case = false) const {
+    if (first + keys - 1 <= oldest_ && !in_any_case) return nullptr;
+    g_.newest_keys(sequence_, first_row_, first, newest);
+    return newest;
+  }
+
+  // Whether a row, which is there, sees a key of the tile.
+  bool sees(std::int64_t row, std::int64_t key) const {
+    return (keep == nullptr || keep[key]) && first + key <= g_.newest_key(sequence_, first_row_ + row);
+  }
+
+  std::int64_t first = 0, keys = 0;  // of the tile; keys is a multiple of 16
+  const std::uint8_t* keep = nullptr;
+
+ private:
+  const StickGeometry& g_;
+  const StickSequence& sequence_;
+  std::int64_t first_row_, rows_;
+  std::int64_t oldest_, newest_;  // the newest key that the first row sees, and the last
+  StickKeep mask_;
+  std::uint8_t bytes_[kTileKeys];
+};
+
 // f(task, state) for every task in [0, n), handed out one at a time in ascending order; each worker makes one State,
 // which holds its scratch memory and its floating-point mode.
 template <typename State, typename Make, typename F>
@@ -236,6 +288,11 @@ inline void pack_rows_transposed(const StickRows<const T>& rows, std::int64_t he
   }
 }
 
+// The lowest n <= 64 bits.
+inline std::uint64_t first_bits(std::int64_t n) {
+  return n < 64 ? (std::uint64_t{1} << n) - 1 : ~std::uint64_t{0};
+}
+
 // Query-shaped rows as B operand [tile_rows, ld] (for bf16 in VNNI pairs of rows), zero from head_dim and count on, and
 // for the rows whose bit is in `leave_out`.
 template <typename Op, typename T>
@@ -267,14 +324,14 @@ template <typename Op, typename T>
 inline void pack_keys_transposed(const StickKeys<const T>& keys, std::int64_t first, std::uint64_t leave_out,
                                  std::int64_t head_dim, Op* out) {
   const std::int64_t here = std::min(kTileKeys, keys.count - first);
-  const auto taken = [&](std::int64_t key) { return key < here && !(leave_out >> key & 1); };
+  const std::uint64_t taken = first_bits(here) & ~leave_out;
   if constexpr (std::is_same_v<Op, BFloat16>) {
     transpose_words<float>(
         kTileKeys / 2, head_dim,
         [&](std::int64_t pair, std::int64_t d, int n) {
           VecU32 words{};
-          if (taken(2 * pair)) words = load_bits(keys[first + 2 * pair] + d, n);
-          if (taken(2 * pair + 1)) words |= load_bits(keys[first + 2 * pair + 1] + d, n) << 16;
+          if (taken >> (2 * pair) & 1) words = load_bits(keys[first + 2 * pair] + d, n);
+          if (taken >> (2 * pair + 1) & 1) words |= load_bits(keys[first + 2 * pair + 1] + d, n) << 16;
           return reinterpret_cast<VecF>(words);
         },
         [&](std::int64_t d, std::int64_t pair, VecF words, int) {
@@ -284,7 +341,7 @@ inline void pack_keys_transposed(const StickKeys<const T>& keys, std::int64_t fi
     transpose_words<Op>(
         kTileKeys, head_dim,
         [&](std::int64_t key, std::int64_t d, int n) {
-          return taken(key) ? load_words(keys[first + key] + d, n) : Vec<Op>{};
+          return taken >> key & 1 ? load_words(keys[first + key] + d, n) : Vec<Op>{};
         },
         [&](std::int64_t d, std::int64_t key, Vec<Op> words, int) { store(out + d * kTileKeys + key, words); });
   }
