@@ -65,7 +65,7 @@ test-emulated: build
 
 test-gpu: build
 	@$(PY) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "test-gpu: this torch sees no GPU")'
-	$(PY) -m pytest tests/cuda
+	$(PY) -m pytest -m cuda
 
 sanitize-gpu: build
 	tools/sanitize_gpu.sh $(PY)

@@ -5,6 +5,7 @@ from collections.abc import Generator
 
 import hypothesis
 import pytest
+import torch
 
 # A change is judged by the same examples wherever it is tested; new ones are found at the developer's desk.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
@@ -19,12 +20,26 @@ if EMULATED:
     cudasim.use_torch_allocator()
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A test that asks for it runs with the CPU's kernels and on a GPU; under tools/emulated.sh the CUDA kernels serve
+    CPU tensors."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU; `make test-emulated` runs the CUDA kernels without one")
+    return torch.device(request.param)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "device" in getattr(item, "fixturenames", ()) or "/tests/cuda/" in item.path.as_posix():
+        item.add_marker(pytest.mark.cuda)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Skips what the CUDA kernels say they do not do, where they serve CPU tensors: the same tests run with both."""
+    """Skips what the CUDA kernels say they do not do: the same tests run with those of the CPU."""
     try:
         return (yield)
     except ValueError as error:
-        if EMULATED and "only the CPU has kernels for float64" in str(error):
+        if "only the CPU has kernels for float64" in str(error):
             pytest.skip("float64 has CPU kernels alone")
         raise

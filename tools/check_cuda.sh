@@ -11,7 +11,8 @@ command -v "${CUDACXX:-nvcc}" >/dev/null || { echo 'check-cuda needs nvcc' >&2; 
 # What is released: every architecture of the ordinary build.
 env -u MFX_CUDA_ARCHS MFX_CUDA=ON MFX_CPU_ISAS=baseline tools/build_flavour.sh "$python" build/released
 "$python" tools/cuda_report.py --check
-tools/emulated.sh "$python" -m '' tests/cuda tests/ops/test_route_topk.py
+tools/emulated.sh "$python" -m cuda
+tools/emulated.sh "$python" -m '' tests/ops/test_route_topk.py
 for seed in 1 2; do  # other orders of warps, other times at which copies land
-  CUDASIM_SEED=$seed tools/emulated.sh "$python" tests/cuda
+  CUDASIM_SEED=$seed tools/emulated.sh "$python"
 done

@@ -23,4 +23,5 @@ if [ "${1:-}" = --run ]; then
   shift
   exec tools/cudasim/run "$python" "$@"
 fi
-exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -m 'not slow' -o testpaths=tests/cuda "$@"
+exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -m 'cuda and not slow' \
+  -o testpaths='tests/cuda tests/ops tests/properties' "$@"

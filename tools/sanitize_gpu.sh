@@ -18,5 +18,5 @@ fi
 
 for tool in memcheck racecheck synccheck initcheck; do
   echo "== $tool"
-  "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m pytest -p no:cacheprovider tests/cuda "$@"
+  "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m pytest -p no:cacheprovider -m cuda "$@"
 done

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from stick_cases import inputs
-from test_stick_attention_cuda import DTYPES, check
+from stick_cases import check, inputs
+from test_stick_attention_cuda import DTYPES
 
 from moduleformer_ext._extension import build_info
 from moduleformer_ext.ops import stick_attention
@@ -24,12 +24,12 @@ SHAPES = [  # batch, t_q, t_k, heads, group, dim, shared
 def test_against_the_reference(dtype, shape, options, device):
     *sizes, shared = shape
     # Dot products of up to 1024 terms, added up one after the other.
-    check(*inputs(*sizes, dtype, shared=shared), device, floor=1e-5, **options)
+    check(device, *inputs(*sizes, dtype, shared=shared), floor=1e-5, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_v_of_its_own(dtype, device):
-    check(*inputs(1, 33, 40, 1, 3, 1000, dtype), device)
+    check(device, *inputs(1, 33, 40, 1, 3, 1000, dtype))
 
 
 def test_v_of_its_own_has_no_float32_gradient(device):
@@ -39,20 +39,20 @@ def test_v_of_its_own_has_no_float32_gradient(device):
 
 
 def test_any_order_of_warps(device, schedule):
-    check(*inputs(1, 40, 70, 1, 2, 1024, torch.bfloat16, shared=True, seed=schedule), device, stick_epsilon=0.0)
+    check(device, *inputs(1, 40, 70, 1, 2, 1024, torch.bfloat16, shared=True, seed=schedule), stick_epsilon=0.0)
 
 
 def test_masked_and_packed(device):
     q, k, _ = inputs(2, 20, 33, 1, 2, 768, torch.bfloat16, shared=True)
     mask = torch.rand(2, 33, generator=torch.Generator().manual_seed(0)) < 0.6
-    check(q, k, None, device, key_padding_mask=mask)
+    check(device, q, k, None, key_padding_mask=mask)
     q, k, _ = inputs(1, 30, 50, 1, 2, 264, torch.bfloat16, shared=True)
     cu_q, cu_k = torch.tensor([0, 5, 5, 30]).int(), torch.tensor([0, 9, 9, 50]).int()
-    check(q[0], k[0], None, device, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    check(device, q[0], k[0], None, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
 
 
 def test_walks_through_several_windows(device):
-    check(*inputs(1, 20, 2100, 1, 1, 264, torch.bfloat16, shared=True), device, stick_epsilon=0.0, floor=4e-5)
+    check(device, *inputs(1, 20, 2100, 1, 1, 264, torch.bfloat16, shared=True), stick_epsilon=0.0, floor=4e-5)
 
 
 def test_same_bits_every_time(device):

@@ -1,4 +1,5 @@
-"""A folder of sources that was copied with its build folder and environment builds as a fresh one does."""
+"""What setup.py and the Makefile ask for: a folder copied with its build folder and environment builds as a fresh one
+does, and an earlier build leaves no settings behind."""
 
 import os
 import subprocess
@@ -46,6 +47,26 @@ def test_a_build_folder_made_elsewhere_is_configured_afresh(fake_cmake, tmp_path
 def test_a_build_folder_of_these_sources_is_kept(fake_cmake, tmp_path):
     build = tmp_path / "build"
     assert "--fresh" not in configure(fake_cmake, build, ROOT, build).split()
+
+
+def test_what_is_not_set_returns_to_its_default(fake_cmake, tmp_path, monkeypatch):
+    monkeypatch.setenv("MFX_CUDA", "OFF")
+    monkeypatch.delenv("MFX_NATIVE", raising=False)
+    arguments = configure(fake_cmake, tmp_path / "build", ROOT, tmp_path / "build").split()
+    assert "-DMFX_CUDA=OFF" in arguments
+    assert "-UMFX_NATIVE" in arguments
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_demo_is_built_for_this_machine_until_everything_has_been(tmp_path, built):
+    everything = tmp_path / "everything"
+    if built:
+        everything.touch()
+    command = ["make", "--dry-run", f"VENV={tmp_path / '.venv'}", f"EVERYTHING={everything}", "demo"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFX_NATIVE")}
+    plan = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    assert ("build MFX_NATIVE=1" in plan) != built
+    assert (f"touch {everything}" in plan) == built
 
 
 @pytest.mark.parametrize("copied", [True, False])
