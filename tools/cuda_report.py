@@ -69,11 +69,11 @@ class Usage:
 
 
 def parse_ptxas(text: str) -> dict[str, Usage]:
-    """Usage by kernel."""
+    """Usage by kernel, with the functions that were not inlined into it: each has a line of its own."""
     kernels = {}
     for entry in re.split(r"Compiling entry function '", text)[1:]:
-        spill = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
-        stack, stores, loads = map(int, spill.groups())
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        stack, stores, loads = (sum(map(int, column)) for column in zip(*frames, strict=True))
         shared = re.search(r"(\d+) bytes smem", entry)
         registers = int(re.search(r"Used (\d+) registers", entry)[1])
         kernels[entry.split("'")[0]] = Usage(registers, stack, stores + loads, int(shared[1]) if shared else 0)

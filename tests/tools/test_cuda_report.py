@@ -20,6 +20,17 @@ ptxas info    : Used 255 registers, used 0 barriers, 352 bytes cmem[0]
     }
 
 
+def test_spills_of_a_function_that_is_not_inlined_are_its_kernels(report):
+    text = """ptxas info    : Compiling entry function 'calls' for 'sm_90'
+ptxas info    : Function properties for calls
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for rows_again
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 352 bytes cmem[0]
+"""
+    assert report.parse_ptxas(text)["calls"] == report.Usage(registers=255, stack=16, spilled=12, shared_bytes=0)
+
+
 def test_threads_of_launch_bounds(report):
     ptx = """.visible .entry bounded(
 	.param .u64 bounded_param_0
