@@ -91,8 +91,7 @@ void check_arguments(const Tensor& q, const Tensor& k, const OptionalTensor& v, 
                   v->sym_sizes());
   }
   MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), kOp, "scale", "be finite in float32", *scale);
-  MFX_CHECK_ARG(!epsilon || (*epsilon >= 0 && std::isfinite(*epsilon)), kOp, "stick_epsilon", "be finite and >= 0",
-                *epsilon);
+  check_stick_epsilon(kOp, epsilon);
   if (present(key_padding_mask)) {
     MFX_CHECK_ARG(!packed, kOp, "key_padding_mask", "be None where cu_seqlens_q is given", "both");
     check_dim(kOp, "key_padding_mask", *key_padding_mask, 2);
@@ -196,7 +195,7 @@ Outputs forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::
   auto& [o, remainder, residual, first_tiles] = outputs;
   const StickAttentionForwardParams params = {
       .problem = problem.params,
-      .stick_epsilon = stick_epsilon.value_or(q.scalar_type() == at::kDouble ? 0.0 : 0x1p-24),
+      .stick_epsilon = stick_epsilon_or_default(stick_epsilon, q),
       .o = o.mutable_data_ptr(),
       .o_strides = query_strides(o, packed, problem.params.group),
       .residual = residual.numel() == 0 ? nullptr : residual.mutable_data_ptr(),

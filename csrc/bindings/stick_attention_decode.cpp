@@ -17,7 +17,6 @@ namespace mfx {
 namespace {
 
 constexpr const char* kOp = "stick_attention_decode";
-constexpr double kDefaultEpsilon = 0x1p-24;
 using Outputs = std::tuple<at::Tensor, at::Tensor>;
 
 void check_cache(const char* name, const at::Tensor& cache, const at::Tensor& q) {
@@ -75,8 +74,7 @@ void check_arguments(const at::Tensor& q, const at::Tensor& k_cache, const Optio
     check_same_device(kOp, "key_padding_mask", *key_padding_mask, "q", q);
   }
   MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), kOp, "scale", "be finite in float32", *scale);
-  MFX_CHECK_ARG(!stick_epsilon || (*stick_epsilon >= 0 && *stick_epsilon < 1), kOp, "stick_epsilon", "lie in [0, 1)",
-                *stick_epsilon);
+  check_stick_epsilon(kOp, stick_epsilon);
 }
 
 Outputs allocate(const at::Tensor& q) {
@@ -147,7 +145,7 @@ Outputs stick_attention_decode(const at::Tensor& q, const at::Tensor& k_cache, c
       .max_keys = max_keys,
       .head_dim = q.size(-1),
       .scale = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1)))),
-      .stick_epsilon = stick_epsilon.value_or(q.scalar_type() == at::kDouble ? 0 : kDefaultEpsilon),
+      .stick_epsilon = stick_epsilon_or_default(stick_epsilon, q),
       .attend_current = attend_current,
   };
   switch (backend) {

@@ -6,10 +6,6 @@
 
 namespace mfx::grouped {
 
-inline std::int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
-
 // Most partial sums that dots over `columns` have: one per warp's columns of the narrowest tile.
 inline std::int64_t num_dots(const RoutedLayout& layout, std::int64_t columns) {
   return (columns + 31) / 32 * layout.num_slots();

@@ -163,7 +163,7 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
   const std::int64_t key_blocks = p.sequences * p.heads * (kKvChunk / instance->keys);
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   if (!stick_fits(p) || query_blocks > kMost || key_blocks > kMost) return kStickTooLarge;
-  const std::int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+  const std::int64_t element = element_size(p.dtype);
   BackwardLaunch launch = {
       .params = params,
       .factor = static_cast<float>(p.scale * 1.4426950408889634),

@@ -31,10 +31,8 @@ void combine(const StickAttentionDecodeParams& params, const StickDecodePart& to
   MFX_ISA_RETURN(stick_decode_combine, params, total, older)
 }
 void store(const StickAttentionDecodeParams& params, std::int64_t batch, std::int64_t kv_head,
-           const StickDecodePart& total){MFX_ISA_RETURN(stick_decode_store, params, batch, kv_head, total)}
-
-std::int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+           const StickDecodePart& total) {
+  MFX_ISA_RETURN(stick_decode_store, params, batch, kv_head, total)
 }
 
 class Part {
@@ -110,7 +108,7 @@ Status stick_attention_decode_cpu(const StickAttentionDecodeParams& p) {
   }
   if (p.num_new == 0 || p.group_size == 0) return {};
 
-  const std::int64_t key_bytes = p.head_dim * element_bytes(p.dtype) * (p.k_is_v ? 1 : 2);
+  const std::int64_t key_bytes = p.head_dim * element_size(p.dtype) * (p.k_is_v ? 1 : 2);
   const std::int64_t split_keys = std::clamp(kSplitBytes / key_bytes, kMinSplitKeys, kMaxSplitKeys);
   std::vector<std::unique_ptr<HeadWalk>> heads;
   for (std::int64_t b = 0; b < p.batch; ++b) {

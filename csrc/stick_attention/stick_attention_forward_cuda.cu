@@ -70,7 +70,7 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
     const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, instance.tile_rows) * p.heads;
     if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return kStickTooLarge;
     if (blocks == 0) return {};
-    const std::int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+    const std::int64_t element = element_size(p.dtype);
     const ForwardLaunch launch = {
         .params = params,
         .factor = static_cast<float>(p.scale * 1.4426950408889634),

@@ -15,6 +15,17 @@ struct Float16 {
 
 enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+// In bytes.
+constexpr std::int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return 4;
+    case DType::kFloat64: return 8;
+    case DType::kBFloat16:
+    case DType::kFloat16: break;
+  }
+  return 2;
+}
+
 // A CUDA stream as an opaque handle, so that host code needs no CUDA header.
 using Stream = void*;
 

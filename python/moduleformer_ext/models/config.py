@@ -108,15 +108,16 @@ class MoLMConfig:
         for name in ("sample_topk", "history_length"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
                 self._reject(name, "a non-negative integer", getattr(self, name))
-        for name in ("resid_pdrop", "embd_pdrop", "moe_pdrop"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
-                self._reject(name, "in [0, 1)", getattr(self, name))
-        if not (_is_number(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
-            self._reject("layer_norm_epsilon", "positive", self.layer_norm_epsilon)
-        for name in ("aux_loss_weight", "initializer_range", "stick_epsilon"):
+        for name in ("resid_pdrop", "embd_pdrop", "moe_pdrop", "stick_epsilon"):
             value = getattr(self, name)
             unset = name == "stick_epsilon" and value is None
-            if not unset and not (_is_number(value) and math.isfinite(value) and value >= 0):
+            if not unset and not (_is_number(value) and 0 <= value < 1):
+                self._reject(name, "in [0, 1)", value)
+        if not (_is_number(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
+            self._reject("layer_norm_epsilon", "positive", self.layer_norm_epsilon)
+        for name in ("aux_loss_weight", "initializer_range"):
+            value = getattr(self, name)
+            if not (_is_number(value) and math.isfinite(value) and value >= 0):
                 self._reject(name, "finite and non-negative", value)
         if not isinstance(self.tie_word_embeddings, bool):
             self._reject("tie_word_embeddings", "true or false", self.tie_word_embeddings)
