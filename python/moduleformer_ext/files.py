@@ -115,7 +115,10 @@ def remove_partial(parent: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, the same bytes for the same tensors."""
+    """Write a safetensors file, the same bytes for the same tensors.
+
+    Neither durable nor atomic: give it a name from :func:`replacing` or :func:`new_directory`.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -6,7 +6,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 
 class Record(BaseModel):
-    """Base of all records: they do not change, unknown fields are errors, and numbers are finite."""
+    """Base of the options and file contents that pydantic checks: they do not change, unknown fields are errors, and
+    numbers are finite.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True)
 

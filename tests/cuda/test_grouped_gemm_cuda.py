@@ -9,11 +9,11 @@ from tf32_settings import SETTINGS, tf32
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import expert_ffn, grouped_gemm
+from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS, GATED
 from moduleformer_ext.types import ExpertLayout
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ORDERS = ("token", "slot", "expert")
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "geglu_tanh", "geglu", "swiglu", "reglu")
 
 
 def layout_of(ids: list[list[int]], experts: int) -> ExpertLayout:
@@ -42,7 +42,7 @@ def compare(op, layout, values, device, **options):
             grad = randn(*out.shape, dtype=out.dtype)
         results.append([t.cpu() for t in (out, *gradients(out, inputs, grad.to(where)))])
     # A gated activation multiplies two saved, that is rounded, halves.
-    roundings = 2 if options.get("activation") in ACTIVATIONS[4:] else 1
+    roundings = 2 if options.get("activation") in GATED else 1
     for i, (ours, same, exact) in enumerate(zip(*results, strict=True)):
         assert_as_accurate(f"result {i}", ours, same, exact, values[0].dtype, roundings)
     return results[0]
@@ -62,7 +62,7 @@ def ffn_values(layout, d, f, dtype, activation):
     tokens, experts = layout.num_slots // layout.num_choices, layout.offsets.numel() - 1
     return [
         randn(tokens, d, dtype=dtype),
-        randn(experts, d, 2 * f if activation in ACTIVATIONS[4:] else f, dtype=dtype, scale=d**-0.5),
+        randn(experts, d, 2 * f if activation in GATED else f, dtype=dtype, scale=d**-0.5),
         randn(experts, f, d, dtype=dtype, scale=f**-0.5),
         torch.rand(tokens, layout.num_choices),
     ]

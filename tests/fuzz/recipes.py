@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moduleformer_ext import ops, reference
+from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS, GATED
 
 RAW = torch.ops.moduleformer_ext
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "geglu_tanh", "geglu", "swiglu", "reglu")
 
 
 @dataclass
@@ -94,7 +94,8 @@ def linear_decode(m: Maker) -> Call:
 
 
 def router(m: Maker, gate: str) -> Call:
-    # Of one dimension the unit vectors are two, and experts are tied but for rounding.
+    # At least 2 hidden features: in one dimension there are only two unit vectors, so that gmm experts would tie up to
+    # rounding.
     tokens, dim, hidden, experts = m.size(), m.size(least=1), m.size(least=2), m.size(least=1)
     k = m.random.randint(1, min(4, experts))
     sampled = m.random.choice((0, 0, m.random.randint(0, k)))
@@ -142,7 +143,7 @@ def expert_ffn(m: Maker) -> Call:
     layout, tokens, experts, choices = routing(m)
     dim, hidden = m.size(least=1), m.size(least=1)
     activation = m.random.choice(ACTIVATIONS)
-    columns = 2 * hidden if "glu" in activation or activation == "reglu" else hidden
+    columns = 2 * hidden if activation in GATED else hidden
     args = [
         m.normal(tokens, dim),
         m.segments(experts, dim, columns),

@@ -10,6 +10,8 @@ from small_models import random_model
 from torch import Tensor
 
 from moduleformer_ext.models import KVCache, MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models.config import AUX_LOSS_TYPES
+from moduleformer_ext.models.modeling import _AUX_LOSSES, _aux_loss
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -147,7 +149,7 @@ def test_activation_checkpointing_repeats_sampled_experts() -> None:
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("kind", ["mi", "switch", "concentration", "none"])
+@pytest.mark.parametrize("kind", AUX_LOSS_TYPES)
 def test_loss_is_cross_entropy_plus_weighted_sum_over_layers(kind: str) -> None:
     ids = tokens(2, 6)
     base = random_model()
@@ -157,6 +159,12 @@ def test_loss_is_cross_entropy_plus_weighted_sum_over_layers(kind: str) -> None:
     entropy = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     close(output.loss, entropy.double() + 0.5 * output.aux_loss)
     assert (output.aux_loss == 0) == (kind == "none")
+
+
+def test_every_kind_of_routing_loss_has_a_name_that_a_configuration_may_use() -> None:
+    assert set(_AUX_LOSSES) == set(AUX_LOSS_TYPES)
+    with pytest.raises(KeyError, match="mutual"):
+        _aux_loss("mutual", [])
 
 
 def test_per_layer_expert_counts() -> None:

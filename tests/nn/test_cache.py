@@ -52,6 +52,8 @@ def test_cache_needs_what_fits_the_past() -> None:
         filled(4, 0).extend(token(0), None)
     with pytest.raises(ValueError, match=r"keys must be \[1, T, 2, 3\], got \[2, 1, 2, 3\]"):
         cache.extend(torch.zeros(2, 1, 2, 3), None)
+    with pytest.raises(ValueError, match=r"values must be \[1, 1, 2, 3\] like the keys, got \[1, 2, 2, 3\]"):
+        filled(4, 0).extend(token(0), token(0, 2))
     with pytest.raises(ValueError, match="nothing is stored"):
         _ = LayerCache().keys
 
@@ -153,8 +155,10 @@ def test_static_cache_errors() -> None:
     with pytest.raises(ValueError, match="not empty"):
         StaticLayerCache.of(LayerCache(), 4)
     static = StaticLayerCache.of(filled(4, 1), 4)
-    with pytest.raises(ValueError, match="both have values"):
+    with pytest.raises(ValueError, match="the layer must have values of its own as the past does"):
         static.append(token(1), None)
+    with pytest.raises(ValueError, match=r"values must be \[1, 1, 2, 3\] like the keys, got \[1, 2, 2, 3\]"):
+        static.append(token(1), token(1, 2))
     with pytest.raises(ValueError, match=r"keys must be \[1, T, 2, 3\]"):
         static.append(torch.zeros(2, 1, 2, 3), torch.zeros(2, 1, 2, 3))
     with torch.inference_mode():

@@ -6,8 +6,7 @@ from routed import DTYPES, as_leaves, assert_as_accurate, gate_dtype, gradients,
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import expert_ffn, grouped_gemm
-
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "geglu_tanh", "geglu", "swiglu", "reglu")
+from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS, GATED
 
 
 def operands(tokens, experts, choices, d, f, dtype, gated=False):
@@ -28,7 +27,7 @@ def composed(x, up, down, layout, gates, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_against_the_reference(activation, dtype):
     torch.manual_seed(0)
-    gated = activation in ACTIVATIONS[4:]
+    gated = activation in GATED
     for tokens, experts, choices, d, f in ((33, 5, 2, 24, 40), (9, 4, 4, 17, 21), (300, 2, 1, 66, 70)):
         layout = random_layout(tokens, experts, choices)
         values = operands(tokens, experts, choices, d, f, dtype, gated)
@@ -63,7 +62,7 @@ def test_equals_its_parts_in_float64():
 def test_gradcheck(activation):
     torch.manual_seed(2)
     layout = random_layout(4, 3, 2)
-    inputs = as_leaves(*operands(4, 3, 2, 3, 4, torch.float64, activation in ACTIVATIONS[4:]))
+    inputs = as_leaves(*operands(4, 3, 2, 3, 4, torch.float64, activation in GATED))
     assert torch.autograd.gradcheck(
         lambda x, up, down, gates: expert_ffn(x, up, down, layout, gates, activation=activation), inputs
     )

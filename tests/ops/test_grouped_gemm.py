@@ -22,9 +22,9 @@ from routed import (
 from moduleformer_ext import reference
 from moduleformer_ext._extension import build_info
 from moduleformer_ext.ops import expert_layout, grouped_gemm
+from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS
 
 ORDERS = ("token", "slot", "expert")
-ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "geglu_tanh", "geglu", "swiglu", "reglu")
 
 
 def check(layout, x, weight, gates, **options):

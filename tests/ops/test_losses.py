@@ -76,12 +76,15 @@ def test_gradcheck(loss, logits):
     assert torch.autograd.gradcheck(lambda values: loss(ops.route_topk(values, 2)), logits.requires_grad_())
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_no_tokens(loss):
+@pytest.mark.parametrize("loss", [loss.__name__ for loss in LOSSES] + ["new_expert_loss"])
+@pytest.mark.parametrize("side", [ops, reference], ids=["ops", "reference"])
+def test_no_tokens(side, loss):
     logits = torch.zeros(0, 6, requires_grad=True)
-    value = loss(ops.route_topk(logits, 2))
+    options = {"num_new": 2} if loss == "new_expert_loss" else {}
+    value = getattr(side.losses, loss)(side.route_topk(logits, 2), **options)
     assert value.item() == 0
     value.backward()
+    assert logits.grad.shape == (0, 6)
 
 
 def test_saturated_logits_stay_finite():

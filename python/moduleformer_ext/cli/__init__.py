@@ -1,4 +1,7 @@
-"""The `moduleformer-ext` command: one module per verb, loaded only when asked for."""
+"""The `moduleformer-ext` command: one module per verb, loaded only when asked for.
+
+A verb is an entry of VERBS and `cli/<verb>.py` with a function `run`.
+"""
 
 import importlib
 import io
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(_HELP)
         return 0
-    if words[:1] == [] or words[0] not in VERBS:
+    if not words or words[0] not in VERBS:
         got = f"'{words[0]}'" if words else "none"
         print(f"moduleformer-ext: VERB must be one of {', '.join(VERBS)}, got {got}; see --help", file=sys.stderr)
         return 2

@@ -59,7 +59,7 @@ def sample(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"sample: top_p must be in (0, 1], got {top_p}")
     largest, likeliest = logits.max(-1)
-    if not math.isfinite(largest.abs().sum()):
+    if not math.isfinite(largest.sum().item()):  # of infinities and NaN no sum is finite
         raise FloatingPointError("sample: logits must be finite, got NaN or an infinite one")
     if temperature == 0:
         return likeliest

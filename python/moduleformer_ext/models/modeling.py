@@ -41,16 +41,18 @@ if TYPE_CHECKING:
 
     from moduleformer_ext.models.generation import GenerationOptions
 
-_AUX_LOSSES: dict[str, Callable[[RouteTopK], Tensor]] = {
+_AUX_LOSSES: dict[str, Callable[[RouteTopK], Tensor] | None] = {
     "mi": lambda route: ops.losses.mutual_information_loss(route),
     "concentration": lambda route: ops.losses.concentration_loss(route),
     "switch": lambda route: ops.losses.switch_loss(route),
+    "none": None,
 }
+"""The routing loss of one layer, for each of config.AUX_LOSS_TYPES."""
 
 
 def _aux_loss(kind: str, routes: Sequence[BlockRoutes]) -> Tensor:
     """The routing loss of one pass."""
-    loss = _AUX_LOSSES.get(kind)
+    loss = _AUX_LOSSES[kind]
     if loss is None:
         return torch.zeros_like(routes[0].ffn.plogp_sum)
     return torch.stack([loss(route) for block in routes for route in block]).sum()

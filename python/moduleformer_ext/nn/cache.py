@@ -12,6 +12,21 @@ from torch.utils import _pytree as pytree
 _GROWTH = 2
 
 
+def _check_new_tokens(
+    owner: str, keys: Tensor, values: Tensor | None, past_keys: Tensor, past_values: Tensor | None
+) -> None:
+    """Whether new tokens can stand behind those of a past, if it were not for their number."""
+    shape, past = keys.shape, past_keys.shape
+    if shape[0] != past[0] or shape[2:] != past[2:]:
+        raise ValueError(f"{owner}: keys must be [{past[0]}, T, {past[2]}, {past[3]}], got {list(shape)}")
+    if values is None or past_values is None:
+        if (values is None) != (past_values is None):
+            has, lacks = ("the layer", "the past") if past_values is None else ("the past", "the layer")
+            raise ValueError(f"{owner}: {lacks} must have values of its own as {has} does, got keys only")
+    elif values.shape != shape:
+        raise ValueError(f"{owner}: values must be {list(shape)} like the keys, got {list(values.shape)}")
+
+
 class _Storage(NamedTuple):
     """Keys and values [B, S, H, D] whose first tokens are a cache's; the others are room for the next ones."""
 
@@ -73,10 +88,11 @@ class LayerCache:
             only, and the cache that holds them.
 
         Raises:
-            ValueError: the new tokens are of another batch or of other heads than the past, or only one of them has
-                values of its own.
+            ValueError: the new tokens are of another batch or of other heads than the past, their values of another
+                shape than their keys, or only one of past and new tokens has values of its own.
         """
-        self._check(keys, values)
+        if self._keys is not None:
+            _check_new_tokens("LayerCache", keys, values, self._keys, self._values)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             if self.length:
                 values = None if values is None or self._values is None else torch.cat([self._values, values], dim=1)
@@ -96,16 +112,6 @@ class LayerCache:
         if end < storage.keys.shape[1]:
             present._room.append(storage)
         return all_keys, all_values, present
-
-    def _check(self, keys: Tensor, values: Tensor | None) -> None:
-        if self._keys is None:
-            return
-        batch, _, *heads = self._keys.shape
-        if (keys.shape[0], *keys.shape[2:]) != (batch, *heads):
-            raise ValueError(f"LayerCache: keys must be [{batch}, T, {heads[0]}, {heads[1]}], got {list(keys.shape)}")
-        if (values is None) != (self._values is None):
-            has, lacks = ("the layer", "the past") if self._values is None else ("the past", "the layer")
-            raise ValueError(f"LayerCache: {lacks} must have values of its own as {has} does, got keys only")
 
     def _take_room(self, keys: Tensor, end: int) -> _Storage | None:
         try:
@@ -187,19 +193,14 @@ class StaticLayerCache:
         """Write new tokens [B, T, H, D] behind each sequence's last one.
 
         Raises:
-            ValueError: in grad mode for tokens that require a gradient; for shapes that do not fit; on the CPU for
-                more tokens than there is room for. A GPU's lengths are not read: there they overwrite the last place.
+            ValueError: in grad mode for tokens that require a gradient; for shapes that do not fit, or values for only
+                one of past and new tokens; outside of a compiled graph, on the CPU, for more tokens than there is room
+                for. Elsewhere lengths are not read: tokens that do not fit overwrite the last place.
         """
-        length = keys.shape[1]
+        batch, length = keys.shape[:2]
         if torch.is_grad_enabled() and keys.requires_grad:
             raise ValueError("StaticLayerCache: keys must not require a gradient, got grad mode; use torch.no_grad()")
-        if (values is None) != (self.values is None):
-            raise ValueError("StaticLayerCache: the layer and the cache must both have values of their own, or neither")
-        batch, _, *heads = self.keys.shape
-        if (keys.shape[0], *keys.shape[2:]) != (batch, *heads):
-            raise ValueError(
-                f"StaticLayerCache: keys must be [{batch}, T, {heads[0]}, {heads[1]}], got {list(keys.shape)}"
-            )
+        _check_new_tokens("StaticLayerCache", keys, values, self.keys, self.values)
         if not torch.compiler.is_compiling():
             if self.keys.is_inference() and not torch.is_inference_mode_enabled():
                 raise ValueError("StaticLayerCache: made in inference mode, must be continued in it, got normal mode")

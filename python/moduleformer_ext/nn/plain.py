@@ -13,44 +13,52 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["call_precisely", "is_plain", "plain_layers"]
+__all__ = ["call_in_dtype_of_input", "is_plain", "plain_layers"]
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module would do what ``kind.forward`` does with its weights, and nothing else."""
-    return _is_untouched(module, kind) and not _has_any_global_hook() and _is_plain_tensor(module)
+    return _is_untouched(module, kind) and not _has_any_global_hook()
 
 
 def plain_layers(sequence: nn.Sequential, *kinds: type[nn.Module]) -> list[nn.Module] | None:
     """The modules of a sequence if it and all of them are plain and of these kinds."""
     layers = [layer for layer in sequence._modules.values() if layer is not None]
-    if len(layers) != len(kinds) or not _is_untouched(sequence, nn.Sequential) or _has_any_global_hook():
+    if len(layers) != len(kinds) or not is_plain(sequence, nn.Sequential):
         return None
     for layer, kind in zip(layers, kinds, strict=True):
-        if not _is_untouched(layer, kind) or not _is_plain_tensor(layer):
+        if not _is_untouched(layer, kind):
             return None
     return layers
 
 
 def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    own = module.__dict__
-    return type(module).forward is kind.forward and not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own  # replaced on the instance, as offloading does
+    """:func:`is_plain`, the hooks of all modules aside."""
+    own, cls = module.__dict__, type(module)
+    return (
+        (cls is kind or cls.forward is kind.forward)
+        and not (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own  # replaced on the instance, as offloading does
+        )
+        and _has_plain_weight(module)
     )
 
 
-def _is_plain_tensor(module: nn.Module) -> bool:
+def _has_plain_weight(module: nn.Module) -> bool:
     """False for weights that are quantised or distributed: they know their own products."""
-    weight = module._parameters.get("weight")
+    parameters = module._parameters
+    if not parameters:
+        return True
+    weight = parameters.get("weight")
     return weight is None or type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)
 
 
-def call_precisely(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x) in the precision of x where the module is a plain linear layer; any other is called in its own."""
+def call_in_dtype_of_input(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) computed in the dtype of x where the module is a plain linear layer; any other is called in its own."""
     if is_plain(module, nn.Linear):
         module = cast(nn.Linear, module)
         bias = module.bias

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moduleformer_ext import ops
-from moduleformer_ext.nn.plain import call_precisely, is_plain, plain_layers
+from moduleformer_ext.nn.plain import call_in_dtype_of_input, is_plain, plain_layers
 from moduleformer_ext.nn.segments import segments_of
 from moduleformer_ext.types import RouteTopK
 
@@ -122,11 +122,11 @@ class Router(nn.Module, ABC):
             )
         with torch.autocast(x.device.type, enabled=False):
             if whole:
-                return call_precisely(self.w_gate, x.to(dtype)), None
+                return call_in_dtype_of_input(self.w_gate, x.to(dtype)), None
             hidden = self._hidden(x.to(dtype))
             pruned = None if self.normaliser_rows is None else self._logits(hidden, self.normaliser_rows.to(dtype))
             if called:
-                return call_precisely(module, hidden), pruned
+                return call_in_dtype_of_input(module, hidden), pruned
             rows = segments_of(module, name)
             segments = (rows,) if isinstance(rows, Tensor) else rows
             return self._logits(hidden, torch.cat([segment.to(dtype) for segment in segments])), pruned
@@ -221,7 +221,7 @@ class MLPRouter(Router):
 
     def _hidden(self, x: Tensor) -> Tensor:
         layer, activation, dropout, _ = self.w_gate
-        return dropout(activation(call_precisely(layer, x)))
+        return dropout(activation(call_in_dtype_of_input(layer, x)))
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         return F.linear(hidden, rows)
@@ -271,7 +271,7 @@ class GMMRouter(Router):
         )
 
     def _hidden(self, x: Tensor) -> Tensor:
-        return F.normalize(call_precisely(self.w_gate, x), dim=-1)
+        return F.normalize(call_in_dtype_of_input(self.w_gate, x), dim=-1)
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         return F.linear(hidden, F.normalize(rows, dim=-1)) * self.temperature.to(hidden.dtype).exp()

@@ -11,25 +11,26 @@ from torch import Tensor
 from moduleformer_ext.reference._common import accumulation_dtype, joined, without_autocast
 from moduleformer_ext.types import ExpertLayout, Segments
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "gelu": F.gelu,
     "silu": F.silu,
     "relu": F.relu,
 }
-_GATED = {"geglu_tanh": "gelu_tanh", "geglu": "gelu", "swiglu": "silu", "reglu": "relu"}
+GATED = {"geglu_tanh": "gelu_tanh", "geglu": "gelu", "swiglu": "silu", "reglu": "relu"}
+ACTIVATIONS = (*_FUNCTIONS, *GATED)
 
 
 def _activate(h: Tensor, activation: str | None) -> Tensor:
     if activation is None:
         return h
-    if activation in _GATED:
+    if activation in GATED:
         gate, value = h.chunk(2, dim=-1)
-        return _ACTIVATIONS[_GATED[activation]](gate) * value
-    if activation not in _ACTIVATIONS:
-        known = ", ".join((*_ACTIVATIONS, *_GATED))
+        return _FUNCTIONS[GATED[activation]](gate) * value
+    if activation not in _FUNCTIONS:
+        known = ", ".join((*_FUNCTIONS, *GATED))
         raise ValueError(f"grouped_gemm: activation must be None or one of {known}, got {activation!r}")
-    return _ACTIVATIONS[activation](h)
+    return _FUNCTIONS[activation](h)
 
 
 @without_autocast
