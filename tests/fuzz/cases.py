@@ -1,7 +1,7 @@
 """Runs one fuzz case per seed, and says what is wrong with it.
 
-As a program, ``cases.py FIRST LAST REPORT``, it is the child process of fuzz.py: it leaves the seed at hand in REPORT,
-from where a crash can be told, and prints what is wrong.
+As a program, ``cases.py FIRST LAST REPORT``, it is the child process of fuzz.py: it writes the current seed to REPORT,
+so that fuzz.py can name it after a crash, and prints what is wrong.
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ def check_any(call: Call) -> None:
 
 
 def check_valid(call: Call) -> None:
-    """A valid call: as accurate as it should be, and meta tensors come out the same."""
+    """A valid call: as accurate as it should be, and meta tensors come out the same.
+
+    Attention walks to the end, except in `check_early_exit`: what an early exit may leave out is no rounding.
+    """
     check_any(call)
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
 
@@ -148,7 +151,8 @@ def check_valid(call: Call) -> None:
 
     # The twin in the call's own types says what rounding costs.
     if "stick_epsilon" in call.kwargs:
-        call.kwargs["stick_epsilon"] = 0.0
+        epsilon, call.kwargs["stick_epsilon"] = call.kwargs["stick_epsilon"], 0.0
+        check_early_exit(call, epsilon, real)
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     runs = [outputs(f, change, True) for f, change in ((call.function, own), (call.twin, own), (call.twin, wide))]
     results = [run[0] for run in runs]
@@ -176,6 +180,23 @@ def check_valid(call: Call) -> None:
     ]
     for three in zip(*gradients, strict=True):
         compare(*three, dtype=call_dtype(leaves))
+
+
+def check_early_exit(call: Call, epsilon: float | None, stopped: list[Tensor]) -> None:
+    """What a walk left out, against the one to the end: at most stick_epsilon times the largest value."""
+    values = call.args[1] if call.args[2] is None else call.args[2]
+    dtype = call_dtype(tensors(call.args))
+    if epsilon is None:
+        epsilon = 0.0 if dtype == torch.float64 else 2**-24
+    with torch.no_grad():
+        whole = tensors(call.function(*call.args, **call.kwargs))
+    for ours, exact in zip(stopped, whole, strict=True):
+        if not ours.numel() or not values.numel():
+            continue
+        largest = max(1.0, values.double().abs().max().item())  # a remainder is off by at most stick_epsilon
+        off = (ours.double() - exact.double()).abs().max().item()
+        if not off <= (epsilon + TOLERANCE[dtype]) * largest:
+            raise WrongError(f"an early exit at {epsilon} left out {off}, the largest value is {largest}")
 
 
 def call_dtype(leaves: list[Any]) -> torch.dtype:

@@ -1,12 +1,13 @@
 """Calls every op with arguments that may be anything, in child processes: ``fuzz.py --cases N [--first SEED]``.
 
 A case is its seed. Valid calls must agree with the reference; invalid ones must raise a clear error: no crash, no hang,
-nothing out of memory that nobody wrote. ``fuzz.py --first SEED --cases 1`` repeats a case.
+no result that depends on uninitialised memory. ``fuzz.py --first SEED --cases 1`` repeats a case.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def fuzz(first: int, count: int) -> list[str]:
                 done = child.returncode == 0
             except subprocess.TimeoutExpired as expired:
                 output, ending, done = (expired.stdout or b"").decode(), "did not end", False
-            problems += [f"seed {text}" for text in output.split("seed ")[1:]]
+            problems += [f"seed {text}" for text in re.split(r"(?m)^seed ", output)[1:]]
             if done:
                 break
             seed = int(report.read_text()) if report.exists() else first

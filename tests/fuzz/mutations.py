@@ -67,7 +67,7 @@ def other_tensor(m: Maker, t: Tensor) -> Tensor:
         return t.narrow(dim, 0, 1).expand_as(t)
     if kind == "overlap" and t.numel():
         # Several dimensions with stride 1, inside the tensor's own memory.
-        flat = t.reshape(-1)
+        flat = t.reshape(-1).contiguous()
         strides = [1 if sum(t.shape) - t.dim() < flat.numel() else 0] * t.dim()
         return flat.as_strided(t.shape, strides)
     if kind == "strides":

@@ -34,7 +34,7 @@ def test_recipes_reach_every_operator():
 
 
 def test_a_crash_is_told_with_its_seed(monkeypatch):
-    crash = subprocess.CompletedProcess([], -11, "seed 3: wrong\n", "")
+    crash = subprocess.CompletedProcess([], -11, "seed 3: wrong, with seed 4 in it\nseed 5: wrong\n", "")
     fine = subprocess.CompletedProcess([], 0, "", "")
     runs = iter([crash, fine])
 
@@ -45,4 +45,8 @@ def test_a_crash_is_told_with_its_seed(monkeypatch):
         return result
 
     monkeypatch.setattr(subprocess, "run", child)
-    assert fuzz(0, 10) == ["seed 3: wrong\n", "seed 7: the process ended with status -11\n"]
+    assert fuzz(0, 10) == [
+        "seed 3: wrong, with seed 4 in it\n",
+        "seed 5: wrong\n",
+        "seed 7: the process ended with status -11\n",
+    ]
