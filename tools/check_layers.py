@@ -28,9 +28,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "data": COMMON,
     "train": COMMON | {"ops", "nn", "models", "surgery", "data"},
     "cli": COMMON | {"_extension", "ops", "nn", "models", "surgery", "data", "train"},
-    "testing": COMMON | {"_extension", "ops", "reference", "nn", "models"},
     "__init__": COMMON,
-    "__main__": {"cli"},
 }
 
 CODE = (".py", ".pyi", ".cpp", ".hpp", ".h", ".cu", ".cuh", ".sh", ".cmake", "CMakeLists.txt", "Makefile")

@@ -1,4 +1,4 @@
-"""The two records that ops pass to one another. Only torch is needed to read them."""
+"""The two named tuples that ops pass to one another. Only torch is needed to read them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Segments = Tensor | Sequence[Tensor]
 
 
 class RouteTopK(NamedTuple):
-    """What a router decided for T tokens and E experts, and the sums that every routing loss is made of.
+    """What a router decided for T tokens and E experts, and the sums that those of ops.losses are made of.
 
     Floating-point fields are float32 (float64 for float64 input); all of them are differentiable.
     """
