@@ -23,5 +23,6 @@ if [ "${1:-}" = --run ]; then
   shift
   exec tools/cudasim/run "$python" "$@"
 fi
-exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -m 'cuda and not slow' \
+# The emulated device is slow and runs on one core: a process per core.
+exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -n "${MAX_JOBS:-2}" -m 'cuda and not slow' \
   -o testpaths='tests/cuda tests/ops tests/properties' "$@"

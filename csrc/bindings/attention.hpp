@@ -7,8 +7,6 @@
 
 #include <optional>
 
-#include "bindings/checks.hpp"
-
 namespace mfx {
 
 // Kernels take any strides over a contiguous head dimension.
@@ -31,11 +29,6 @@ inline bool is_same_memory(const at::Tensor& k, const at::Tensor& v) {
     if (k.size(i) > 1 && k.stride(i) != v.stride(i)) return false;
   }
   return true;
-}
-
-// At 1 a walk would stop before it began: a stick is 1 long.
-inline void check_stick_epsilon(const char* op, std::optional<double> epsilon) {
-  MFX_CHECK_ARG(!epsilon || (*epsilon >= 0 && *epsilon < 1), op, "stick_epsilon", "lie in [0, 1)", *epsilon);
 }
 
 inline double stick_epsilon_or_default(std::optional<double> epsilon, const at::Tensor& q) {

@@ -91,7 +91,8 @@ void check_arguments(const Tensor& q, const Tensor& k, const OptionalTensor& v, 
                   v->sym_sizes());
   }
   MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), kOp, "scale", "be finite in float32", *scale);
-  check_stick_epsilon(kOp, epsilon);
+  MFX_CHECK_ARG(!epsilon || (*epsilon >= 0 && std::isfinite(*epsilon)), kOp, "stick_epsilon", "be finite and >= 0",
+                *epsilon);
   if (present(key_padding_mask)) {
     MFX_CHECK_ARG(!packed, kOp, "key_padding_mask", "be None where cu_seqlens_q is given", "both");
     check_dim(kOp, "key_padding_mask", *key_padding_mask, 2);

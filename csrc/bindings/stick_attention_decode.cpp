@@ -74,7 +74,8 @@ void check_arguments(const at::Tensor& q, const at::Tensor& k_cache, const Optio
     check_same_device(kOp, "key_padding_mask", *key_padding_mask, "q", q);
   }
   MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), kOp, "scale", "be finite in float32", *scale);
-  check_stick_epsilon(kOp, stick_epsilon);
+  MFX_CHECK_ARG(!stick_epsilon || (*stick_epsilon >= 0 && *stick_epsilon < 1), kOp, "stick_epsilon", "lie in [0, 1)",
+                *stick_epsilon);
 }
 
 Outputs allocate(const at::Tensor& q) {

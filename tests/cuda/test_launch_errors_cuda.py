@@ -99,9 +99,17 @@ assert expert_layout(ids, 2).counts.tolist() == [1, 1]
 
 def test_a_missing_cuda_runtime_names_the_versions(tmp_path):
     (tmp_path / "libcudart.so.13").touch()  # found first, and no library
+    # The name by which the emulated device is known: without it CPU tensors would not be asked for.
+    stub = tmp_path / "stub.so"
+    subprocess.run(
+        ["g++", "-shared", "-xc++", "-", "-o", stub],
+        input='extern "C" { int cudasim_register; }',
+        text=True,
+        check=True,
+    )
     done = subprocess.run(
         [sys.executable, "-c", "import torch; from moduleformer_ext import ops; ops.route_topk(torch.rand(2, 3), 1)"],
-        env={**os.environ, "LD_PRELOAD": "", "LD_LIBRARY_PATH": str(tmp_path)},
+        env={**os.environ, "LD_PRELOAD": str(stub), "LD_LIBRARY_PATH": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from decode_cases import on_cuda
 from routed import gate_dtype, randn, random_layout
 from router_cases import GATES, Router
 from torch import Tensor
@@ -183,7 +184,7 @@ def test_a_token_is_routed_by_its_own_row(gate, order, tokens, dtype, poison, de
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("size", [(9, 8), (33, 40), (7, 130)])
 def test_linear_decode(rows, size, dtype, poison, device):
-    if device.type == "cuda":
+    if on_cuda(device):
         pytest.skip("linear_decode has CPU kernels alone")
     outputs, features = size
     x, weight, bias = (randn(*shape, dtype=dtype) for shape in ((rows, features), (outputs, features), (outputs,)))

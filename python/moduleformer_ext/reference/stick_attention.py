@@ -62,8 +62,8 @@ def stick_attention(
     T_q, H_kv, G]. Every key is visited, whatever ``stick_epsilon`` (it allows an implementation to stop
     early, and bounds the error of doing so).
     """
-    if stick_epsilon is not None and not 0 <= stick_epsilon < 1:
-        raise ValueError(f"stick_attention: stick_epsilon must lie in [0, 1), got {stick_epsilon}")
+    if stick_epsilon is not None and stick_epsilon < 0:
+        raise ValueError(f"stick_attention: stick_epsilon must be >= 0, got {stick_epsilon}")
     v = k if v is None else v
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
