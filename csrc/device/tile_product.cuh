@@ -97,7 +97,7 @@ class RowsA {
   FragmentA kept_[kKeep ? kRowBytes / 32 : 1];
 };
 
-// Lane's address in a tile for multiply_rows().
+// Lane's address in a tile for gemm_abt().
 template <int kRowBytes>
 __device__ inline SharedAddress b_rows(SharedAddress tile) {
   const std::uint32_t lane = threadIdx.x & 31;
@@ -114,7 +114,7 @@ struct RowOrder {
 // acc [16, 8 kTiles] += A [16, kRowBytes] B^T, where columns of acc belong to rows of the tile. `a_at(step, a)` loads
 // the fragments of A.
 template <typename Op, int kRowBytes, typename Order = RowOrder, int kTiles, typename LoadA>
-__device__ inline void multiply_rows(float (&acc)[kTiles][4], LoadA&& a_at, SharedAddress rows) {
+__device__ inline void gemm_abt(float (&acc)[kTiles][4], LoadA&& a_at, SharedAddress rows) {
   static_assert(kTiles % 2 == 0, "two tiles of 8 columns per ldmatrix");
   static_for<kRowBytes / 32>([&](auto step) {
     FragmentA a;
@@ -135,27 +135,35 @@ inline constexpr int steps_of_tiles(int tiles) {
   return kIs16Bit<Op> ? tiles / 2 : tiles;
 }
 
+// The A fragments of an inner dimension of kSteps steps.
+template <int kSteps>
+struct OperandA {
+  FragmentA step[kSteps];
+};
+
 // Rounds an accumulator [16, 8 kTiles] to A fragments. The inner elements of a 32-bit step are taken in the order (0,
-// 2, 4, 6, 1, 3, 5, 7), which is how lanes hold them; multiply_columns() and load_a_columns() do the same.
+// 2, 4, 6, 1, 3, 5, 7), which is how lanes hold them; gemm_ab() does the same.
 template <typename Op, int kTiles>
-__device__ inline void pack_a(FragmentA (&a)[steps_of_tiles<Op>(kTiles)], const float (&acc)[kTiles][4]) {
+__device__ inline OperandA<steps_of_tiles<Op>(kTiles)> to_operand(const float (&acc)[kTiles][4]) {
+  OperandA<steps_of_tiles<Op>(kTiles)> a;
 #pragma unroll
   for (int step = 0; step < steps_of_tiles<Op>(kTiles); ++step) {
     if constexpr (kIs16Bit<Op>) {
-      a[step][0] = pack_pair<Op>(acc[2 * step][0], acc[2 * step][1]);
-      a[step][1] = pack_pair<Op>(acc[2 * step][2], acc[2 * step][3]);
-      a[step][2] = pack_pair<Op>(acc[2 * step + 1][0], acc[2 * step + 1][1]);
-      a[step][3] = pack_pair<Op>(acc[2 * step + 1][2], acc[2 * step + 1][3]);
+      a.step[step][0] = pack_pair<Op>(acc[2 * step][0], acc[2 * step][1]);
+      a.step[step][1] = pack_pair<Op>(acc[2 * step][2], acc[2 * step][3]);
+      a.step[step][2] = pack_pair<Op>(acc[2 * step + 1][0], acc[2 * step + 1][1]);
+      a.step[step][3] = pack_pair<Op>(acc[2 * step + 1][2], acc[2 * step + 1][3]);
     } else {
-      a[step][0] = __float_as_uint(acc[step][0]);
-      a[step][1] = __float_as_uint(acc[step][2]);
-      a[step][2] = __float_as_uint(acc[step][1]);
-      a[step][3] = __float_as_uint(acc[step][3]);
+      a.step[step][0] = __float_as_uint(acc[step][0]);
+      a.step[step][1] = __float_as_uint(acc[step][2]);
+      a.step[step][2] = __float_as_uint(acc[step][1]);
+      a.step[step][3] = __float_as_uint(acc[step][3]);
     }
   }
+  return a;
 }
 
-// Lane's address in a tile for multiply_columns().
+// Lane's address in a tile for gemm_ab().
 template <typename Op, int kRowBytes>
 __device__ inline SharedAddress b_columns(SharedAddress tile) {
   const std::uint32_t lane = threadIdx.x & 31;
@@ -166,15 +174,15 @@ __device__ inline SharedAddress b_columns(SharedAddress tile) {
 
 // acc [16, 8 kTiles] += A B, where inner elements belong to rows of the tile and column n of acc to its column n.
 template <typename Op, int kRowBytes, typename Order = RowOrder, int kTiles, int kSteps>
-__device__ inline void multiply_columns(float (&acc)[kTiles][4], const FragmentA (&a)[kSteps], SharedAddress columns) {
+__device__ inline void gemm_ab(float (&acc)[kTiles][4], const OperandA<kSteps>& a, SharedAddress columns) {
   if constexpr (kIs16Bit<Op>) {
     static_for<kTiles / 2>([&](auto pair) {
       static_for<kSteps>([&](auto step) {
         std::uint32_t b[4];
         ldmatrix_x4_trans<step_offset(pair) + step * Order::kRowsOf16 * kRowBytes>(b,
                                                                                    columns ^ Order::bits(pair, step));
-        multiply_step<Op>(acc[2 * pair], a[step], b[0], b[1]);
-        multiply_step<Op>(acc[2 * pair + 1], a[step], b[2], b[3]);
+        multiply_step<Op>(acc[2 * pair], a.step[step], b[0], b[1]);
+        multiply_step<Op>(acc[2 * pair + 1], a.step[step], b[2], b[3]);
       });
     });
   } else {
@@ -185,7 +193,7 @@ __device__ inline void multiply_columns(float (&acc)[kTiles][4], const FragmentA
         const std::uint32_t b0 = load_shared_32<step_offset(tile) + kRow * kRowBytes>(columns ^ kBits);
         // Odd rows have their chunks exchanged.
         const std::uint32_t b1 = load_shared_32<step_offset(tile) + (kRow + 1) * kRowBytes>(columns ^ (kBits ^ 16));
-        multiply_step<Op>(acc[tile], a[step], b0, b1);
+        multiply_step<Op>(acc[tile], a.step[step], b0, b1);
       });
     });
   }

@@ -77,7 +77,7 @@ __device__ void product_tile(ProductTiles& tiles, const A& a, const B& b, std::i
     gather_tile<Op, kTileRows>(a_tile, a, row0, k, rows, inner);
     gather_tile<Op, kTileColumns>(b_tile, b, column0, k, columns, inner);
     __syncthreads();
-    device::multiply_rows<Op, kRowBytes>(
+    device::gemm_abt<Op, kRowBytes>(
         sums, [&](auto step, device::FragmentA& fragment) { device::load_a<step>(fragment, a_lane); }, b_lane);
   }
 #pragma unroll

@@ -10,6 +10,7 @@
 // Shared memory: K and V, kStages of Q and dO, weights and dS.
 #pragma once
 
+#include "stick_attention/mask.cuh"
 #include "stick_attention/row_by_row.cuh"
 
 namespace mfx::stick {
@@ -173,9 +174,9 @@ __device__ inline void backward_dkv(const BackwardLaunch& launch) {
       const device::SharedAddress key_rows =
           kWhole ? key_lane : span_tile + interleaved_rows<kRowBytes, kRun>(recomputed_lane());
       float scores[tiles][4] = {}, grads[tiles][4] = {};
-      device::multiply_rows<Op, kRowBytes, InterleavedKeys>(
+      device::gemm_abt<Op, kRowBytes, InterleavedKeys>(
           scores, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows); }, key_rows);
-      device::multiply_rows<Op, kRowBytes, InterleavedKeys>(
+      device::gemm_abt<Op, kRowBytes, InterleavedKeys>(
           grads, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows + Tiles::kQueryBytes); },
           key_rows + Tiles::kKeyBytes);
       LaneRuns<Op, tiles> weights, grad_scores;
@@ -198,12 +199,12 @@ __device__ inline void backward_dkv(const BackwardLaunch& launch) {
     const int first_row = tile * kRows;
     const auto multiply = [&](auto first, auto count) {  // steps
       constexpr int kFirst = first * device::kStepElements<Op> * kRowBytes;
-      device::FragmentA a[count];
-      device::static_for<count>([&](auto i) { Exchange::template load<0, first + i>(a[i], load_lane); });
-      device::multiply_columns<Op, kRowBytes>(grad_v, a, columns + (Tiles::kQueryBytes + kFirst));
+      device::OperandA<count> a;
+      device::static_for<count>([&](auto i) { Exchange::template load<0, first + i>(a.step[i], load_lane); });
+      device::gemm_ab<Op, kRowBytes>(grad_v, a, columns + (Tiles::kQueryBytes + kFirst));
       device::static_for<count>(
-          [&](auto i) { Exchange::template load<Tiles::kExchangeBytes, first + i>(a[i], load_lane); });
-      device::multiply_columns<Op, kRowBytes>(grad_k, a, columns + kFirst);
+          [&](auto i) { Exchange::template load<Tiles::kExchangeBytes, first + i>(a.step[i], load_lane); });
+      device::gemm_ab<Op, kRowBytes>(grad_k, a, columns + kFirst);
     };
     if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types one product after the other is long enough a code
       if (key_row < first_row + 16 && first_row + kRows - 16 < s.rows) {

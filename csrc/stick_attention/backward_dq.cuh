@@ -5,6 +5,8 @@
 // Shared memory: Q and dO, and a ring of kStages of K and V; Q's place takes dQ at the end.
 #pragma once
 
+#include "stick_attention/kv_pipeline.cuh"
+#include "stick_attention/mask.cuh"
 #include "stick_attention/row_by_row.cuh"
 
 namespace mfx::stick {
@@ -84,7 +86,6 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   using T = typename Storage<Op>::Type;
   using Tiles = BackwardDqShape<Op, kDim>;
   constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kStages = Tiles::kStages, kRows = Tiles::kRows;
-  constexpr int kKeyTiles = kKeys / 8;
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
@@ -107,16 +108,14 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   device::cp_async_commit();
 
   int key_tile = keys.newest_tile(kKeys);
-  KvPipeline<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned, launch.v_aligned);
-  device::SharedAddress next = ring;                                        // place of the tile that is met next
-  std::uint32_t stages = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // of the ring, added up
-  device::pin_in_register(stages);
-  if constexpr (kStages > 1) walk.next(next, keys.begin < keys.end);
-  KeyPadding<kKeys> padding(p, s);
-  padding.load(key_tile * kKeys);
+  KvPipeline<Op, kRowBytes, kKeys, kStages, Tiles::kThreads, KvColumns::kOfK> kv(ring, copy, p, s, head, key_tile,
+                                                                                 launch.k_aligned, launch.v_aligned);
+  kv.prefetch(keys.begin < keys.end);
 
   const int lane = threadIdx.x & 31, row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
   const int warp_row = first_row + row_in_tile;
+  Mask<kKeys> mask(p, s, warp_row);
+  mask.prefetch(key_tile);
   const float v_norm = v_norm_max(launch.v_norms + head * launch.norm_slots + norm_slot(p, tile.slot.sequence),
                                   keys.newest_key < 0 ? 0 : keys.newest_key / kNormKeys + 1);
   device::cp_async_wait<kStages - 1>();
@@ -124,14 +123,12 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   float delta[2], dp_bound[2];
   delta_and_bound<T, kRowBytes>(launch, s, head, warp_row, grads + row_in_tile * kRowBytes, v_norm, delta, dp_bound);
 
-  // This lane's two rows, and its warp's first. A row behind the sequence's end has no stick.
+  // This lane's two rows. One behind the sequence's end has no stick.
   const std::int64_t own_row = workspace_row(launch, s, head, warp_row + lane / 4);
-  int newest[2];
   float rem[2], sum_g[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + lane / 4 + 8 * half;
-    newest[half] = s.newest_key(p, row);
     rem[half] = row < s.rows ? 1.0f : 0.0f;
     sum_g[half] = 0.0f;
     if (row < s.rows && !keys.starts) {
@@ -140,7 +137,6 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
       sum_g[half] = state.y;
     }
   }
-  const int warp_oldest = s.newest_key(p, warp_row), warp_newest = s.newest_key(p, min(warp_row + 16, s.rows) - 1);
   const Beta beta{-launch.factor};
   const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + row_in_tile * kRowBytes);
   const device::SharedAddress grad_rows = device::a_rows<kRowBytes>(grads + row_in_tile * kRowBytes);
@@ -173,10 +169,6 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
     });
   }
 
-  const std::uint32_t value_tile = walk.k_is_v ? 0 : Tiles::kTileBytes;  // behind that of keys
-  std::uint32_t key_rows = interleaved_rows<kRowBytes, kKeys / 4>(lane);
-  std::uint32_t key_columns = interleaved_columns<Op, kRowBytes, kKeys / 4>(lane);
-  pin_if_16bit<T>(key_rows, key_columns);
   // This lane's chunk state of row g; that of row g + 8 is eight rows further.
   std::int64_t span_bytes = -kRunsOfSpan * static_cast<int>(sizeof(ChunkState)) * (p.heads * launch.rows);
   pin_if_16bit<T>(span_bytes);
@@ -184,29 +176,16 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
                             (key_tile - launch.chunk_begin / kKeys) * (p.heads * launch.rows * kRunsOfSpan) +
                             own_row * kRunsOfSpan + lane % 4;
   for (; key_tile * kKeys >= keys.begin; --key_tile) {
-    if constexpr (kStages > 1) device::cp_async_wait<0>();
-    __syncthreads();  // the tile is there for all, all are done with the one before, and its place is free
-    const device::SharedAddress stage = next;
-    if constexpr (kStages == 1) {
-      walk.next(stage, true);
-      device::cp_async_wait<0>();
-      __syncthreads();
-    } else {
-      next = stages - stage;
-      walk.next(next, (key_tile - 1) * kKeys >= keys.begin);
-    }
-    const int first_key = key_tile * kKeys;
-    const auto kept = padding.bits(first_key - kKeys);
-    const auto take = [&](auto tiles) {
-      constexpr bool kWhole = tiles == kKeyTiles;
-      constexpr int kRun = 2 * tiles;
-      const device::SharedAddress rows =
-          stage + (kWhole ? key_rows : interleaved_rows<kRowBytes, kRun>(recomputed_lane()));
-      float scores[tiles][4] = {}, grad_weights[tiles][4] = {};
-      device::multiply_rows<Op, kRowBytes, InterleavedKeys>(scores, q, rows);
-      device::multiply_rows<Op, kRowBytes, InterleavedKeys>(grad_weights, grad_o, rows + value_tile);
-      float next_rem[2];
-      const auto scan = [&](auto masked, const Visible& visible) {
+    kv.wait();
+    __syncthreads();  // the tile is there for all, all are done with the one before, and its stage is free
+    const device::SharedAddress stage = kv.take((key_tile - 1) * kKeys >= keys.begin);
+    mask.take(key_tile);
+    mask.with_visible_width(key_tile, [&](auto width) {
+      float scores[width][4] = {}, grad_weights[width][4] = {};
+      device::gemm_abt<Op, kRowBytes, InterleavedKeys>(scores, q, kv.k_rows(stage, width));
+      device::gemm_abt<Op, kRowBytes, InterleavedKeys>(grad_weights, grad_o, kv.v_rows(stage, width));
+      mask.apply(key_tile, width, [&](auto masked, const Visible& visible) {
+        float next_rem[2];
         stick_break_backward<Op, masked>(
             scores, grad_weights, beta, visible, rem,
             [&](int half, const device::QuadScan& newer) {
@@ -224,26 +203,18 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
               if (warp_row + lane / 4 + 8 * half < s.rows) chunk_state[8 * half * kRunsOfSpan] = run;
               rem[half] = next_rem[half];
             });
-      };
-      if (kWhole && padding.all() && warp_oldest >= first_key + kKeys - 1) {
-        scan(std::false_type{}, {});
-      } else {
-        scan(std::true_type{}, visible_runs<kRun>(newest[0] - first_key, newest[1] - first_key, kept));
-      }
-      device::FragmentA grad_scores[device::steps_of_tiles<Op>(tiles)];
-      device::pack_a<Op>(grad_scores, grad_weights);
-      device::multiply_columns<Op, kRowBytes, InterleavedKeys>(
-          grad_q, grad_scores,
-          stage + (kWhole ? key_columns : interleaved_columns<Op, kRowBytes, kRun>(recomputed_lane())));
-    };
-    if (warp_newest >= first_key) with_visible_width<kKeyTiles>(warp_newest - first_key, 1, take);
+      });
+      device::gemm_ab<Op, kRowBytes, InterleavedKeys>(grad_q, device::to_operand<Op>(grad_weights),
+                                                      kv.columns(stage, width));
+    });
     chunk_state = reinterpret_cast<ChunkState*>(reinterpret_cast<std::uint8_t*>(chunk_state) + span_bytes);
   }
   device::cp_async_wait_all();
 
   if (device::kStepByStep<Op> && device::never(kDim)) return;  // or registers run short for float, head dim 256
-  const BlockInfo done = BlockInfo::recompute(p, kRows);
-  const ChunkWalk walked(launch, done, kRows);
+  constexpr bool kKeepInfo = kRowBytes <= 256;                 // where registers allow
+  const BlockInfo done = kKeepInfo ? tile : BlockInfo::recompute(p, kRows);
+  const ChunkWalk walked = kKeepInfo ? keys : ChunkWalk(launch, done, kRows);
   if (walked.finishes) {
 #pragma unroll
     for (int t = 0; t < kDim / 8; ++t) {

@@ -2,19 +2,10 @@
 #pragma once
 
 #include "device/all_finite.cuh"
-#include "stick_attention/block_info.cuh"
+#include "stick_attention/stick_break.cuh"
+#include "stick_attention/tile_loader.cuh"
 
 namespace mfx::stick {
-
-// Storage type of an operand type.
-template <typename Op>
-struct Storage {
-  using Type = Op;
-};
-template <>
-struct Storage<device::Tf32> {
-  using Type = float;
-};
 
 // An accumulator [16, 8 kTiles] rounded to T: per tile of columns this lane's pair of row g and that of row g + 8.
 template <typename T, int kTiles>
@@ -32,19 +23,23 @@ struct RoundedTile {
   }
 
   __device__ std::uint32_t rows_not_finite() const {
-    using Op = std::conditional_t<sizeof(T) == 2, T, device::Tf32>;
     float zero[4] = {};  // rows times zero: NaN where a number is not finite
 #pragma unroll
     for (int i = 0; i < 2 * kTiles * kWordsOfPair; i += 4) {
-      const device::FragmentA a = {words[i], words[i + kWordsOfPair], words[i + 3 - kWordsOfPair], words[i + 3]};
-      device::multiply_step<Op>(zero, a, 0, 0);
+      if constexpr (sizeof(T) == 2) {
+        const device::FragmentA a = {words[i], words[i + 1], words[i + 2], words[i + 3]};
+        device::multiply_step<T>(zero, a, 0, 0);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) zero[j] = __fmaf_rn(__uint_as_float(words[i + j]), 0.0f, zero[j]);
+      }
     }
     std::uint32_t rows = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const std::uint32_t lanes = __ballot_sync(device::kAllLanes, zero[2 * half] != 0.0f);
+      const std::uint32_t lanes = __ballot_sync(device::kAllLanes, zero[2 * half] + zero[2 * half + 1] != 0.0f);
 #pragma unroll
-      for (int g = 0; g < 8; ++g) rows |= (lanes >> 4 * g & 1) << (8 * half + g);
+      for (int g = 0; g < 8; ++g) rows |= std::uint32_t{(lanes >> 4 * g & 15) != 0} << (8 * half + g);
     }
     return rows;
   }

@@ -10,6 +10,8 @@
 #pragma once
 
 #include "stick_attention/epilogue.cuh"
+#include "stick_attention/kv_pipeline.cuh"
+#include "stick_attention/mask.cuh"
 #include "stick_attention/row_by_row.cuh"
 
 namespace mfx::stick {
@@ -36,8 +38,7 @@ template <typename Op, int kDim>
 __device__ inline void forward(const ForwardLaunch& launch) {
   using T = typename Storage<Op>::Type;
   using Tiles = ForwardShape<Op, kDim>;
-  constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kStages = Tiles::kStages;
-  constexpr int kKeyTiles = kKeys / 8;
+  constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys;
   constexpr bool kKeepQueries = kRowBytes <= 256;  // in registers for the whole walk
   const StickAttentionForwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
@@ -54,79 +55,42 @@ __device__ inline void forward(const ForwardLaunch& launch) {
   copy.template rows<kStickTileRows>(queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row},
                                      launch.q_aligned);
 
-  // This lane's two rows, and its warp's first and last. A row behind the sequence's end has no stick.
+  // A row behind the sequence's end has no stick.
   const int lane = threadIdx.x & 31, warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;
-  int newest[2];
   float rem[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = warp_row + lane / 4 + 8 * half;
-    newest[half] = s.newest_key(p, row);
-    rem[half] = row < s.rows ? 1.0f : 0.0f;
-  }
-  const int warp_oldest = s.newest_key(p, warp_row);
-  const int warp_newest = s.newest_key(p, min(warp_row + 15, s.rows - 1));
-  const int newest_key = s.newest_key(p, min(first_row + kStickTileRows - 1, s.rows - 1));
+  for (int half = 0; half < 2; ++half) rem[half] = warp_row + lane / 4 + 8 * half < s.rows ? 1.0f : 0.0f;
+  Mask<kKeys> mask(p, s, warp_row);
   const ExpLogit exp_logit{launch.factor};
   const float epsilon = launch.epsilon;
-  KeyPadding<kKeys> padding(p, s);
-
-  const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + threadIdx.x / 32 * (16 * kRowBytes));
   float o[kDim / 8][4] = {};
 
+  const int newest_key = s.newest_key(p, min(first_row + kStickTileRows - 1, s.rows - 1));
   int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
-  KvPipeline<T, kRowBytes, kKeys, Tiles::kThreads> walk(copy, p, s, head, key_tile, launch.k_aligned, launch.v_aligned);
-  const std::uint32_t value_tile = walk.k_is_v ? 0 : Tiles::kTileBytes;  // behind that of keys
-  std::uint32_t key_rows = interleaved_rows<kRowBytes, kKeys / 4>(lane);
-  std::uint32_t value_columns = interleaved_columns<Op, kRowBytes, kKeys / 4>(lane) + value_tile;
-  device::pin_in_register(key_rows);
-  device::pin_in_register(value_columns);
-  device::SharedAddress next = ring;                                        // place of the tile that is met next
-  std::uint32_t stages = 2 * ring + (kStages - 1) * 2 * Tiles::kTileBytes;  // of the ring, added up
-  device::pin_in_register(stages);
-  if constexpr (kStages > 1) walk.next(next, key_tile >= 0);
-  padding.load(key_tile * kKeys);
+  KvPipeline<Op, kRowBytes, kKeys, Tiles::kStages, Tiles::kThreads, KvColumns::kOfV> kv(
+      ring, copy, p, s, head, key_tile, launch.k_aligned, launch.v_aligned);
+  kv.prefetch(key_tile >= 0);
+  mask.prefetch(key_tile);
   if constexpr (kKeepQueries) {
     device::cp_async_wait<0>();
     __syncthreads();
   }
-  const device::RowsA<kRowBytes, kKeepQueries> q(query_rows);
+  const device::RowsA<kRowBytes, kKeepQueries> q(
+      device::a_rows<kRowBytes>(queries + threadIdx.x / 32 * (16 * kRowBytes)));
   for (; key_tile >= 0; --key_tile) {
-    if constexpr (kStages > 1) device::cp_async_wait<0>();
-    // The tile is there for all, all are done with the one before, and its place is free. Are all sticks used up?
+    kv.wait();
+    // The tile is there for all, all are done with the one before, and its stage is free. Are all sticks used up?
     if (device::barrier_all_at_most(rem[0], rem[1], epsilon)) break;
-    const device::SharedAddress stage = next;
-    if constexpr (kStages == 1) {
-      walk.next(stage, true);
-      device::cp_async_wait<0>();
-      __syncthreads();
-    } else {
-      next = stages - stage;
-      walk.next(next, key_tile > 0);
-    }
-    const int first_key = key_tile * kKeys;
-    const auto kept = padding.bits(first_key - kKeys);
-    if (warp_newest >= first_key) {
-      with_visible_width<kKeyTiles>(warp_newest - first_key, 1, [&](auto tiles) {
-        constexpr bool kWhole = tiles == kKeyTiles;
-        constexpr int kRun = 2 * tiles;
-        float scores[tiles][4] = {};
-        device::multiply_rows<Op, kRowBytes, InterleavedKeys>(
-            scores, q, stage + (kWhole ? key_rows : interleaved_rows<kRowBytes, kRun>(recomputed_lane())));
-        if (kWhole && padding.all() && warp_oldest >= first_key + kKeys - 1) {
-          stick_break<false>(scores, exp_logit, {}, kWeightUnit<Op>, rem);
-        } else {
-          const Visible visible = visible_runs<kRun>(newest[0] - first_key, newest[1] - first_key, kept);
-          stick_break<true>(scores, exp_logit, visible, kWeightUnit<Op>, rem);
-        }
-        device::FragmentA weights[device::steps_of_tiles<Op>(tiles)];
-        device::pack_a<Op>(weights, scores);
-        device::multiply_columns<Op, kRowBytes, InterleavedKeys>(
-            o, weights,
-            stage +
-                (kWhole ? value_columns : interleaved_columns<Op, kRowBytes, kRun>(recomputed_lane()) + value_tile));
+    const device::SharedAddress stage = kv.take(key_tile > 0);
+    mask.take(key_tile);
+    mask.with_visible_width(key_tile, [&](auto width) {
+      float scores[width][4] = {};
+      device::gemm_abt<Op, kRowBytes, InterleavedKeys>(scores, q, kv.k_rows(stage, width));
+      mask.apply(key_tile, width, [&](auto masked, const Visible& visible) {
+        stick_break<masked>(scores, exp_logit, visible, kWeightUnit<Op>, rem);
       });
-    }
+      device::gemm_ab<Op, kRowBytes, InterleavedKeys>(o, device::to_operand<Op>(scores), kv.columns(stage, width));
+    });
   }
   device::cp_async_wait_all();
   __syncthreads();  // where no tile was waited for, Q is on its way until here

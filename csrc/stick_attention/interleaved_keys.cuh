@@ -24,7 +24,7 @@ __host__ __device__ constexpr std::uint32_t key_chunk_offset(std::uint32_t key, 
   return key * kRowBytes + ((chunk ^ key_swizzle(key)) << 4);
 }
 
-// The order of keys, for device::multiply_rows() and multiply_columns().
+// The order of keys, for device::gemm_abt() and gemm_ab().
 struct InterleavedKeys {
   static constexpr int kRowsOf16 = 4;
   static constexpr int bits(int step, int sixteen) { return device::step_bits(step ^ sixteen); }
@@ -45,13 +45,13 @@ __device__ inline std::uint32_t interleaved_offset(std::uint32_t lane, std::uint
   return (lane & 6) * (kRun / 2 * kRowBytes) + (lane & 1) * kRowBytes + ((chunk ^ swizzle) << 4);
 }
 
-// Lane's offset in a tile for multiply_rows().
+// Lane's offset in a tile for gemm_abt().
 template <int kRowBytes, int kRun>
 __device__ inline std::uint32_t interleaved_rows(std::uint32_t lane) {
   return interleaved_offset<kRowBytes, kRun>(lane, lane >> 3 & 1) + (lane & 16) * (kRowBytes / 8);
 }
 
-// Lane's offset in a tile for multiply_columns().
+// Lane's offset in a tile for gemm_ab().
 template <typename Op, int kRowBytes, int kRun>
 __device__ inline std::uint32_t interleaved_columns(std::uint32_t lane) {
   if constexpr (device::kIs16Bit<Op>) {

@@ -34,7 +34,7 @@ __device__ inline int wide_score(int row, int key) {
   return row * 16 + (key ^ (row >> 1 & 1) << 3);
 }
 
-// Byte offset of (row, inner) of an A operand [rows, 16] in the order in which multiply_columns() takes inner elements,
+// Byte offset of (row, inner) of an A operand [rows, 16] in the order in which gemm_ab() takes inner elements,
 // chunks of 16 bytes exchanged so that ldmatrix meets no bank twice.
 template <typename Op>
 __device__ inline int wide_operand(int row, int inner) {
@@ -55,14 +55,14 @@ __device__ inline void wide_accumulate(float (&acc)[WideShape<Op>::kColumnTiles]
                                        device::SharedAddress tile) {
   constexpr int kSteps = device::steps_of_tiles<Op>(2), kOperandRow = 16 * static_cast<int>(sizeof(Op));
   const int lane = threadIdx.x & 31, row = lane & 15, swizzle = sizeof(Op) == 2 ? row >> 2 & 1 : row >> 1 & 3;
-  device::FragmentA a[kSteps];
+  device::OperandA<kSteps> a;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int chunk = (2 * step + (lane >> 4)) ^ swizzle;
-    device::ldmatrix_x4(a[step], device::shared_address(operand) + row * kOperandRow + (chunk << 4));
+    device::ldmatrix_x4(a.step[step], device::shared_address(operand) + row * kOperandRow + (chunk << 4));
   }
   constexpr int kRowBytes = WideShape<Op>::kRowBytes;
-  device::multiply_columns<Op, kRowBytes>(acc, a, device::b_columns<Op, kRowBytes>(tile));
+  device::gemm_ab<Op, kRowBytes>(acc, a, device::b_columns<Op, kRowBytes>(tile));
 }
 
 // One warp's 128 columns of 16 rows into its tile; rows that are null and columns beyond the head are zeros.

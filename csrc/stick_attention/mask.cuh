@@ -1,0 +1,98 @@
+// Which keys the rows of a warp see.
+#pragma once
+
+#include "stick_attention/block_info.cuh"
+#include "stick_attention/stick_break.cuh"
+
+namespace mfx::stick {
+
+// The keys of a tile that padding leaves, one bit per key, the same in all warps. Loading is apart from using, so that
+// other work comes between.
+template <int kKeys>
+class KeyPadding {
+ public:
+  using Bits = std::conditional_t<kKeys <= 32, std::uint32_t, std::uint64_t>;
+
+  __device__ KeyPadding(const StickAttentionProblem& p, const Sequence& s)
+      : mask_(p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k), keys_(s.keys) {}
+
+  __device__ bool all() const { return mask_ == nullptr; }
+
+  __device__ void load(int first_key) {
+    if (mask_ == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int key = first_key + 32 * i + static_cast<int>(threadIdx.x & 31);
+      kept_[i] = 32 * i + static_cast<int>(threadIdx.x & 31) < kKeys && key >= 0 && key < keys_ && mask_[key];
+    }
+  }
+
+  // Of the tile that was loaded last.
+  __device__ Bits bits() const {
+    if (mask_ == nullptr) return ~Bits{0};
+    Bits bits = 0;
+#pragma unroll
+    for (int i = kWords - 1; i >= 0; --i) bits = bits << 31 << 1 | __ballot_sync(device::kAllLanes, kept_[i]);
+    return bits;
+  }
+
+  // The same, and loads the tile that is met next.
+  __device__ Bits bits(int next_first_key) {
+    const Bits kept = bits();
+    load(next_first_key);
+    return kept;
+  }
+
+ private:
+  static constexpr int kWords = (kKeys + 31) / 32;
+  const bool* mask_;
+  int keys_;
+  bool kept_[kWords] = {};
+};
+
+// The 16 rows of a warp from `first_row` on, and tiles of kKeys keys.
+template <int kKeys>
+class Mask {
+ public:
+  static constexpr int kWidth = kKeys / 8;
+
+  __device__ Mask(const StickAttentionProblem& p, const Sequence& s, int first_row)
+      : oldest_(s.newest_key(p, first_row)), newest_(s.newest_key(p, min(first_row + 15, s.rows - 1))), padding_(p, s) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      newest_of_row_[half] = s.newest_key(p, first_row + static_cast<int>(threadIdx.x & 31) / 4 + 8 * half);
+    }
+  }
+
+  __device__ void prefetch(int key_tile) { padding_.load(key_tile * kKeys); }
+
+  // Of tile `key_tile`, which was loaded last; loads the older one.
+  __device__ void take(int key_tile) { kept_ = padding_.bits((key_tile - 1) * kKeys); }
+
+  // Calls body(width) where the rows see some of a tile, the oldest `width` tiles of 8 keys.
+  template <typename Body>
+  __device__ void with_visible_width(int key_tile, Body&& body) const {
+    const int first_key = key_tile * kKeys;
+    if (newest_ >= first_key) stick::with_visible_width<kWidth>(newest_ - first_key, 1, body);
+  }
+
+  // Calls scan(masked, visible), `masked` a constant, false where the rows see all.
+  template <typename Width, typename Scan>
+  __device__ void apply(int key_tile, Width width, Scan&& scan) const {
+    const int first_key = key_tile * kKeys;
+    if (width == kWidth && padding_.all() && oldest_ >= first_key + kKeys - 1) {
+      scan(std::false_type{}, Visible{});
+    } else {
+      scan(std::true_type{},
+           visible_runs<2 * width>(newest_of_row_[0] - first_key, newest_of_row_[1] - first_key, kept_));
+    }
+  }
+
+ private:
+  int newest_of_row_[2];  // the newest key that rows g and g + 8 see
+  int oldest_, newest_;   // that of the first row, and of the last
+  KeyPadding<kKeys> padding_;
+  typename KeyPadding<kKeys>::Bits kept_;
+};
+
+}  // namespace mfx::stick
