@@ -24,5 +24,6 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
     def faults(mode: str) -> int:
         return int(subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, check=True).stdout)
 
-    # Not zero: where the heap ends just below a mapping, glibc starts another one.
-    assert faults("keep") < faults("default") / 2
+    # Not zero: where the heap ends just below a mapping, glibc starts another one. Addresses differ from process to
+    # process, and few lie so badly that it does so again and again.
+    assert min(faults("keep") for _ in range(3)) < faults("default") / 2
