@@ -316,12 +316,10 @@ __device__ bool walk(Shared<S>& shared, const StickAttentionDecodeParams& p, con
     }
   }
 
-  float zero = 0;  // NaN if a sum is not finite
 #pragma unroll
   for (int row = 0; row < S::kRows; ++row) {
 #pragma unroll
     for (int i = 0; i < S::kVec; ++i) {
-      zero += 0.0f * sum[row][i];
 #pragma unroll
       for (int step = S::kLanes; step < 32; step *= 2) {
         sum[row][i] += __shfl_xor_sync(kAllLanes, sum[row][i], step);
@@ -346,6 +344,14 @@ __device__ bool walk(Shared<S>& shared, const StickAttentionDecodeParams& p, con
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
     if (at.lane == 0 && at.warp + i * S::kWarps < S::kRows) shared.sticks[at.warp + i * S::kWarps] = stick[i];
+  }
+  // From shared memory, where no register of the walk is alive: tested before, they would spill.
+  float zero = 0;  // NaN if a sum is not finite
+#pragma unroll
+  for (int row = 0; row < S::kRows; ++row) {
+    for (int d = threadIdx.x; d < p.head_dim; d += S::kThreads) {
+      zero += 0.0f * shared.sums[row][Shared<S>::sum_index(d)];
+    }
   }
   return __syncthreads_or(zero != 0);
 }
