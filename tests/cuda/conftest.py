@@ -8,10 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from devices import EMULATED
 
-from moduleformer_ext._extension import build_info
-
-EMULATED = build_info()["cuda_dispatch"] == "CPU"
 if EMULATED:
     import cudasim
 

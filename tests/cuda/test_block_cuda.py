@@ -8,11 +8,9 @@ from pathlib import Path
 import block_run
 import pytest
 import torch
+from devices import EMULATED
 from safetensors.torch import load_file
 
-from moduleformer_ext._extension import build_info
-
-EMULATED = build_info()["cuda_dispatch"] == "CPU"
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {"fp32": 2e-5, "bf16": 3e-2}
 """Of the norm of each tensor."""

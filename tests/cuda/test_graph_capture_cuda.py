@@ -10,12 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from devices import EMULATED
 from torch import Tensor
 
 from moduleformer_ext import ops
-from moduleformer_ext._extension import build_info
-
-EMULATED = build_info()["cuda_dispatch"] == "CPU"
 
 Step = Callable[[], tuple[Tensor, ...]]
 

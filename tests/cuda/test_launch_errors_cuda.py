@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
+from devices import EMULATED
 
-from moduleformer_ext._extension import build_info
-
-pytestmark = pytest.mark.skipif(build_info()["cuda_dispatch"] != "CPU", reason="needs the emulated device")
+pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the emulated device")
 
 SETUP = """
 import ctypes, torch

@@ -6,11 +6,11 @@ forward, 59 and 88 backward (head dim 64 and 128). Forward for training also wri
 
 import pytest
 import torch
+from devices import EMULATED
 
-from moduleformer_ext._extension import build_info
 from moduleformer_ext.ops import stick_attention
 
-pytestmark = pytest.mark.skipif(build_info()["cuda_dispatch"] != "CPU", reason="counts need the emulated device")
+pytestmark = pytest.mark.skipif(not EMULATED, reason="counts need the emulated device")
 
 
 def launches(t, dim):

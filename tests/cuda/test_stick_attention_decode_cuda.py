@@ -3,10 +3,7 @@
 import pytest
 import torch
 from decode_cases import case, check, decode
-
-from moduleformer_ext._extension import build_info
-
-EMULATED = build_info()["cuda_dispatch"] == "CPU"
+from devices import EMULATED
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from devices import EMULATED
 from stick_cases import check, inputs
 from test_stick_attention_cuda import DTYPES
 
-from moduleformer_ext._extension import build_info
 from moduleformer_ext.ops import stick_attention
-
-EMULATED = build_info()["cuda_dispatch"] == "CPU"
 
 SHAPES = [  # batch, t_q, t_k, heads, group, dim, shared
     (1, 40, 40, 1, 2, 1024, True),

@@ -4,7 +4,6 @@ reading too far shows."""
 import torch
 
 from moduleformer_ext import reference
-from moduleformer_ext._extension import build_info
 from moduleformer_ext.ops import stick_attention_decode
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -33,11 +32,6 @@ def case(
         if v is not None:
             v[b, length:] = torch.nan
     return q, k, v, lengths
-
-
-def on_cuda(device):
-    """Whether the CUDA kernels serve it, the emulated device's included."""
-    return device.type == "cuda" or build_info()["cuda_dispatch"] == "CPU"
 
 
 def long_tail(keys, *, mean, spread=1.0, **sizes):

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from decode_cases import on_cuda
+from devices import on_cuda
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import stick_attention, stick_attention_decode

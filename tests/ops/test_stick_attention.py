@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from decode_cases import on_cuda
+from devices import on_cuda
 from stick_cases import (
     CPU,
     DTYPES,

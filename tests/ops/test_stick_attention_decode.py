@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from decode_cases import DTYPES, case, check, decode, long_tail, on_cuda, oracle
+from decode_cases import DTYPES, case, check, decode, long_tail, oracle
+from devices import on_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

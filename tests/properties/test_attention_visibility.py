@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 import torch
-from decode_cases import on_cuda
+from devices import on_cuda
 from stick_cases import inputs
 from torch import Tensor
 
@@ -63,9 +63,7 @@ CASES = [
 
 
 @pytest.fixture(params=CASES, ids=str)
-def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
-    if device.type == "cuda" and request.param.dtype == torch.float64:
-        pytest.skip("float64 has CPU kernels alone")
+def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
@@ -322,8 +320,6 @@ DECODES = [
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("decode", DECODES, ids=str)
 def test_a_decoded_query_depends_on_nothing_it_does_not_see(decode, poison, device):
-    if device.type == "cuda" and decode.dtype == torch.float64:
-        pytest.skip("float64 has CPU kernels alone")
     batch = len(decode.cached)
     sizes = (batch, decode.new, decode.room, decode.heads, decode.group, decode.dim)
     q, k, v = inputs(*sizes, decode.dtype, shared=decode.shared, mean=-2.0)

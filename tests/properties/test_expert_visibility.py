@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from decode_cases import on_cuda
+from devices import on_cuda
 from routed import gate_dtype, randn, random_layout
 from router_cases import GATES, Router
 from torch import Tensor
@@ -22,9 +22,7 @@ DTYPES = list(TOLERANCE)
 
 
 @pytest.fixture(params=DTYPES, ids=str)
-def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
-    if device.type == "cuda" and request.param == torch.float64:
-        pytest.skip("float64 has CPU kernels alone")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
