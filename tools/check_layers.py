@@ -76,8 +76,10 @@ def cpp_rules(path: Path) -> Iterator[tuple[str, str]]:
         yield r"^(?!moduleformer_ext/)[a-z_]+/", "public headers include public headers only"
     if parts[:2] == ("csrc", "core"):
         yield r"^(?!core/|moduleformer_ext/common|ATen/|c10/|sys/)[a-z_0-9]+/", "core stands on core alone"
-    if parts[:2] == ("csrc", "device"):
-        yield r"^(?!device/|moduleformer_ext/common|cuda)[a-z_0-9]+/", "device stands on device alone"
+    if parts[:2] == ("csrc", "ptx"):
+        yield r"^(?!ptx/|moduleformer_ext/common|cuda)[a-z_0-9]+/", "ptx stands on ptx alone"
+    if parts[:2] == ("csrc", "tile"):
+        yield r"^(?!tile/|ptx/|moduleformer_ext/common|cuda)[a-z_0-9]+/", "tile stands on tile and ptx alone"
 
 
 def check_cpp() -> Iterator[str]:

@@ -13,8 +13,8 @@
 
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
-#include "device/warp.cuh"
 #include "moduleformer_ext/expert_layout.hpp"
+#include "tile/warp_reduce.cuh"
 
 namespace mfx::expert_layout_kernels {
 

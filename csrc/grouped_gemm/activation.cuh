@@ -1,9 +1,9 @@
 // The activations and their slopes at four columns.
 #pragma once
 
-#include "device/fast_math.cuh"
 #include "grouped_gemm/vector4.cuh"
 #include "moduleformer_ext/grouped_gemm.hpp"
+#include "ptx/fast_math.cuh"
 
 namespace mfx::grouped {
 

@@ -5,7 +5,7 @@
 // between blocks of 16 rows keep even those from being interleaved.
 #pragma once
 
-#include "device/tf32.cuh"
+#include "tile/tf32.cuh"
 
 namespace mfx::grouped {
 

@@ -1,8 +1,8 @@
 // What remains beside the products: one warp per row, lanes over its columns, four at a time.
 #pragma once
 
-#include "device/warp.cuh"
 #include "grouped_gemm/activation_grad.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace mfx::grouped {
 

@@ -7,9 +7,9 @@
 
 #include <algorithm>
 
-#include "device/warp.cuh"
 #include "grouped_gemm/epilogue.cuh"
 #include "grouped_gemm/output_op.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace mfx::grouped {
 

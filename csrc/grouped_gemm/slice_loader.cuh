@@ -3,9 +3,9 @@
 // Aligned operands (16 bytes, rows included) are copied asynchronously; others element by element, through registers.
 #pragma once
 
-#include "device/cp_async.cuh"
 #include "grouped_gemm/kernel_params.cuh"
 #include "grouped_gemm/tile.cuh"
+#include "ptx/cp_async.cuh"
 
 namespace mfx::grouped {
 

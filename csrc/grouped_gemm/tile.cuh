@@ -7,11 +7,11 @@
 // 16-byte chunks of a row are exchanged by XOR with its index so that no access meets a bank conflict.
 #pragma once
 
-#include "device/ldmatrix.cuh"
-#include "device/regalloc.cuh"
-#include "device/shared_address.cuh"
-#include "device/vector_memory.cuh"
 #include "grouped_gemm/operand_math.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/regalloc.cuh"
+#include "ptx/shared_address.cuh"
+#include "ptx/vector_memory.cuh"
 
 namespace mfx::grouped {
 

@@ -1,7 +1,7 @@
 // Four neighbouring columns of a row, the unit of everything that happens outside the main loop.
 #pragma once
 
-#include "device/convert.cuh"
+#include "ptx/convert.cuh"
 
 namespace mfx::grouped {
 

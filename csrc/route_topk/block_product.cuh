@@ -1,13 +1,13 @@
 // C [rows, columns] = A B^T by one block of 128 threads, in tiles of 32 x 64 and steps of 128 bytes of the inner
 // dimension. Operands (router_operands.cuh) are gathered into swizzled shared memory, so that one product serves every
 // storage type, transposition and segmentation; other blocks of the processor work while one waits for its operands. Op
-// is what the tensor cores multiply: BFloat16, Float16, or float as three tf32 products (device/tile_product.cuh).
+// is what the tensor cores multiply: BFloat16, Float16, or float as three tf32 products (tile/tile_product.cuh).
 #pragma once
 
 #include <cstdint>
 
-#include "device/tile_product.cuh"
 #include "route_topk/router_operands.cuh"
+#include "tile/tile_product.cuh"
 
 namespace mfx::router {
 

@@ -6,8 +6,8 @@
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "core/workspace.hpp"
-#include "device/warp.cuh"
 #include "route_topk/block_product.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace mfx::router {
 

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "device/warp.cuh"
 #include "moduleformer_ext/route_topk.hpp"
+#include "tile/warp_reduce.cuh"
 
 namespace mfx::router {
 

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "device/convert.cuh"
-#include "device/vector_memory.cuh"
 #include "moduleformer_ext/route_topk.hpp"
+#include "ptx/convert.cuh"
+#include "ptx/vector_memory.cuh"
 
 namespace mfx::router {
 

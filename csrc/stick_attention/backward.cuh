@@ -11,8 +11,8 @@
 // tokens; rows whose walk goes on in an older K/V chunk hand over stick, sum and dQ in binary32.
 #pragma once
 
-#include "device/row_products.cuh"
 #include "stick_attention/epilogue.cuh"
+#include "tile/row_products.cuh"
 
 namespace mfx::stick {
 

@@ -1,7 +1,7 @@
 // Where a block's query rows and keys are.
 #pragma once
 
-#include "device/regalloc.cuh"
+#include "ptx/regalloc.cuh"
 #include "stick_attention/stick_launch.hpp"
 
 namespace mfx::stick {

@@ -9,7 +9,7 @@
 // fixed shape, so that timing shows in no bit.
 #pragma once
 
-#include "device/regalloc.cuh"
+#include "ptx/regalloc.cuh"
 #include "stick_attention/decode_walk.cuh"
 
 namespace mfx::stick_decode {

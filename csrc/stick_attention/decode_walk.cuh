@@ -7,11 +7,11 @@
 // carried in binary64, since a long walk multiplies it thousands of times.
 #pragma once
 
-#include "device/convert.cuh"
-#include "device/vector_memory.cuh"
-#include "device/warp.cuh"
+#include "ptx/vector_memory.cuh"
 #include "stick_attention/stick_attention_decode_plan.hpp"
 #include "stick_attention/stick_break.cuh"
+#include "tile/chunk.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace mfx::stick_decode {
 

@@ -1,9 +1,9 @@
 // How results leave a block.
 #pragma once
 
-#include "device/all_finite.cuh"
 #include "stick_attention/stick_break.cuh"
 #include "stick_attention/tile_loader.cuh"
+#include "tile/all_finite.cuh"
 
 namespace mfx::stick {
 
@@ -74,7 +74,7 @@ __device__ inline void store_rows(const RoundedTile<T, kTiles>& rounded, device:
                                   const Rows& rows, int first, int columns, bool aligned) {
   constexpr int kRowBytes = staging_row_bytes<T>(kTiles), kElements = 16 / static_cast<int>(sizeof(T));
   const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
-  // As in device/tile_product.cuh: XOR selects a chunk of 128 bytes, the rest of the way is an immediate offset.
+  // As in tile/tile_product.cuh: XOR selects a chunk of 128 bytes, the rest of the way is an immediate offset.
   constexpr int kTileBytes = 8 * static_cast<int>(sizeof(T));
   const device::SharedAddress own =
       scratch + device::swizzled_offset<kRowBytes>(g, c * kTileBytes / 4 / 16) + c * kTileBytes / 4 % 16;

@@ -9,8 +9,8 @@
 // keys {0, 1} + {0, 1, 2, 3} * kRun that one phase of ldmatrix reads, whether kRun is 4, 8 or 16.
 #pragma once
 
-#include "device/regalloc.cuh"
-#include "device/tile_product.cuh"
+#include "ptx/regalloc.cuh"
+#include "tile/tile_product.cuh"
 
 namespace mfx::stick {
 

@@ -10,10 +10,10 @@
 // e), and takes weight after weight from what is left of the stick.
 #pragma once
 
-#include "device/convert.cuh"
-#include "device/fast_math.cuh"
-#include "device/warp.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/fast_math.cuh"
 #include "stick_attention/interleaved_keys.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace mfx::stick {
 

@@ -1,50 +1,19 @@
 // How tiles of a problem's tensors come to shared memory.
 #pragma once
 
-#include "device/cp_async.cuh"
-#include "device/static_for.cuh"
-#include "device/tile_product.cuh"
+#include "ptx/cp_async.cuh"
 #include "stick_attention/block_info.cuh"
 #include "stick_attention/interleaved_keys.cuh"
+#include "tile/chunk.cuh"
+#include "tile/static_for.cuh"
+#include "tile/tile_product.cuh"
 
 namespace mfx::stick {
 
-// Storage type of an operand type.
-template <typename Op>
-struct Storage {
-  using Type = Op;
-};
-template <>
-struct Storage<device::Tf32> {
-  using Type = float;
-};
-
-// 16 bytes of a row whose address may have any alignment its element type allows.
-template <typename T>
-__device__ inline uint4 load_unaligned_chunk(const T* from) {
-  if constexpr (sizeof(T) == 4) {
-    const auto* words = reinterpret_cast<const std::uint32_t*>(from);
-    return {words[0], words[1], words[2], words[3]};
-  } else {
-    const auto* halves = reinterpret_cast<const std::uint16_t*>(from);
-    const auto pair = [&](int i) { return halves[2 * i] | std::uint32_t{halves[2 * i + 1]} << 16; };
-    return {pair(0), pair(1), pair(2), pair(3)};
-  }
-}
-
-template <typename T>
-__device__ inline void store_unaligned_chunk(T* to, const uint4& x) {
-  const std::uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      reinterpret_cast<std::uint32_t*>(to)[i] = words[i];
-    } else {
-      reinterpret_cast<std::uint16_t*>(to)[2 * i] = static_cast<std::uint16_t>(words[i]);
-      reinterpret_cast<std::uint16_t*>(to)[2 * i + 1] = static_cast<std::uint16_t>(words[i] >> 16);
-    }
-  }
-}
+using device::load_unaligned_chunk;
+using device::pin_if_16bit;
+using device::Storage;
+using device::store_unaligned_chunk;
 
 // One chunk of a tile, kOffset bytes behind `to`: asynchronously where addresses are aligned. It has 16 bytes or, where
 // there is none, 0, and becomes zeros.
@@ -55,12 +24,6 @@ __device__ inline void copy_chunk(device::SharedAddress to, const T* from, std::
   } else {
     device::store_shared_128(to + kOffset, bytes != 0 ? load_unaligned_chunk(from) : uint4{0, 0, 0, 0});
   }
-}
-
-// pin_in_register() of what loops reuse, for 16-bit elements: of 32-bit ones fragments need the registers.
-template <typename T, typename... Values>
-__device__ inline void pin_if_16bit(Values&... values) {
-  if constexpr (sizeof(T) == 2) (device::pin_in_register(values), ...);
 }
 
 // Copies rows of a problem's tensors into swizzled tiles with all kThreads threads of the block, each thread one column

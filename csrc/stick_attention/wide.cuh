@@ -8,7 +8,7 @@
 // the exchange.
 #pragma once
 
-#include "device/regalloc.cuh"
+#include "ptx/regalloc.cuh"
 #include "stick_attention/epilogue.cuh"
 #include "stick_attention/row_by_row.cuh"
 

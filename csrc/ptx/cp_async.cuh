@@ -3,7 +3,7 @@
 // sides are aligned to kBytes.
 #pragma once
 
-#include "device/shared_address.cuh"
+#include "ptx/shared_address.cuh"
 
 namespace mfx::device {
 

@@ -4,7 +4,7 @@
 // when transposed. volatile and "memory": these read what other threads wrote.
 #pragma once
 
-#include "device/shared_address.cuh"
+#include "ptx/shared_address.cuh"
 
 namespace mfx::device {
 

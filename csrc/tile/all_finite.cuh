@@ -1,8 +1,8 @@
 // Whether results that are about to be stored are finite.
 #pragma once
 
-#include "device/tile_product.cuh"
-#include "device/warp.cuh"
+#include "ptx/warp.cuh"
+#include "tile/operand.cuh"
 
 namespace mfx::device {
 

@@ -1,15 +1,9 @@
-// Shared-memory addresses as the 32-bit integers that PTX instructions take.
+// Where a tile in shared memory has its chunks of 16 bytes.
 #pragma once
 
-#include <cstdint>
+#include "ptx/shared_address.cuh"
 
 namespace mfx::device {
-
-using SharedAddress = std::uint32_t;
-
-__device__ inline SharedAddress shared_address(const void* pointer) {
-  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
-}
 
 // Byte offset of the 16-byte chunk `chunk` of row `row` in a tile of `kRowBytes` (128 or a multiple of it) per row,
 // chunks being exchanged by XOR with the row, so that eight consecutive rows of one chunk column lie in distinct banks:

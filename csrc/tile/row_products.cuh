@@ -4,8 +4,9 @@
 // is wanted.
 #pragma once
 
-#include "device/tile_product.cuh"
-#include "device/warp.cuh"
+#include "tile/chunk.cuh"
+#include "tile/operand.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace mfx::device {
 

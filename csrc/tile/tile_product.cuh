@@ -1,55 +1,18 @@
-// Products of one warp with operands in swizzled shared-memory tiles (shared_address.cuh), in the storage types:
+// Products of one warp with operands in swizzled shared-memory tiles (swizzle.cuh) of the types of operand.cuh.
 //
-//   BFloat16, Float16   m16n8k16
-//   float               m16n8k8 tf32, three times (tf32.cuh)
-//   Tf32                binary32 in memory, m16n8k8 tf32 once
-//
-// A step of the inner dimension is 32 bytes of a row: 16 elements of 16 bits or 8 of 32. ldmatrix moves 16-byte rows
-// and does not mind the element size, so that untransposed operands look the same in all types. A tile's rows are
-// kRowBytes, a power of two >= 128, apart; tiles are aligned to kRowBytes, so that XOR selects a chunk of 128 bytes and
-// the rest of the way is an immediate offset.
+// ldmatrix moves 16-byte rows and does not mind the element size, so that untransposed operands look the same in all
+// types. A tile's rows are kRowBytes, a power of two >= 128, apart; tiles are aligned to kRowBytes, so that XOR selects
+// a chunk of 128 bytes and the rest of the way is an immediate offset.
 #pragma once
 
-#include "device/ldmatrix.cuh"
-#include "device/regalloc.cuh"
-#include "device/static_for.cuh"
-#include "device/tf32.cuh"
-#include "device/vector_memory.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/regalloc.cuh"
+#include "ptx/vector_memory.cuh"
+#include "tile/operand.cuh"
+#include "tile/static_for.cuh"
+#include "tile/swizzle.cuh"
 
 namespace mfx::device {
-
-struct Tf32 {
-  float value;
-};
-
-template <typename Op>
-inline constexpr bool kIs16Bit = sizeof(Op) == 2;
-
-// Three products at a time take registers: the steps of such a product are not interleaved, see never().
-template <typename Op>
-inline constexpr bool kStepByStep = std::is_same_v<Op, float>;
-
-// Inner elements of one step.
-template <typename Op>
-inline constexpr int kStepElements = 32 / sizeof(Op);
-
-using FragmentA = std::uint32_t[4];
-
-// acc += a b.
-template <typename Op>
-__device__ inline void multiply_step(float (&acc)[4], const FragmentA& a, std::uint32_t b0, std::uint32_t b1) {
-  if constexpr (std::is_same_v<Op, BFloat16>) {
-    mma_m16n8k16_bf16(acc, a, b0, b1, acc);
-  } else if constexpr (std::is_same_v<Op, Float16>) {
-    mma_m16n8k16_f16(acc, a, b0, b1, acc);
-  } else if constexpr (std::is_same_v<Op, Tf32>) {
-    const FragmentA rounded = {to_tf32(__uint_as_float(a[0])), to_tf32(__uint_as_float(a[1])),
-                               to_tf32(__uint_as_float(a[2])), to_tf32(__uint_as_float(a[3]))};
-    mma_m16n8k8_tf32(acc, rounded, to_tf32(__uint_as_float(b0)), to_tf32(__uint_as_float(b1)), acc);
-  } else {
-    mma_m16n8k8_3xtf32(acc, split_tf32(a), split_tf32({b0, b1}), 0);
-  }
-}
 
 // Lane's address in a tile for load_a(): 16 rows, one step.
 template <int kRowBytes>

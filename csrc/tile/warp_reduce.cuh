@@ -1,31 +1,10 @@
-// Exchanges between the lanes of a warp, all of which take part. kWidth consecutive lanes form a group: 4 the quad that
-// shares a row of an mma accumulator, 32 the warp. Results are the same bits in every lane of the group.
+// Reductions and scans over the lanes of a warp, all of which take part. kWidth consecutive lanes form a group: 4 the
+// quad that shares a row of an mma accumulator, 32 the warp. Results are the same bits in every lane of the group.
 #pragma once
 
+#include "ptx/warp.cuh"
+
 namespace mfx::device {
-
-inline constexpr unsigned kAllLanes = 0xffffffffu;
-inline constexpr int kQuad = 4;
-inline constexpr int kWarp = 32;
-
-__device__ inline int lane_id() {
-  return threadIdx.x % kWarp;
-}
-
-// What the lane whose index differs in the bits of `lanes` has. PTX ISA, "shfl.sync".
-template <int kLanes>
-__device__ inline float exchange(float x) {
-  float y;
-  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(y) : "f"(x), "n"(kLanes));
-  return y;
-}
-
-// What lane `lane` has. PTX ISA, "shfl.sync".
-__device__ inline float of_lane(float x, int lane) {
-  float y;
-  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(y) : "f"(x), "r"(lane));
-  return y;
-}
 
 template <int kWidth = kWarp>
 __device__ inline float lanes_sum(float x) {
@@ -81,22 +60,6 @@ __device__ inline unsigned lanes_prefix_sum(unsigned x) {
     if (static_cast<int>(threadIdx.x % kWarp) >= step) x += earlier;
   }
   return x;
-}
-
-// Barrier of the block: whether no thread has an x or y above `most`. As __syncthreads_and(), without a way through an
-// integer. PTX ISA, "bar.red".
-__device__ inline bool barrier_all_at_most(float x, float y, float most) {
-  int all;
-  asm volatile(
-      "{ .reg .pred mine, every;\n"
-      "setp.le.f32 mine, %1, %3;\n"
-      "setp.le.and.f32 mine, %2, %3, mine;\n"
-      "bar.red.and.pred every, 0, mine;\n"
-      "selp.s32 %0, 1, 0, every; }"
-      : "=r"(all)
-      : "f"(x), "f"(y), "f"(most)
-      : "memory");
-  return all != 0;
 }
 
 // What a scan over the four lanes of a quad leaves in each: the result over the lanes of a higher (later) index alone,

@@ -21,6 +21,12 @@ __device__ inline void pin_in_register(const T*& x) {
   asm volatile("mov.b64 %0, %0;" : "+l"(x));
 }
 
+// pin_in_register() of what loops reuse, for 16-bit elements: of 32-bit ones fragments need the registers.
+template <typename T, typename... Values>
+__device__ inline void pin_if_16bit(Values&... values) {
+  if constexpr (sizeof(T) == 2) (pin_in_register(values), ...);
+}
+
 // Makes the compiler forget what it knows of `x`, and so compute what follows from it here: moved out of a loop or kept
 // from before one, it would take registers all along.
 __device__ inline void hide_from_optimizer(std::uint32_t& x) {

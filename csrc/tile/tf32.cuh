@@ -6,8 +6,8 @@
 // accumulator by an ordinary addition, which rounds to nearest.
 #pragma once
 
-#include "device/convert.cuh"
-#include "device/mma.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/mma.cuh"
 
 namespace mfx::device {
 

@@ -1,7 +1,7 @@
 // 128-bit accesses; addresses are aligned to 16 bytes. PTX ISA, "Data movement and conversion instructions: ld, st".
 #pragma once
 
-#include "device/shared_address.cuh"
+#include "ptx/shared_address.cuh"
 
 namespace mfx::device {
 

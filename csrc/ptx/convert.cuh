@@ -85,19 +85,4 @@ __device__ inline std::uint32_t to_tf32(float x) {
   return y;
 }
 
-// The 16 bytes of 4 or 8 elements.
-template <typename T>
-__device__ inline void unpack_chunk(const uint4& words, float (&x)[16 / sizeof(T)]) {
-  const std::uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      x[i] = __uint_as_float(word[i]);
-    } else {
-      x[2 * i] = low_of_pair<T>(word[i]);
-      x[2 * i + 1] = high_of_pair<T>(word[i]);
-    }
-  }
-}
-
 }  // namespace mfx::device

@@ -1,0 +1,49 @@
+// Chunks: the 16 bytes of 4 or 8 elements.
+#pragma once
+
+#include "ptx/convert.cuh"
+
+namespace mfx::device {
+
+template <typename T>
+__device__ inline void unpack_chunk(const uint4& words, float (&x)[16 / sizeof(T)]) {
+  const std::uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = __uint_as_float(word[i]);
+    } else {
+      x[2 * i] = low_of_pair<T>(word[i]);
+      x[2 * i + 1] = high_of_pair<T>(word[i]);
+    }
+  }
+}
+
+// 16 bytes of a row whose address may have any alignment its element type allows.
+template <typename T>
+__device__ inline uint4 load_unaligned_chunk(const T* from) {
+  if constexpr (sizeof(T) == 4) {
+    const auto* words = reinterpret_cast<const std::uint32_t*>(from);
+    return {words[0], words[1], words[2], words[3]};
+  } else {
+    const auto* halves = reinterpret_cast<const std::uint16_t*>(from);
+    const auto pair = [&](int i) { return halves[2 * i] | std::uint32_t{halves[2 * i + 1]} << 16; };
+    return {pair(0), pair(1), pair(2), pair(3)};
+  }
+}
+
+template <typename T>
+__device__ inline void store_unaligned_chunk(T* to, const uint4& x) {
+  const std::uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      reinterpret_cast<std::uint32_t*>(to)[i] = words[i];
+    } else {
+      reinterpret_cast<std::uint16_t*>(to)[2 * i] = static_cast<std::uint16_t>(words[i]);
+      reinterpret_cast<std::uint16_t*>(to)[2 * i + 1] = static_cast<std::uint16_t>(words[i] >> 16);
+    }
+  }
+}
+
+}  // namespace mfx::device
