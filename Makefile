@@ -10,19 +10,33 @@ ifeq ($(wildcard /dev/nvidiactl),)
 export MFX_CUDA_ARCHS ?= 80-virtual
 endif
 
+# PY=python3 takes an environment that exists, installs nothing there, and says what it lacks.
+ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+else
+PY_GIVEN := $(PY)
+override PY := $(shell command -v '$(PY_GIVEN)')
+ifeq ($(PY),)
+$(error PY=$(PY_GIVEN) is no program)
+endif
+STAMP := what-is-there
+export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+export PATH := $(abspath $(dir $(PY))):$(PATH)
 EVERYTHING := build/.everything
 
-.PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu bench-gpu check-cuda cuda-roofline experiments lint format build extension bench asan fuzz clean
+.PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu bench-gpu gpu-proof check-torch check-cuda cuda-roofline experiments lint format build extension bench asan fuzz clean
 
 help:
 	@echo 'make demo    train a small MoLM on real text (5 minutes), sample from it, draw its expert usage'
 	@echo 'make test    build and run the tests'
 	@echo 'make test-gpu    the tests of the CUDA kernels on the GPU of this machine'
 	@echo 'make bench-gpu   the CUDA kernels against the peers that are installed, on the GPU of this machine'
-	@echo 'make sanitize-gpu  the same under compute-sanitizer'
+	@echo 'make sanitize-gpu  the tests under compute-sanitizer'
+	@echo 'make gpu-proof   tests, sanitizer and benchmarks in nine minutes; results under OUT'
 	@echo 'make check-cuda  ptxas for every architecture and the emulator at length, no GPU needed'
+	@echo 'make check-torch  build and test with the lowest and the highest torch that is served'
 	@echo 'make lint    ruff, mypy, clang-format, the checks of layers and of documentation'
 	@echo 'make bench   benchmarks against the peers; table and plots under benchmarks/results/'
 	@echo 'make experiments  the experiments of the paper in small; tables and pictures under benchmarks/results/experiments/'
@@ -30,6 +44,15 @@ help:
 	@echo 'make asan    the tests of ops and core on an AddressSanitizer and UBSan build of the CPU kernels'
 	@echo 'make build   only the native extension, in place'
 
+ifeq ($(STAMP),what-is-there)
+.PHONY: what-is-there
+NEEDS := runtime test
+lint format: NEEDS := lint
+bench: NEEDS := runtime bench
+test-gpu sanitize-gpu bench-gpu gpu-proof: NEEDS := test
+what-is-there:
+	@$(PY) tools/missing_packages.py build $(NEEDS)
+else
 # One that was copied here with its folder is made anew.
 ifneq ($(filter-out $(realpath $(VENV)),$(file <$(VENV)/.made-by-make_venv)),)
 .PHONY: $(STAMP)
@@ -38,16 +61,19 @@ endif
 $(STAMP): requirements-dev.txt tools/make_venv.sh
 	PYTHON='$(PYTHON)' tools/make_venv.sh '$(VENV)'
 	@touch $@
+endif
 
 # CMake decides what is out of date; unchanged sources cost a second.
 extension:
-	@PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) setup.py -q build_ext --inplace
+	@$(PY) setup.py -q build_ext --inplace
 	@$(if $(MFX_NATIVE),,mkdir -p $(dir $(EVERYTHING)) && touch $(EVERYTHING))
 
 build: $(STAMP)
 	@$(MAKE) --no-print-directory extension
-	@test -e $(VENV)/bin/moduleformer-ext || PATH="$(abspath $(VENV))/bin:$$PATH" \
+ifneq ($(STAMP),what-is-there)
+	@test -e $(VENV)/bin/moduleformer-ext || \
 	  $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+endif
 
 # Until everything has been built, only what this machine runs: the demo begins minutes earlier.
 demo: $(STAMP)
@@ -65,13 +91,21 @@ test-emulated: build
 
 test-gpu: build
 	@$(PY) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "test-gpu: this torch sees no GPU")'
-	$(PY) -m pytest -m cuda
+	$(PY) -m pytest @tests/cuda_tests.args
 
 sanitize-gpu: build
 	tools/sanitize_gpu.sh $(PY)
 
 bench-gpu: build
 	$(PY) -m benchmarks.gpu
+
+# Everything of the three above that fits into nine minutes, from a build of its own; works on a bare machine.
+gpu-proof: $(STAMP)
+	tools/gpu_proof.sh $(PY) '$(or $(OUT),build/gpu-proof-results)'
+
+# The lowest and the highest torch that the package serves, each in an environment of its own.
+check-torch:
+	tools/check_torch.sh
 
 # A model of the least time of the CUDA kernels, docs/cuda_roofline.md, from counts on the emulated device.
 cuda-roofline: build
@@ -89,12 +123,12 @@ lint: $(STAMP)
 	$(PY) -m mypy
 	$(PY) tools/check_layers.py
 	$(PY) tools/check_docs.py
-	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs clang-format --dry-run --Werror
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
 
 bench: build
 	$(PY) -m benchmarks.run

@@ -62,7 +62,15 @@ class CMakeBuild(build_ext):
             )
 
 
+def version() -> str:
+    """Of the package; a wheel for one torch and CUDA release has a label that names both (docs/build.md)."""
+    text = (ROOT / "python" / "moduleformer_ext" / "_version.py").read_text(encoding="utf-8")
+    label = os.environ.get("MFX_VERSION_LABEL")
+    return re.search(r'"(.+)"', text)[1] + (f"+{label}" if label else "")
+
+
 setup(
+    version=version(),
     ext_modules=[Extension("moduleformer_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

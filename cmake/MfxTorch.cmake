@@ -12,7 +12,7 @@ print(";".join(library_paths(device_type="cpu")))
 if(NOT MFX_TORCH_RESULT EQUAL 0)
   message(FATAL_ERROR
     "moduleformer_ext is built against the torch that is installed for ${Python_EXECUTABLE}, and it cannot be "
-    "imported there:\n${MFX_TORCH_ERROR}\nInstall torch >= 2.13 first, then build with "
+    "imported there:\n${MFX_TORCH_ERROR}\nInstall torch >= 2.11 first, then build with "
     "`pip install --no-build-isolation .`")
 endif()
 string(REGEX REPLACE "\n+$" "" MFX_TORCH_QUERY "${MFX_TORCH_QUERY}")
@@ -23,8 +23,8 @@ set(MFX_TORCH_CUDA "${CMAKE_MATCH_3}")  # empty: a CPU build
 set(MFX_TORCH_INCLUDES "${CMAKE_MATCH_4}")
 set(MFX_TORCH_LIBDIRS "${CMAKE_MATCH_5}")
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" MFX_TORCH_RELEASE "${MFX_TORCH_VERSION}")
-if(MFX_TORCH_RELEASE VERSION_LESS 2.13)
-  message(FATAL_ERROR "moduleformer_ext needs torch >= 2.13, found ${MFX_TORCH_VERSION} for ${Python_EXECUTABLE}")
+if(MFX_TORCH_RELEASE VERSION_LESS 2.11)
+  message(FATAL_ERROR "moduleformer_ext needs torch >= 2.11, found ${MFX_TORCH_VERSION} for ${Python_EXECUTABLE}")
 endif()
 
 find_package(OpenMP REQUIRED COMPONENTS CXX)  # at::parallel_for is serial without it, silently

@@ -80,6 +80,7 @@ def test_readme_example_of_the_ops_runs():
     exec(compile(blocks[0], "README.md", "exec"), {})
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="these are checks of a checkout")
 @pytest.mark.parametrize("script", ["check_layers.py", "check_docs.py"])
 def test_layers_and_documentation(script):
     result = subprocess.run([sys.executable, ROOT / "tools" / script], capture_output=True, text=True)

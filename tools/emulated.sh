@@ -24,5 +24,4 @@ if [ "${1:-}" = --run ]; then
   exec tools/cudasim/run "$python" "$@"
 fi
 # The emulated device is slow and runs on one core: a process per core.
-exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -n "${MAX_JOBS:-2}" -m 'cuda and not slow' \
-  -o testpaths='tests/cuda tests/ops tests/properties' "$@"
+exec tools/cudasim/run "$python" -m pytest -p no:cacheprovider -n "${MAX_JOBS:-2}" @tests/cuda_tests.args "$@"

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs the tests of the CUDA kernels on this machine's GPU under compute-sanitizer: tools/sanitize_gpu.sh PYTHON [pytest
-# arguments]. Wrong accesses, races in shared memory, misused barriers, reads of what was never written: each is
-# a tool of its own and a run of its own.
+# arguments], or one call of every op in a minute: tools/sanitize_gpu.sh PYTHON --once. Wrong accesses, races in shared
+# memory, misused barriers, reads of what was never written: each is a tool of its own and a run of its own.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 shift
@@ -16,7 +16,24 @@ if [ -z "$sanitizer" ]; then
 fi
 "$python" -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "sanitize-gpu: this torch sees no GPU")'
 
-for tool in memcheck racecheck synccheck initcheck; do
+tools='memcheck racecheck synccheck initcheck'
+sanitize() { # TOOL COMMAND...
+  tool=$1
+  shift
   echo "== $tool"
-  "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m pytest -p no:cacheprovider -m cuda "$@"
+  "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" "$@"
+}
+
+if [ "${1:-}" = --once ]; then # all at once, each into a file, for their start alone takes long
+  logs=$(mktemp -d)
+  for tool in $tools; do
+    { sanitize $tool tests/cuda/steps.py && echo "$tool passed" || echo "$tool FAILED"; } >"$logs/$tool" 2>&1 &
+  done
+  wait
+  (cd "$logs" && cat $tools && tail -q -n 1 $tools | paste -sd, && ! tail -q -n 1 $tools | grep -q FAILED) || status=1
+  rm -r "$logs"
+  exit ${status:-0}
+fi
+for tool in $tools; do
+  sanitize $tool -m pytest -p no:cacheprovider @tests/cuda_tests.args "$@"
 done

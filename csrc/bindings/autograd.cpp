@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "bindings/torch_compat.hpp"
+
 namespace mfx {
 namespace {
 
@@ -42,9 +44,9 @@ void call_not_differentiable(const c10::OperatorHandle& op, torch::jit::Stack* s
     visit_tensors(argument, [&](const at::Tensor& tensor) { inputs.push_back(tensor); });
   }
   refuse_forward_mode(text.substr(0, text.find(':')).c_str(), at::TensorList(inputs));
-  c10::intrusive_ptr<Refusal> node;
+  NodePtr<Refusal> node;
   if (records_grad(at::TensorList(inputs))) {
-    node = c10::make_intrusive<Refusal>(text, torch::autograd::collect_next_edges(inputs));
+    node = make_node<Refusal>(text, torch::autograd::collect_next_edges(inputs));
   }
   {
     const at::AutoDispatchBelowADInplaceOrView below;

@@ -11,47 +11,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from devices import EMULATED
+from steps import CASES, cotangent_of, leaves_of, run
 from torch import Tensor
 
-from moduleformer_ext import ops
-
 Step = Callable[[], tuple[Tensor, ...]]
-
-
-def attention(q, k, v):
-    return ops.stick_attention(q, k, v, stick_epsilon=0.0)
-
-
-def attention_v_is_k(q, k):
-    return ops.stick_attention(q, k, None)
-
-
-def decoding(q, k):
-    lengths = torch.full((k.shape[0],), k.shape[1], dtype=torch.int32, device=k.device)
-    with torch.no_grad():
-        return ops.stick_attention_decode(q[:, -1:], k, None, lengths)
-
-
-def routed(expert_network, x_router, gate, x, *weights):
-    route = ops.route_topk_linear(x_router, gate, 2)
-    return expert_network(x, *weights, ops.expert_layout(route.expert_ids, len(gate)), route.gates)
-
-
-def experts(x_router, gate, x, up, down):
-    return routed(ops.expert_ffn, x_router, gate, x, up, down)
-
-
-def mlp_router(x, hidden, bias, weight):
-    return ops.route_topk_mlp(x, hidden, bias, weight, 2).gates
-
-
-CASES = {
-    attention: [(2, 48, 4, 64), (2, 48, 2, 64), (2, 48, 2, 64)],
-    attention_v_is_k: [(2, 48, 2, 1024), (2, 48, 1, 1024)],
-    decoding: [(2, 48, 4, 64), (2, 48, 2, 64)],
-    experts: [(40, 64), (8, 64), (40, 64), (8, 64, 96), (8, 96, 64)],
-    mlp_router: [(40, 64), (32, 64), (32,), (8, 32)],
-}
 
 
 @contextmanager
@@ -78,17 +41,11 @@ def captured(step: Step) -> Iterator[tuple[tuple[Tensor, ...], Callable[[], None
 
 @pytest.mark.parametrize("op", CASES, ids=lambda op: op.__name__)
 def test_replays_equal_eager_calls(op, device):
-    # A bias in float: of another type it would be converted, by PyTorch.
-    leaves = [
-        torch.randn(shape, device=device).to(torch.bfloat16 if len(shape) > 1 else torch.float32) for shape in CASES[op]
-    ]
-    for leaf in leaves:
-        leaf.requires_grad_(op is not decoding)
-    cotangent = torch.randn_like(op(*leaves))
+    leaves = leaves_of(op, torch.bfloat16, device)
+    cotangent = cotangent_of(op, leaves)
 
     def step() -> tuple[Tensor, ...]:
-        y = op(*leaves)
-        return (y, *torch.autograd.grad(y, leaves, cotangent)) if y.requires_grad else (y,)
+        return run(op, leaves, cotangent)
 
     with captured(step) as (found, replay):
         for _ in range(3):
