@@ -27,9 +27,13 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "surgery": COMMON | {"ops", "nn", "models"},
     "data": COMMON,
     "train": COMMON | {"ops", "nn", "models", "surgery", "data"},
-    "cli": COMMON | {"_extension", "ops", "nn", "models", "surgery", "data", "train"},
+    "hf": COMMON | {"nn", "models"},
+    "cli": COMMON | {"_extension", "ops", "nn", "models", "surgery", "data", "train", "hf"},
     "__init__": COMMON,
 }
+
+# Optional packages: the rooms that may import them.
+OPTIONAL: dict[str, set[str]] = {name: {"hf"} for name in ("transformers", "huggingface_hub", "accelerate", "peft")}
 
 CODE = (".py", ".pyi", ".cpp", ".hpp", ".h", ".cu", ".cuh", ".sh", ".cmake", "CMakeLists.txt", "Makefile")
 MAX_LINES = 500
@@ -60,6 +64,8 @@ def check_python() -> Iterator[str]:
             continue
         for line, name in python_imports(path):
             parts = name.split(".")
+            if room not in OPTIONAL.get(parts[0], {room}):
+                yield f"{where}:{line}: {room} must not import {parts[0]}, an optional package"
             if parts[0] != PACKAGE or len(parts) == 1:
                 continue
             if parts[1] != room and parts[1] not in PYTHON_LAYERS[room]:

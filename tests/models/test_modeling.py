@@ -10,8 +10,8 @@ from small_models import random_model
 from torch import Tensor
 
 from moduleformer_ext.models import KVCache, MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models.blocks import _AUX_LOSSES, routing_loss
 from moduleformer_ext.models.config import AUX_LOSS_TYPES
-from moduleformer_ext.models.modeling import _AUX_LOSSES, _aux_loss
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -164,7 +164,7 @@ def test_loss_is_cross_entropy_plus_weighted_sum_over_layers(kind: str) -> None:
 def test_every_kind_of_routing_loss_has_a_name_that_a_configuration_may_use() -> None:
     assert set(_AUX_LOSSES) == set(AUX_LOSS_TYPES)
     with pytest.raises(KeyError, match="mutual"):
-        _aux_loss("mutual", [])
+        routing_loss("mutual", [])
 
 
 def test_per_layer_expert_counts() -> None:
@@ -189,8 +189,12 @@ def test_initial_weights() -> None:
 
 def test_reset_after_meta_initialisation() -> None:
     with torch.device("meta"):
-        model = MoLMForCausalLM(MoLMConfig.preset("molm-nano", gate_type="gmm"))
-    model.to_empty(device="cpu").reset_parameters()
+        model = MoLMForCausalLM(MoLMConfig.preset("molm-nano", gate_type="gmm", mlp_normaliser_rows=2))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    model.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert model(tokens(1, 3)).logits.isfinite().all()
 
 

@@ -33,3 +33,14 @@ def test_a_document_may_be_longer(layers):
 def test_includes_point_one_way(layers, path, include, allowed):
     broken = [reason for pattern, reason in layers.cpp_rules(layers.ROOT / path) if layers.re.match(pattern, include)]
     assert bool(broken) != allowed
+
+
+def test_optional_packages_stay_in_their_room(layers, tmp_path, monkeypatch):
+    package = tmp_path / "python" / "moduleformer_ext"
+    for room in ("hf", "cli"):
+        (package / room).mkdir(parents=True)
+        (package / room / "a.py").write_text("def f():\n    from transformers import AutoModel\n")
+    monkeypatch.setattr(layers, "ROOT", tmp_path)
+    assert list(layers.check_python()) == [
+        "python/moduleformer_ext/cli/a.py:2: cli must not import transformers, an optional package"
+    ]

@@ -17,12 +17,12 @@ from typing_extensions import TypedDict  # pydantic reads the typing module's fr
 
 from moduleformer_ext.files import load_tensors, parse_json, read_json, replacing, save_tensors, write_file
 from moduleformer_ext.models.config import MoLMConfig
+from moduleformer_ext.models.reference import FORMAT
 from moduleformer_ext.models.state import canonical_state
 
 if TYPE_CHECKING:
     from moduleformer_ext.models.modeling import MoLMForCausalLM
 
-FORMAT = "moduleformer_ext"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _SINGLE_FILES = (WEIGHTS_FILE, "pytorch_model.bin")
@@ -51,7 +51,7 @@ def save_pretrained(model: MoLMForCausalLM, directory: str | Path) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             with replacing(directory / WEIGHTS_FILE) as path:
                 save_tensors(path, _unshared(state), {"format": FORMAT, "config": config})
-            write_file(directory / CONFIG_FILE, config)
+            write_file(directory / CONFIG_FILE, json.dumps(model.config.to_file(), indent=2) + "\n")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from moduleformer_ext.models.activations import ACTIVATIONS
 from moduleformer_ext.models.experts import PER_LAYER, PUBLISHED_NAMES, ExpertsConfig, flatten, split
 from moduleformer_ext.models.presets import PRESETS
-from moduleformer_ext.models.reference import fields_from_reference, fields_to_reference
+from moduleformer_ext.models.reference import OWN, fields_from_reference, fields_to_reference, is_own
 
 GATE_TYPES = ("mlp", "linear", "gmm")
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
@@ -205,10 +205,16 @@ class MoLMConfig:
 
     @classmethod
     def from_reference(cls, fields: Mapping[str, Any]) -> MoLMConfig:
-        """Read the config.json of a published MoLM; see
-        :func:`moduleformer_ext.models.reference.fields_from_reference`.
+        """Read a config.json: of a published MoLM, see
+        :func:`moduleformer_ext.models.reference.fields_from_reference`, or as :meth:`to_file` writes it.
         """
+        if is_own(fields):
+            return cls.from_dict({name: fields[name] for name in cls().to_dict() if name in fields})
         return cls.from_dict(fields_from_reference(fields))
+
+    def to_file(self) -> dict[str, Any]:
+        """The config.json of our own directories: all fields, and what tells others which model they describe."""
+        return {**OWN, **self.to_dict()}
 
     def to_reference(self) -> dict[str, Any]:
         """The inverse of :meth:`from_reference`; see :func:`moduleformer_ext.models.reference.fields_to_reference`."""

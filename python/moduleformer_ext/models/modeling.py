@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,50 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moduleformer_ext import ops
 from moduleformer_ext.models import checkpoint as files
 from moduleformer_ext.models import generation
-from moduleformer_ext.models.activations import ACTIVATIONS
+from moduleformer_ext.models.blocks import draw, make_block, redraw, routing_loss
 from moduleformer_ext.models.cache import KVCache, Pair, StaticKVCache
 from moduleformer_ext.models.config import MoLMConfig
-from moduleformer_ext.models.experts import ExpertsConfig
 from moduleformer_ext.models.state import HEADS, canonical_state, model_from_state
-from moduleformer_ext.nn import (
-    Block,
-    BlockRoutes,
-    ExpertLinear,
-    GMMRouter,
-    LayerCache,
-    Linear,
-    MixtureOfAttention,
-    MixtureOfFFN,
-    Router,
-    StaticLayerCache,
-    make_router,
-)
-from moduleformer_ext.nn.router import GateType, RouterOrder
-from moduleformer_ext.types import RouteTopK
+from moduleformer_ext.nn import BlockRoutes, LayerCache, Linear, StaticLayerCache
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from moduleformer_ext.models.generation import GenerationOptions
-
-_AUX_LOSSES: dict[str, Callable[[RouteTopK], Tensor] | None] = {
-    "mi": lambda route: ops.losses.mutual_information_loss(route),
-    "concentration": lambda route: ops.losses.concentration_loss(route),
-    "switch": lambda route: ops.losses.switch_loss(route),
-    "none": None,
-}
-"""The routing loss of one layer, for each of config.AUX_LOSS_TYPES."""
-
-
-def _aux_loss(kind: str, routes: Sequence[BlockRoutes]) -> Tensor:
-    """The routing loss of one pass."""
-    loss = _AUX_LOSSES[kind]
-    if loss is None:
-        return torch.zeros_like(routes[0].ffn.plogp_sum)
-    return torch.stack([loss(route) for block in routes for route in block]).sum()
 
 
 @dataclass(kw_only=True)
@@ -108,9 +76,9 @@ class MoLM(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(_make_block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(make_block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.apply(lambda module: _draw(module, config.initializer_range))
+        self.apply(lambda module: draw(module, config.initializer_range))
 
     def forward(
         self,
@@ -149,7 +117,7 @@ class MoLM(nn.Module):
 
         return MoLMOutput(
             last_hidden_state=x,
-            aux_loss=_aux_loss(self.config.aux_loss_type, routes) if output_aux_loss else None,
+            aux_loss=routing_loss(self.config.aux_loss_type, routes) if output_aux_loss else None,
             past_key_values=self._remember(past, presents) if use_cache else None,
             hidden_states=tuple(states) if output_hidden_states else None,
             routes=routes if output_routes else None,
@@ -225,7 +193,7 @@ class MoLMForCausalLM(nn.Module):
         self.config = config
         self.transformer = MoLM(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        _draw(self.lm_head, config.initializer_range)
+        draw(self.lm_head, config.initializer_range)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
@@ -313,10 +281,7 @@ class MoLMForCausalLM(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew, for example after ``to_empty`` of a model made on the meta device."""
         for module in self.modules():
-            if isinstance(module, (nn.LayerNorm, ExpertLinear, GMMRouter)):
-                module.reset_parameters()
-            else:
-                _draw(module, self.config.initializer_range)
+            redraw(module, self.config.initializer_range)
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         """Trade a second forward pass of every block for the memory of its activations."""
@@ -389,47 +354,3 @@ class MoLMForCausalLM(nn.Module):
         except ValueError as error:
             raise ValueError(f"from_pretrained: '{directory}': {error}") from error
         return model.to(device)
-
-
-def _make_block(config: MoLMConfig, layer: int) -> Block:
-    def router(experts: ExpertsConfig) -> Router:
-        return make_router(
-            cast(GateType, config.gate_type),
-            config.n_embd,
-            experts.in_layer("num_experts", layer),
-            experts.k,
-            gating_size=config.gating_size,
-            dropout=config.moe_pdrop,
-            order=cast(RouterOrder, config.router_order),
-            sample_topk=config.sample_topk,
-            num_normaliser_rows=experts.in_layer("normaliser_rows", layer),
-        )
-
-    attention = MixtureOfAttention(
-        config.n_embd,
-        config.attention.hidden,
-        config.n_head,
-        router(config.attention),
-        stick_epsilon=config.stick_epsilon,
-    )
-    ffn = MixtureOfFFN(
-        config.n_embd,
-        config.ffn.hidden,
-        router(config.ffn),
-        activation=ACTIVATIONS[config.activation_function],
-    )
-    return Block(
-        config.n_embd,
-        attention,
-        ffn,
-        layer_norm_epsilon=config.layer_norm_epsilon,
-        dropout=config.resid_pdrop,
-    )
-
-
-def _draw(module: nn.Module, std: float) -> None:
-    """Initialise what PyTorch would initialise differently; all other layers of ours start as they should."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -11,6 +11,21 @@ from moduleformer_ext.models.experts import PUBLISHED_NAMES
 if TYPE_CHECKING:
     from moduleformer_ext.models.config import MoLMConfig
 
+MODEL_TYPE = "moduleformer"
+FORMAT = "moduleformer_ext"
+OWN: Mapping[str, Any] = {
+    "model_type": MODEL_TYPE,
+    "architectures": ["ModuleFormerForCausalLM"],
+    "format": FORMAT,
+}
+"""What a config.json of ours holds beside the fields of a MoLMConfig, every one of which it has."""
+
+
+def is_own(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json says all that a MoLMConfig does."""
+    return fields.get("format") == FORMAT
+
+
 _SHARED_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50295,
     "block_size": 512,
@@ -91,8 +106,8 @@ def fields_to_reference(config: MoLMConfig) -> dict[str, Any]:
     if config.aux_loss_type not in ("mi", "switch"):
         fields |= {"aux_loss_type": "mi", "aux_loss_weight": 0}
     return {
-        "model_type": "moduleformer",
-        "architectures": ["ModuleFormerForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "architectures": OWN["architectures"],
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "attn_pdrop": 0.0,
         "use_cache": True,

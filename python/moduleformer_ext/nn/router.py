@@ -70,10 +70,18 @@ class Router(nn.Module, ABC):
         self.normaliser_rows: nn.Parameter | None = None
         if num_normaliser_rows:
             self.normaliser_rows = nn.Parameter(torch.empty(num_normaliser_rows, row_size))
-            nn.init.normal_(self.normaliser_rows, std=_ROW_STD)
+        self._reset_normaliser_rows()
 
     w_gate: nn.Module
     """The gate network."""
+
+    def reset_parameters(self) -> None:
+        """Draw the router's own parameters anew, not those of the gate network."""
+        self._reset_normaliser_rows()
+
+    def _reset_normaliser_rows(self) -> None:
+        if self.normaliser_rows is not None:
+            nn.init.normal_(self.normaliser_rows, std=_ROW_STD)
 
     @property
     @abstractmethod
@@ -248,6 +256,7 @@ class GMMRouter(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         nn.init.normal_(self.expert_centroids)
         nn.init.zeros_(self.temperature)
 

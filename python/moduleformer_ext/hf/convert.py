@@ -1,0 +1,84 @@
+"""Models of :mod:`moduleformer_ext.models` to transformers' and back, in memory and as directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from moduleformer_ext.files import write_file
+from moduleformer_ext.hf.config import ModuleFormerConfig
+from moduleformer_ext.hf.modeling import ModuleFormerForCausalLM
+from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.models.state import canonical_state
+
+_CODE = "modeling_moduleformer.py"
+_CLASSES = {
+    "AutoConfig": "ModuleFormerConfig",
+    "AutoModel": "ModuleFormerModel",
+    "AutoModelForCausalLM": "ModuleFormerForCausalLM",
+    "AutoModelForSequenceClassification": "ModuleFormerForSequenceClassification",
+}
+END_OF_TEXT = "<|endoftext|>"
+"""Of tokenizers that this project trains, and of the published one."""
+
+
+def from_native(model: MoLMForCausalLM, **fields: object) -> ModuleFormerForCausalLM:
+    """The model for transformers, with the very tensors of ``model``, in its mode; ``fields`` go to the
+    :class:`ModuleFormerConfig`.
+
+    Raises:
+        ValueError: the model holds other weights than its configuration says; the message lists the tensors.
+    """
+    state = canonical_state(model)
+    config = ModuleFormerConfig.of(model.config, architectures=[ModuleFormerForCausalLM.__name__], **fields)
+    with torch.device("meta"):
+        converted = ModuleFormerForCausalLM(config)
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    converted.load_state_dict(state, assign=True)
+    converted.tie_weights()
+    converted.config.dtype = converted.dtype
+    return converted.train(model.training)
+
+
+def to_native(model: ModuleFormerForCausalLM) -> MoLMForCausalLM:
+    """The model without transformers, with the very tensors of ``model``, in its mode.
+
+    Raises:
+        ValueError: adapters or quantised weights; the message lists the tensors.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    native = MoLMForCausalLM.from_state(model.config.molm, state, copy=False)
+    return native.train(model.training)
+
+
+def save_directory(model: MoLMForCausalLM, directory: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Write what ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` reads where this package
+    is installed, or without ``trust_remote_code`` after ``import moduleformer_ext.hf``.
+
+    Args:
+        tokenizer: a ``tokenizer.json``, to become ``AutoTokenizer.from_pretrained(directory)``.
+
+    Raises:
+        ValueError: as :func:`from_native`.
+    """
+    directory = Path(directory)
+    fields = {"auto_map": {auto: f"{Path(_CODE).stem}.{name}" for auto, name in _CLASSES.items()}}
+    converted = from_native(model, **fields)
+    if tokenizer is not None:
+        _save_tokenizer(Path(tokenizer), directory, converted)
+    converted.save_pretrained(directory)
+    names = ", ".join(sorted(_CLASSES.values()))
+    write_file(directory / _CODE, f"from moduleformer_ext.hf import {names}  # noqa: F401\n")
+
+
+def _save_tokenizer(file: Path, directory: Path, model: ModuleFormerForCausalLM) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    if (end := tokenizer.convert_tokens_to_ids(END_OF_TEXT)) is not None:
+        tokenizer.eos_token = tokenizer.bos_token = tokenizer.pad_token = END_OF_TEXT
+        for fields in (model.config, model.generation_config):
+            fields.eos_token_id = fields.eos_token_id if fields.eos_token_id is not None else end
+            fields.pad_token_id = end
+    tokenizer.save_pretrained(directory)
