@@ -26,8 +26,8 @@ __device__ inline float of_lane(float x, int lane) {
   return y;
 }
 
-// Barrier of the block: whether no thread has an x or y above `most`. As __syncthreads_and(), without a way through an
-// integer. PTX ISA, "bar.red".
+// Barrier of the block: whether every thread has an x and a y that are at most `most`, which NaN is not. As
+// __syncthreads_and(), without a way through an integer. PTX ISA, "bar.red".
 __device__ inline bool barrier_all_at_most(float x, float y, float most) {
   int all;
   asm volatile(

@@ -185,7 +185,7 @@ __device__ inline void backward_dkv(const BackwardLaunch& launch) {
       } else {
         const auto newest = [&](int row) { return row < s.rows ? s.newest_key(p, row) - span_key : -1; };
         stick_break_runs<Op, true>(scores, grads, weights, grad_scores, beta,
-                                   visible_runs<kRun>(newest(own_row), newest(own_row + 8), kept), chunk_states);
+                                   visible_runs<kRun, 4>({newest(own_row), newest(own_row + 8)}, kept), chunk_states);
       }
       const device::SharedAddress to =
           kWhole ? store_lane : Exchange::template store_lane<kRun>(exchange, row_in_tile, span_in_tile);

@@ -120,21 +120,21 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
                                   keys.newest_key < 0 ? 0 : keys.newest_key / kNormKeys + 1);
   device::cp_async_wait<kStages - 1>();
   __syncthreads();
-  float delta[2], dp_bound[2];
-  delta_and_bound<T, kRowBytes>(launch, s, head, warp_row, grads + row_in_tile * kRowBytes, v_norm, delta, dp_bound);
+  BackwardRows<2> rows;  // this lane's
+  delta_and_bound<T, kRowBytes>(launch, s, head, warp_row, grads + row_in_tile * kRowBytes, v_norm, rows.delta,
+                                rows.dp_bound);
 
-  // This lane's two rows. One behind the sequence's end has no stick.
+  // One behind the sequence's end has no stick.
   const std::int64_t own_row = workspace_row(launch, s, head, warp_row + lane / 4);
-  float rem[2], sum_g[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + lane / 4 + 8 * half;
-    rem[half] = row < s.rows ? 1.0f : 0.0f;
-    sum_g[half] = 0.0f;
+    rows.rem[half] = row < s.rows ? 1.0f : 0.0f;
+    rows.sum_g[half] = 0.0f;
     if (row < s.rows && !keys.starts) {
       const float2 state = launch.states[own_row + 8 * half];
-      rem[half] = state.x;
-      sum_g[half] = state.y;
+      rows.rem[half] = state.x;
+      rows.sum_g[half] = state.y;
     }
   }
   const Beta beta{-launch.factor};
@@ -184,25 +184,13 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
       float scores[width][4] = {}, grad_weights[width][4] = {};
       device::gemm_abt<Op, kRowBytes, InterleavedKeys>(scores, q, kv.k_rows(stage, width));
       device::gemm_abt<Op, kRowBytes, InterleavedKeys>(grad_weights, grad_o, kv.v_rows(stage, width));
-      mask.apply(key_tile, width, [&](auto masked, const Visible& visible) {
-        float next_rem[2];
-        stick_break_backward<Op, masked>(
-            scores, grad_weights, beta, visible, rem,
-            [&](int half, const device::QuadScan& newer) {
-              const auto taken = [&](int) { return lane_sum(scores, half) * newer.later * rem[half]; };
-              float next[1] = {rem[half]};
-              move_rem<1>(next, {newer}, taken);
-              next_rem[half] = next[0];
-            },
-            [&](int half, float of_tile) {
-              sum_g[half] += of_tile;
-              const float most = next_rem[half] * dp_bound[half];
-              return device::max_nan(-most, device::min_nan(most, delta[half] - sum_g[half]));
-            },
-            [&](int half, const ChunkState& run) {
-              if (warp_row + lane / 4 + 8 * half < s.rows) chunk_state[8 * half * kRunsOfSpan] = run;
-              rem[half] = next_rem[half];
-            });
+      mask.apply(key_tile, width, [&](auto masked, const Visible<2>& visible) {
+        stick_break_backward<Op, masked>(scores, grad_weights, beta, visible, rows,
+                                         [&](int half, const ChunkState& run) {
+                                           if (warp_row + lane / 4 + 8 * half < s.rows) {
+                                             chunk_state[8 * half * kRunsOfSpan] = run;
+                                           }
+                                         });
       });
       device::gemm_ab<Op, kRowBytes, InterleavedKeys>(grad_q, device::to_operand<Op>(grad_weights),
                                                       kv.columns(stage, width));
@@ -225,8 +213,8 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   const RoundedTile<T, kDim / 8> rounded(grad_q);
   const std::uint32_t not_finite = rows_not_finite(rounded);
   if (walked.finishes) {
-    const QRows<T> rows(static_cast<T*>(params.grad_q), params.grad_q_strides, p, done.s, done.head, done.first_row);
-    store_rows<T>(rounded, queries + row_in_tile * kRowBytes, rows, row_in_tile, static_cast<int>(p.head_dim),
+    const QRows<T> out(static_cast<T*>(params.grad_q), params.grad_q_strides, p, done.s, done.head, done.first_row);
+    store_rows<T>(rounded, queries + row_in_tile * kRowBytes, out, row_in_tile, static_cast<int>(p.head_dim),
                   launch.grad_q_aligned);
   } else {
     for_sums(done, not_finite, [](float2& sum, float x, float y) { sum = {x, y}; });
@@ -234,14 +222,15 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
     for (int half = 0; half < 2; ++half) {
       const int row = row_in_tile + lane / 4 + 8 * half;
       if (lane % 4 == 0 && done.first_row + row < done.s.rows && (not_finite >> row % 16 & 1) == 0) {
-        launch.states[workspace_row(launch, done.s, done.head, done.first_row + row)] = {rem[half], sum_g[half]};
+        launch.states[workspace_row(launch, done.s, done.head, done.first_row + row)] = {rows.rem[half],
+                                                                                         rows.sum_g[half]};
       }
     }
   }
   row_by_row(not_finite, [&](int row) {
     const int of_row = row % 8 * 4;
-    const float own_delta = device::of_lane(row < 8 ? delta[0] : delta[1], of_row);
-    const float own_dp_bound = device::of_lane(row < 8 ? dp_bound[0] : dp_bound[1], of_row);
+    const float own_delta = device::of_lane(row < 8 ? rows.delta[0] : rows.delta[1], of_row);
+    const float own_dp_bound = device::of_lane(row < 8 ? rows.dp_bound[0] : rows.dp_bound[1], of_row);
     backward_dq_row<Op, kDim, kKeys, kRunsOfSpan>(launch, done, walked, done.first_row + row_in_tile + row, 0,
                                                   own_delta, own_dp_bound);
   });

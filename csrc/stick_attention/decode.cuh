@@ -52,10 +52,10 @@ __device__ inline void store_part(const Shared<S>& shared, const StickAttentionD
 }
 
 template <typename S>
-__device__ inline bool all_ended(const Shared<S>& shared, const Group& group, double epsilon) {
-  bool ended = true;
-  for (int row = 0; row < group.rows; ++row) ended = ended && has_ended(shared.sticks[row], epsilon);
-  return ended;
+__device__ inline bool all_exhausted(const Shared<S>& shared, const Group& group, double epsilon) {
+  bool all = true;
+  for (int row = 0; row < group.rows; ++row) all = all && exhausted(shared.sticks[row], epsilon);
+  return all;
 }
 
 // Composes `count` parts, slot, slot + stride.., newest first, into the first of them or, at the root, the result.
@@ -75,7 +75,7 @@ __device__ void compose(const StickAttentionDecodeParams& p, const StickDecodePl
         left[i][row] = static_cast<float>(stick);
         stick *= __ldcg(&work.sticks[part_row(plan, group, slot + i * stride, row)]);
       }
-      ended = __all_sync(kAllLanes, row >= group.rows || has_ended(stick, p.stick_epsilon));
+      ended = __all_sync(kAllLanes, row >= group.rows || exhausted(stick, p.stick_epsilon));
     }
     if (row < group.rows) sticks[row] = stick;
     if (row == 0) needed = i;
@@ -106,7 +106,7 @@ __device__ void compose(const StickAttentionDecodeParams& p, const StickDecodePl
 template <typename T, typename S>
 __device__ void finish_newest(const Shared<S>& shared, const StickAttentionDecodeParams& p, const StickDecodePlan& plan,
                               const StickDecodeWorkspace& work, const Group& group, int older_keys) {
-  const bool whole = older_keys == 0 || all_ended(shared, group, p.stick_epsilon);
+  const bool whole = older_keys == 0 || all_exhausted(shared, group, p.stick_epsilon);
   if (threadIdx.x == 0 && plan.older_slots > 0) work.ended[group.index] = whole ? 0 : plan.slots();
   if (whole) {
     for_each_element(p, group, [&](int row, int d) {
@@ -195,7 +195,7 @@ __device__ void decode(const StickAttentionDecodeParams& p, const StickDecodePla
   if (needed) {
     store_part(shared, p, plan, work, group, slot);
     // Where a slot alone ends all sticks, what is older is not needed, whatever the newer slots hold.
-    if (threadIdx.x == 0 && all_ended(shared, group, p.stick_epsilon)) atomicMin(&work.ended[group.index], slot);
+    if (threadIdx.x == 0 && all_exhausted(shared, group, p.stick_epsilon)) atomicMin(&work.ended[group.index], slot);
   }
   climb<T, S>(p, plan, work, group, slot, keys.slots);
 }

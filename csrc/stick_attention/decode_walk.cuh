@@ -83,11 +83,6 @@ __device__ inline int clamped_length(const StickAttentionDecodeParams& p, std::i
   return length < 0 ? 0 : length > p.max_keys ? static_cast<int>(p.max_keys) : length;
 }
 
-// A stick that is NaN has ended, too: nothing older can change the result.
-__device__ inline bool has_ended(double stick, double epsilon) {
-  return epsilon > 0 && !(stick > epsilon);
-}
-
 template <typename T>
 struct Chunk {
   uint4 bits;
@@ -226,7 +221,7 @@ __device__ void sum_row_by_row(Shared<S>& shared, const StickAttentionDecodePara
     const int newest = newest_of_first_token(p, group) + static_cast<int>(group.token(p, row));
 #pragma unroll 1
     for (int key = min(end - 1, newest); key >= begin; --key) {
-      if (has_ended(stick, p.stick_epsilon)) break;
+      if (exhausted(stick, p.stick_epsilon)) break;
       if (!is_kept(p, group, key)) continue;
       const T* const k = cached_keys<T>(p, group) + key * p.k_key_stride;
       const T* const v = cached_values<T>(p, group) + key * p.v_key_stride;
@@ -293,7 +288,7 @@ __device__ bool walk(Shared<S>& shared, const StickAttentionDecodeParams& p, con
       if (row >= S::kRows) break;
       const int last = newest + static_cast<int>(group.token(p, row));
       scan_row(shared, p, group, at, row, first, begin, last, stick[i]);
-      ended = ended && (row >= group.rows || has_ended(stick[i], p.stick_epsilon));
+      ended = ended && (row >= group.rows || exhausted(stick[i], p.stick_epsilon));
     }
     const bool all_ended = __syncthreads_and(ended);
     if (at.active) {

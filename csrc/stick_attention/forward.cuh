@@ -19,7 +19,7 @@ namespace mfx::stick {
 struct ForwardLaunch {
   StickAttentionForwardParams params;
   float factor;   // scale * log2(e)
-  float epsilon;  // negative: never stop
+  float epsilon;  // exit_epsilon()
   bool q_aligned, k_aligned, v_aligned, o_aligned, residual_aligned;
 };
 
@@ -79,14 +79,14 @@ __device__ inline void forward(const ForwardLaunch& launch) {
       device::a_rows<kRowBytes>(queries + threadIdx.x / 32 * (16 * kRowBytes)));
   for (; key_tile >= 0; --key_tile) {
     kv.wait();
-    // The tile is there for all, all are done with the one before, and its stage is free. Are all sticks used up?
-    if (device::barrier_all_at_most(rem[0], rem[1], epsilon)) break;
+    // A barrier, too: the tile is there for all, all are done with the one before, and its stage is free.
+    if (block_exhausted(rem, epsilon)) break;
     const device::SharedAddress stage = kv.take(key_tile > 0);
     mask.take(key_tile);
     mask.with_visible_width(key_tile, [&](auto width) {
       float scores[width][4] = {};
       device::gemm_abt<Op, kRowBytes, InterleavedKeys>(scores, q, kv.k_rows(stage, width));
-      mask.apply(key_tile, width, [&](auto masked, const Visible& visible) {
+      mask.apply(key_tile, width, [&](auto masked, const Visible<2>& visible) {
         stick_break<masked>(scores, exp_logit, visible, kWeightUnit<Op>, rem);
       });
       device::gemm_ab<Op, kRowBytes, InterleavedKeys>(o, device::to_operand<Op>(scores), kv.columns(stage, width));

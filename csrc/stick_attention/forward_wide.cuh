@@ -113,7 +113,7 @@ __device__ inline void forward_wide(const ForwardLaunch& launch) {
       const float next_rem = scan.next_rem(rem);
       __syncwarp();
       if (lane % 8 == 0) rems[row] = next_rem;
-      ended = next_rem <= launch.epsilon;
+      ended = exhausted(next_rem, launch.epsilon);
     }
     const bool last = __syncthreads_and(ended);
 

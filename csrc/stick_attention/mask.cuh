@@ -50,17 +50,19 @@ class KeyPadding {
   bool kept_[kWords] = {};
 };
 
-// The 16 rows of a warp from `first_row` on, and tiles of kKeys keys.
-template <int kKeys>
+// The rows of a warp from `first_row` on, kRows per lane and kLanes lanes to each, and tiles of kKeys keys.
+template <int kKeys, int kRows = 2, int kLanes = device::kQuad>
 class Mask {
  public:
   static constexpr int kWidth = kKeys / 8;
 
   __device__ Mask(const StickAttentionProblem& p, const Sequence& s, int first_row)
-      : oldest_(s.newest_key(p, first_row)), newest_(s.newest_key(p, min(first_row + 15, s.rows - 1))), padding_(p, s) {
+      : oldest_(s.newest_key(p, first_row)),
+        newest_(s.newest_key(p, min(first_row + kRows * kApart - 1, s.rows - 1))),
+        padding_(p, s) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      newest_of_row_[half] = s.newest_key(p, first_row + static_cast<int>(threadIdx.x & 31) / 4 + 8 * half);
+    for (int row = 0; row < kRows; ++row) {
+      newest_of_row_[row] = s.newest_key(p, first_row + static_cast<int>(threadIdx.x & 31) / kLanes + kApart * row);
     }
   }
 
@@ -81,16 +83,19 @@ class Mask {
   __device__ void apply(int key_tile, Width width, Scan&& scan) const {
     const int first_key = key_tile * kKeys;
     if (width == kWidth && padding_.all() && oldest_ >= first_key + kKeys - 1) {
-      scan(std::false_type{}, Visible{});
+      scan(std::false_type{}, Visible<kRows>{});
     } else {
-      scan(std::true_type{},
-           visible_runs<2 * width>(newest_of_row_[0] - first_key, newest_of_row_[1] - first_key, kept_));
+      int newest[kRows];
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) newest[row] = newest_of_row_[row] - first_key;
+      scan(std::true_type{}, visible_runs<8 * width / kLanes, kLanes>(newest, kept_));
     }
   }
 
  private:
-  int newest_of_row_[2];  // the newest key that rows g and g + 8 see
-  int oldest_, newest_;   // that of the first row, and of the last
+  static constexpr int kApart = 32 / kLanes;  // rows of a lane
+  int newest_of_row_[kRows];                  // the newest key that they see
+  int oldest_, newest_;                       // that of the first row, and of the last
   KeyPadding<kKeys> padding_;
   typename KeyPadding<kKeys>::Bits kept_;
 };

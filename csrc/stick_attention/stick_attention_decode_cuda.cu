@@ -93,7 +93,9 @@ std::int64_t mfx_stick_attention_decode_cuda_workspace(const StickAttentionDecod
   return plan.older_slots == 0 ? 0 : StickDecodeWorkspace::bytes(plan, p.head_dim);
 }
 
-Status mfx_stick_attention_decode_cuda(const StickAttentionDecodeParams& p, Stream stream) {
+Status mfx_stick_attention_decode_cuda(const StickAttentionDecodeParams& params, Stream stream) {
+  StickAttentionDecodeParams p = params;
+  p.stick_epsilon = exit_epsilon(params.stick_epsilon);  // what kernels compare with
   const auto plan = StickDecodePlan::of(p);
   if (plan.groups == 0) return {};
   if (plan.groups > INT32_MAX) return {"stick_attention_decode: q must have fewer than 2^31 heads in all, got more"};

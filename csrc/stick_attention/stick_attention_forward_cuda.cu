@@ -74,7 +74,7 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
     const ForwardLaunch launch = {
         .params = params,
         .factor = static_cast<float>(p.scale * 1.4426950408889634),
-        .epsilon = params.stick_epsilon > 0 ? static_cast<float>(params.stick_epsilon) : -1.0f,
+        .epsilon = static_cast<float>(exit_epsilon(params.stick_epsilon)),
         .q_aligned = stick_aligned(p.q, element, p.q_strides),
         .k_aligned = stick_aligned(p.k, element, p.k_strides),
         .v_aligned = stick_aligned(p.v, element, p.v_strides),

@@ -1,7 +1,10 @@
 // The stick scan over one tile of scores in mma accumulators, in registers.
 //
-// Lane c of a quad owns a run of consecutive keys (interleaved_keys.cuh), scans it serially, and one scan over the quad
-// finishes a row. Newest key first, with e = exp(scale s), u = 1 / (1 + e) = 1 - beta:
+// A row belongs to kLanes neighbouring lanes: the quad of an accumulator, or eight where the warps of a block share a
+// row's scores. Each has a run of consecutive keys (interleaved_keys.cuh), scans it serially, and one scan over the
+// lanes finishes the row. Scores of a lane's row r are elements 2r and 2r + 1 of each of kTiles tiles, oldest first: in
+// an accumulator rows g and g + 8 of the warp's 16. Newest key first, with e = exp(scale s), u = 1 / (1 + e) = 1 -
+// beta:
 //
 //   weight = e * (product of u from here to the newest key of the tile) * stick        since beta = e u
 //
@@ -13,6 +16,7 @@
 #include "ptx/convert.cuh"
 #include "ptx/fast_math.cuh"
 #include "stick_attention/interleaved_keys.cuh"
+#include "stick_attention/stick_exhausted.hpp"
 #include "tile/warp_reduce.cuh"
 
 namespace mfx::stick {
@@ -37,30 +41,36 @@ struct Beta {
   }
 };
 
-// Which keys of a lane's runs rows g and g + 8 see: bit i is key c * kRun + i. `newest` are the newest keys that they
-// see, `kept` those that padding leaves, relative to the tile.
+// Which keys of its run each row of a lane sees: bit i is the run's key i.
+template <int kRows>
 struct Visible {
-  std::uint32_t of_row[2];
+  std::uint32_t of_row[kRows];
 };
 
-template <int kRun, typename Bits>
-__device__ inline Visible visible_runs(int newest, int newest_of_other, Bits kept) {
-  const int first = static_cast<int>(recomputed_lane() & 3) * kRun;
+// `newest` are the newest keys that the rows see, `kept` those that padding leaves, relative to the tile that has a run
+// of kRun keys for each of kLanes lanes.
+template <int kRun, int kLanes, int kRows, typename Bits>
+__device__ inline Visible<kRows> visible_runs(const int (&newest)[kRows], Bits kept) {
+  const int first = static_cast<int>(recomputed_lane() & (kLanes - 1)) * kRun;
   const auto kept_of_run = static_cast<std::uint32_t>(kept >> first);
-  const auto of_row = [&](int count) { return kept_of_run & ((1u << min(max(count, 0), kRun)) - 1); };
-  return {of_row(newest + 1 - first), of_row(newest_of_other + 1 - first)};
+  Visible<kRows> visible;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    visible.of_row[row] = kept_of_run & ((1u << min(max(newest[row] + 1 - first, 0), kRun)) - 1);
+  }
+  return visible;
 }
 
 // Weights lie in [0, 1]; in units of 2^-12 half precision keeps small ones (2^-24 is its smallest number).
 template <typename Op>
 inline constexpr float kWeightUnit = std::is_same_v<Op, Float16> ? 4096.0f : 1.0f;
 
-// Sum of a lane's weights of row g + 8 half.
-template <int kTiles>
-__device__ inline float lane_sum(const float (&weights)[kTiles][4], int half) {
+// Sum of a lane's weights of a row.
+template <int kTiles, int kOfTile>
+__device__ inline float lane_sum(const float (&weights)[kTiles][kOfTile], int row) {
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 2 * kTiles - 1; i >= 0; --i) sum += weights[i / 2][2 * half + i % 2];
+  for (int i = 2 * kTiles - 1; i >= 0; --i) sum += weights[i / 2][2 * row + i % 2];
   return sum;
 }
 
@@ -73,8 +83,8 @@ __device__ inline Rem rem_after(Rem rem, Rem taken, float product) {
 
 // Moves the sticks of rows over a tile. Sums are formed where one of the rows needs them: `taken(row)` is what the keys
 // of this lane took.
-template <int kRows, typename Taken>
-__device__ inline void move_rem(float (&rem)[kRows], const device::QuadScan (&newer)[kRows], Taken&& taken) {
+template <int kLanes, int kRows, typename Taken>
+__device__ inline void move_rem(float (&rem)[kRows], const device::LaneScan (&newer)[kRows], Taken&& taken) {
   bool any = false;
 #pragma unroll
   for (int row = 0; row < kRows; ++row) any = any || newer[row].all > 0.5f;
@@ -85,50 +95,56 @@ __device__ inline void move_rem(float (&rem)[kRows], const device::QuadScan (&ne
   }
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    rem[row] = rem_after(rem[row], device::lanes_sum<device::kQuad>(taken(row)), newer[row].all);
+    rem[row] = rem_after(rem[row], device::lanes_sum<kLanes>(taken(row)), newer[row].all);
   }
 }
 
-// Scores of rows g and g + 8 become weights, times weight_unit; the sticks move to the tile's older edge.
-template <bool kMasked, int kTiles>
-__device__ inline void stick_break(float (&scores)[kTiles][4], const ExpLogit& exp_logit, const Visible& visible,
-                                   float weight_unit, float (&rem)[2]) {
-  constexpr int kShare = 4, kShares = 2 * kTiles / kShare;  // keys that share a reciprocal
-  static_assert(2 * kTiles % kShare == 0, "whole shares");
-  float rem_of[2][kShares];  // the product of u down to a share's oldest key
-  device::QuadScan newer[2];
+// Barrier of the block: whether the sticks of all threads are exhausted(), which is false for NaN like at_most.
+__device__ inline bool block_exhausted(const float (&rem)[2], float epsilon) {
+  return device::barrier_all_at_most(rem[0], rem[1], epsilon);
+}
+
+// Scores become weights, times weight_unit; the sticks move to the tile's older edge.
+template <bool kMasked, int kLanes = device::kQuad, int kTiles, int kOfTile>
+__device__ inline void stick_break(float (&scores)[kTiles][kOfTile], const ExpLogit& exp_logit,
+                                   const Visible<kOfTile / 2>& visible, float weight_unit, float (&rem)[kOfTile / 2]) {
+  constexpr int kRows = kOfTile / 2, kRun = 2 * kTiles;
+  constexpr int kShare = kRun < 4 ? kRun : 4, kShares = kRun / kShare;  // keys that share a reciprocal
+  static_assert(kRun % kShare == 0, "whole shares");
+  float rem_of[kRows][kShares];  // the product of u down to a share's oldest key
+  device::LaneScan newer[kRows];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int row = 0; row < kRows; ++row) {
     float product = 1.0f, inverse = 1.0f;
-    device::static_for<2 * kTiles>([&](auto older) {
-      constexpr int i = 2 * kTiles - 1 - older;
-      float& e = scores[i / 2][2 * half + i % 2];
+    device::static_for<kRun>([&](auto older) {
+      constexpr int i = kRun - 1 - older;
+      float& e = scores[i / 2][2 * row + i % 2];
       e = exp_logit(e);
-      if (kMasked) e = device::where_set<1u << i>(visible.of_row[half], e);
+      if (kMasked) e = device::where_set<1u << i>(visible.of_row[row], e);
       inverse = i % kShare == kShare - 1 ? 1.0f + e : __fmaf_rn(inverse, e, inverse);
       if constexpr (i % kShare == 0) {
         product *= device::reciprocal_approx(inverse);
-        rem_of[half][i / kShare] = product;
+        rem_of[row][i / kShare] = product;
       }
     });
-    newer[half] = device::quad_suffix_product(product);
+    newer[row] = device::lanes_later_product<kLanes>(product);
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float newer_rem = rem[half] * newer[half].later * weight_unit;
+  for (int row = 0; row < kRows; ++row) {
+    const float newer_rem = rem[row] * newer[row].later * weight_unit;
 #pragma unroll
     for (int share = 0; share < kShares; ++share) {
-      float next_rem = rem_of[half][share] * newer_rem;
+      float next_rem = rem_of[row][share] * newer_rem;
 #pragma unroll
       for (int i = kShare * share; i < kShare * (share + 1); ++i) {
-        float& weight = scores[i / 2][2 * half + i % 2];
+        float& weight = scores[i / 2][2 * row + i % 2];
         const float e = weight;
         weight = e * next_rem;
         next_rem = __fmaf_rn(next_rem, e, next_rem);
       }
     }
   }
-  move_rem(rem, newer, [&](int half) { return lane_sum(scores, half) * (1.0f / weight_unit); });
+  move_rem<kLanes>(rem, newer, [&](int row) { return lane_sum(scores, row) * (1.0f / weight_unit); });
 }
 
 // Two neighbours rounded to operand type, as they lie in memory.
@@ -170,13 +186,13 @@ struct alignas(8) ChunkState {
   float rem, older;  // at the run's newer edge; the sum of G over all keys older than the run
 };
 
-// Scores of a lane's run of row g + 8 half become weights, newest first, each a part beta of what is left of `rest`.
-template <bool kMasked, int kTiles>
-__device__ inline void break_run(float (&scores)[kTiles][4], float (&beta)[2 * kTiles], float& rest, int half,
+// Scores of a row's run become weights, newest first, each a part beta of what is left of `rest`.
+template <bool kMasked, int kTiles, int kOfTile>
+__device__ inline void break_run(float (&scores)[kTiles][kOfTile], float (&beta)[2 * kTiles], float& rest, int row,
                                  const Beta& beta_of, std::uint32_t visible) {
   device::static_for<2 * kTiles>([&](auto older) {
     constexpr int i = 2 * kTiles - 1 - older;
-    float& score = scores[i / 2][2 * half + i % 2];
+    float& score = scores[i / 2][2 * row + i % 2];
     beta[i] = beta_of(score);
     if (kMasked) beta[i] = device::where_set<1u << i>(visible, beta[i]);
     score = beta[i] * rest;
@@ -184,39 +200,74 @@ __device__ inline void break_run(float (&scores)[kTiles][4], float (&beta)[2 * k
   });
 }
 
-// The scan of the dQ kernel. In: scores and dp. Out: ds / scale in the place of dp. On the way, for row g + 8 half:
-// `next_rem(half, newer)` may look at the weights without the shares of newer lanes and tiles; `edge(half, sum_g)` gets
-// the tile's sum of G and returns that of all keys older than the tile; `chunk_state(half, state)` gets the chunk state
-// of this lane's run.
-template <typename Op, bool kMasked, int kTiles, typename Left, typename Edge, typename State>
-__device__ inline void stick_break_backward(float (&scores)[kTiles][4], float (&grads)[kTiles][4], const Beta& beta_of,
-                                            const Visible& visible, const float (&rem)[2], Left&& next_rem, Edge&& edge,
-                                            State&& chunk_state) {
+// What a lane of the dQ kernel knows of its rows.
+template <int kRows>
+struct BackwardRows {
+  float rem[kRows], sum_g[kRows];       // at the tile's newer edge; of newer tiles
+  float delta[kRows], dp_bound[kRows];  // delta_and_bound()
+
+  // The stick at the tile's older edge; scores are weights without the shares of newer lanes and tiles.
+  template <int kLanes, int kTiles, int kOfTile>
+  __device__ float next_rem(const float (&scores)[kTiles][kOfTile], int row, const device::LaneScan& newer) const {
+    float next[1] = {rem[row]};
+    move_rem<kLanes>(next, {newer}, [&](int) { return lane_sum(scores, row) * newer.later * rem[row]; });
+    return next[0];
+  }
+
+  // The sum of G over all keys older than the tile, whose own is `of_tile`.
+  __device__ float older(int row, float next_rem, float of_tile) {
+    sum_g[row] += of_tile;
+    const float most = next_rem * dp_bound[row];
+    return device::max_nan(-most, device::min_nan(most, delta[row] - sum_g[row]));
+  }
+};
+
+// The same of a lane of the dK/dV kernel that scans a row's tile with others, from the chunk state that the tile has.
+struct BackwardRowOfState {
+  float rem[1], sum_g_older;
+
+  template <int kLanes, int kTiles, int kOfTile>
+  __device__ float next_rem(const float (&)[kTiles][kOfTile], int, const device::LaneScan&) const {
+    return rem[0];
+  }
+  __device__ float older(int, float, float) const { return sum_g_older; }
+};
+
+// The scan of the dQ kernel. In: scores and dp. Out: ds / scale in the place of dp, and weights, as rounded for the
+// products and times their unit, in that of scores. The rows move to the tile's older edge; `leave(row, state)` gets
+// the chunk state of this lane's run before they do.
+template <typename Op, bool kMasked, int kLanes = device::kQuad, int kTiles, int kOfTile, typename Rows, typename Leave>
+__device__ inline void stick_break_backward(float (&scores)[kTiles][kOfTile], float (&grads)[kTiles][kOfTile],
+                                            const Beta& beta_of, const Visible<kOfTile / 2>& visible, Rows& rows,
+                                            Leave&& leave) {
   constexpr float kUnit = kWeightUnit<Op>;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int row = 0; row < kOfTile / 2; ++row) {
     float beta[2 * kTiles], rest = 1.0f;
-    break_run<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half]);
-    const device::QuadScan newer = device::quad_suffix_product(rest);
-    next_rem(half, newer);
-    const float run_rem = rem[half] * newer.later, share = run_rem * kUnit;
+    break_run<kMasked>(scores, beta, rest, row, beta_of, visible.of_row[row]);
+    const device::LaneScan newer = device::lanes_later_product<kLanes>(rest);
+    const float next_rem = rows.template next_rem<kLanes>(scores, row, newer);
+    const float run_rem = rows.rem[row] * newer.later, share = run_rem * kUnit;
     float sum = 0.0f;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const float2 rounded =
-          rounded_pair(operand_pair<Op>(scores[tile][2 * half] * share, scores[tile][2 * half + 1] * share));
-      grads[tile][2 * half] *= kUnit == 1.0f ? rounded.x : rounded.x * (1.0f / kUnit);
-      grads[tile][2 * half + 1] *= kUnit == 1.0f ? rounded.y : rounded.y * (1.0f / kUnit);
-      sum += grads[tile][2 * half];
-      sum += grads[tile][2 * half + 1];
+          rounded_pair(operand_pair<Op>(scores[tile][2 * row] * share, scores[tile][2 * row + 1] * share));
+      scores[tile][2 * row] = rounded.x;
+      scores[tile][2 * row + 1] = rounded.y;
+      grads[tile][2 * row] *= kUnit == 1.0f ? rounded.x : rounded.x * (1.0f / kUnit);
+      grads[tile][2 * row + 1] *= kUnit == 1.0f ? rounded.y : rounded.y * (1.0f / kUnit);
+      sum += grads[tile][2 * row];
+      sum += grads[tile][2 * row + 1];
     }
-    const device::QuadPrefix older_lanes = device::quad_prefix_sum(sum);
-    const float older = edge(half, older_lanes.all) + older_lanes.earlier;
-    chunk_state(half, ChunkState{run_rem, older});
+    const device::LanePrefix older_lanes = device::lanes_earlier_sum<kLanes>(sum);
+    const float older = rows.older(row, next_rem, older_lanes.all) + older_lanes.earlier;
+    leave(row, ChunkState{run_rem, older});
+    rows.rem[row] = next_rem;
     float minus_sum = -older;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      float& grad = grads[i / 2][2 * half + i % 2];
+      float& grad = grads[i / 2][2 * row + i % 2];
       minus_sum -= grad;
       grad = __fmaf_rn(beta[i], minus_sum, grad);
     }
@@ -228,7 +279,7 @@ __device__ inline void stick_break_backward(float (&scores)[kTiles][4], float (&
 template <typename Op, bool kMasked, int kTiles>
 __device__ inline void stick_break_runs(float (&scores)[kTiles][4], float (&grads)[kTiles][4],
                                         LaneRuns<Op, kTiles>& weights, LaneRuns<Op, kTiles>& grad_scores,
-                                        const Beta& beta_of, const Visible& visible,
+                                        const Beta& beta_of, const Visible<2>& visible,
                                         const ChunkState (&chunk_states)[2]) {
   constexpr float kUnit = kWeightUnit<Op>;
 #pragma unroll

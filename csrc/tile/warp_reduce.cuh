@@ -2,9 +2,20 @@
 // quad that shares a row of an mma accumulator, 32 the warp. Results are the same bits in every lane of the group.
 #pragma once
 
+#include <type_traits>
+
 #include "ptx/warp.cuh"
 
 namespace mfx::device {
+
+// Calls step(n) for the constants n = 1, 2, 4.. below kWidth.
+template <int kWidth, int kStep = 1, typename Step>
+__device__ inline void for_lane_steps(Step&& step) {
+  if constexpr (kStep < kWidth) {
+    step(std::integral_constant<int, kStep>{});
+    for_lane_steps<kWidth, 2 * kStep>(step);
+  }
+}
 
 template <int kWidth = kWarp>
 __device__ inline float lanes_sum(float x) {
@@ -62,31 +73,37 @@ __device__ inline unsigned lanes_prefix_sum(unsigned x) {
   return x;
 }
 
-// What a scan over the four lanes of a quad leaves in each: the result over the lanes of a higher (later) index alone,
-// and over all four.
-struct QuadScan {
+// What a scan over a group of lanes leaves in each: the result over the lanes of a higher (later) index alone, and over
+// all.
+struct LaneScan {
   float later, all;
 };
 
-__device__ inline QuadScan quad_suffix_product(float x) {
-  const int lane = threadIdx.x & 3;
-  const float neighbour = exchange<1>(x);
-  const float pair = x * neighbour;
-  const float other_pair = exchange<2>(pair);
-  return {(lane & 1 ? 1.0f : neighbour) * (lane & 2 ? 1.0f : other_pair), pair * other_pair};
+template <int kWidth>
+__device__ inline LaneScan lanes_later_product(float x) {
+  LaneScan scan = {1.0f, x};
+  for_lane_steps<kWidth>([&](auto step) {
+    const float other = exchange<step>(scan.all);
+    const float newer = threadIdx.x & step ? 1.0f : other;
+    scan = {step == 1 ? newer : scan.later * newer, scan.all * other};
+  });
+  return scan;
 }
 
 // With the lanes of a lower index.
-struct QuadPrefix {
+struct LanePrefix {
   float earlier, all;
 };
 
-__device__ inline QuadPrefix quad_prefix_sum(float x) {
-  const int lane = threadIdx.x & 3;
-  const float neighbour = exchange<1>(x);
-  const float pair = x + neighbour;
-  const float other_pair = exchange<2>(pair);
-  return {(lane & 1 ? neighbour : 0.0f) + (lane & 2 ? other_pair : 0.0f), pair + other_pair};
+template <int kWidth>
+__device__ inline LanePrefix lanes_earlier_sum(float x) {
+  LanePrefix scan = {0.0f, x};
+  for_lane_steps<kWidth>([&](auto step) {
+    const float other = exchange<step>(scan.all);
+    const float older = threadIdx.x & step ? other : 0.0f;
+    scan = {step == 1 ? older : scan.earlier + older, scan.all + other};
+  });
+  return scan;
 }
 
 }  // namespace mfx::device
