@@ -10,78 +10,105 @@
 // Shared memory: K and V, kStages of Q and dO, weights and dS.
 #pragma once
 
+#include "stick_attention/exchange_tile.cuh"
+#include "stick_attention/kv_pipeline.cuh"
 #include "stick_attention/mask.cuh"
+#include "stick_attention/query_pipeline.cuh"
 #include "stick_attention/row_by_row.cuh"
 
 namespace mfx::stick {
 
-// Weights and score gradients between the two halves of a step: [rows, keys] in natural order. A lane writes its run of
-// keys; chunks of a row are exchanged so that the lanes of a store (two rows of four runs of 16 or 32 bytes, four rows
-// of 8) and those of a load (eight rows of a chunk, four of two) hit all banks. A lane's addresses differ by XOR in the
-// 128 bytes that hold a chunk, else by immediate offsets.
-template <typename Op, int kRowBytes>
-struct ExchangeTile {
-  __device__ static constexpr std::uint32_t turned(std::uint32_t row) { return (row ^ row << 2) & 7; }
-  __device__ static std::uint32_t offset(std::uint32_t row, std::uint32_t chunk) {
-    return row * kRowBytes + ((chunk ^ turned(row)) << 4);
+// The chunk states of this lane's runs, in a span of keys.
+template <typename T, int kSpan>
+class RunStates {
+ public:
+  __device__ RunStates(const BackwardLaunch& launch, const Sequence& s, std::int64_t head, int span_key)
+      : rows_(s.rows),
+        states_(launch.chunk_states +
+                ((span_key - launch.chunk_begin) / kSpan * (launch.params.problem.heads * launch.rows) +
+                 workspace_row(launch, s, head, 0)) *
+                    kRunsOfSpan +
+                threadIdx.x % 4) {
+    pin_if_16bit<T>(states_);
   }
 
-  // Where this lane stores its run of row g of 16 rows.
-  template <int kRun>
-  __device__ static device::SharedAddress store_lane(device::SharedAddress tile, int first_row, int first_key) {
-    constexpr int kBytes = static_cast<int>(sizeof(Op));
-    const int lane = threadIdx.x & 31, byte = (first_key + lane % 4 * kRun) * kBytes;
-    return tile + offset(first_row + lane / 4, byte / 16) + byte % 16;
-  }
-
-  // Stores the runs of rows g and g + 8, kOffset bytes behind the tile that `to` is in.
-  template <int kOffset, int kTiles>
-  __device__ static void store(device::SharedAddress to, const LaneRuns<Op, kTiles>& runs) {
-    constexpr int kOfPair = sizeof(Op) / 2, kWords = kTiles * kOfPair;
-    device::static_for<2>([&](auto half) {
-      constexpr int kHalf = kOffset + half * 8 * kRowBytes;
-      const auto word = [&](int i) { return runs[half][i / kOfPair].words[i % kOfPair]; };
-      if constexpr (kWords == 2) {
-        device::store_shared_64<kHalf>(to, {word(0), word(1)});
-      } else {
-        static_assert(kWords == 4 || kWords == 8, "at most two chunks, an even one first");
+  // Of rows g and g + 8 behind `row`. Of rows that are not there the last one's: they see nothing, and need finite
+  // numbers.
+  __device__ void load(ChunkState (&chunk_states)[2], int row) const {
 #pragma unroll
-        for (int i = 0; i < kWords; i += 4) {
-          device::store_shared_128<kHalf>(to ^ (4 * i), {word(i), word(i + 1), word(i + 2), word(i + 3)});
-        }
-      }
-    });
-  }
-
-  // Where this lane loads.
-  __device__ static device::SharedAddress load_lane(device::SharedAddress tile, int first_key) {
-    const int lane = threadIdx.x & 31, chunk = first_key * static_cast<int>(sizeof(Op)) / 16;
-    if constexpr (sizeof(Op) == 2) return tile + offset((lane & 7) + (lane >> 4) * 8, chunk + (lane >> 3 & 1));
-    return tile + offset(lane % 4 * 2, chunk + lane / 16) + lane / 4 % 4 * 4;
-  }
-
-  // The transpose as an A fragment: 16 keys, inner dimension the rows, one step of them.
-  template <int kOffset, int kStep>
-  __device__ static void load(device::FragmentA& a, device::SharedAddress from) {
-    if constexpr (sizeof(Op) == 2) {
-      device::ldmatrix_x4_trans<kOffset + kStep * 16 * kRowBytes>(a, from);
-    } else {
-      device::static_for<4>([&](auto i) {  // (key g or g + 8, row 2c or 2c + 1)
-        constexpr std::uint32_t kBits = i % 2 * 32 ^ turned(i / 2) * 16;
-        a[i] = device::load_shared_32<kOffset + (kStep * 8 + i / 2) * kRowBytes>(from ^ kBits);
-      });
+    for (int half = 0; half < 2; ++half) {
+      const int own = row + static_cast<int>(threadIdx.x & 31) / 4 + 8 * half;
+      chunk_states[half] = states_[min(own, rows_ - 1) * std::int64_t{kRunsOfSpan}];
     }
   }
+
+ private:
+  const int rows_;
+  const ChunkState* states_;  // of the head's first row
 };
+
+// The steps of a tile of kRows rows that products over rows need, for keys that rows from `first_row` to `rows` see.
+template <typename Op, int kRows>
+struct StepsOfRows {
+  int first_row, rows;
+
+  // Calls multiply(first step, steps), constants.
+  template <typename Multiply>
+  __device__ void for_each(int row, Multiply&& multiply) const {
+    constexpr int kSteps = kRows / device::kStepElements<Op>;
+    if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types one product after the other is long enough a code
+      if (first_row < row + 16 && row + kRows - 16 < rows) {
+        return multiply(std::integral_constant<int, 0>{}, std::integral_constant<int, kSteps>{});
+      }
+    }
+    device::static_for<kSteps>([&](auto step) {
+      const int begin = row + step * device::kStepElements<Op> / 16 * 16;
+      if (begin < rows && first_row < min(begin + 16, rows)) multiply(step, std::integral_constant<int, 1>{});
+    });
+  }
+};
+
+// Sums over rows become gradients: of weights in their unit, and of ds / scale. Where K is V, dK takes both.
+template <typename Op, int kTiles>
+__device__ inline void scale_key_grads(const BackwardLaunch& launch, float (&grad_k)[kTiles][4],
+                                       float (&grad_v)[kTiles][4]) {
+  scale(grad_k, launch.scale);
+  scale(grad_v, 1.0f / kWeightUnit<Op>);
+  if (launch.params.grad_v != nullptr) return;
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) grad_k[i / 4][i % 4] += grad_v[i / 4][i % 4];
+}
+
+// The end of a warp: its columns from `column` on of 16 keys from `key_in_tile` on. `scratch` is shared memory that
+// nobody else reads.
+template <typename Op, int kSpan, int kRuns, int kTiles>
+__device__ inline void store_key_grads(const BackwardLaunch& launch, const KvBlockInfo& tile, int key_in_tile,
+                                       int column, const float (&grad_k)[kTiles][4], const float (&grad_v)[kTiles][4],
+                                       device::SharedAddress scratch) {
+  using T = typename Storage<Op>::Type;
+  const StickAttentionBackwardParams& params = launch.params;
+  const int first = tile.first_key + key_in_tile, columns = static_cast<int>(params.problem.head_dim) - column;
+  const RoundedTile<T, kTiles> rounded_k(grad_k), rounded_v(grad_v);
+  const std::uint32_t not_finite = rows_not_finite(rounded_k, rounded_v);
+  const auto store = [&](const RoundedTile<T, kTiles>& grad, void* tensor, const StickKeyStrides& strides,
+                         bool aligned) {
+    const KvRows<T> keys = {kv_pointer(static_cast<T*>(tensor), strides, tile.s, tile.head, first) + column,
+                            strides.token, tile.s.keys - first};
+    store_rows<T>(grad, scratch, keys, 0, columns, aligned);
+  };
+  store(rounded_k, params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
+  if (params.grad_v != nullptr) store(rounded_v, params.grad_v, params.grad_v_strides, launch.grad_v_aligned);
+  row_by_row(not_finite, [&](int key) {
+    backward_dkv_row<Op, 8 * kTiles, kSpan, kRuns>(launch, tile.s, tile.head, first + key, column);
+  });
+}
 
 template <typename Op, int kDim>
 __device__ inline void backward_dkv(const BackwardLaunch& launch) {
   using T = typename Storage<Op>::Type;
   using Tiles = BackwardDkvShape<Op, kDim>;
   constexpr int kRowBytes = Tiles::kRowBytes, kKeys = Tiles::kKeys, kSpan = Tiles::kSpan, kRows = Tiles::kRows;
-  constexpr int kThreads = Tiles::kThreads, kStages = Tiles::kStages;
-  constexpr int kPartTiles = kDim / 8 / Tiles::kParts, kSteps = kRows / device::kStepElements<Op>;
-  using Exchange = ExchangeTile<Op, Tiles::kExchangeRowBytes>;
+  constexpr int kPartTiles = kDim / 8 / Tiles::kParts;
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
@@ -92,211 +119,55 @@ __device__ inline void backward_dkv(const BackwardLaunch& launch) {
   const int first_key = tile_of_keys.first_key;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
-  const device::SharedAddress key_tile = device::shared_address(shared), value_tile = key_tile + Tiles::kKeyBytes,
-                              ring = value_tile + Tiles::kKeyBytes,
-                              exchange = ring + kStages * 2 * Tiles::kQueryBytes;  // weights, then dS
-  const TileLoader<T, kRowBytes, kThreads> copy(p.head_dim);
-  const auto copy_keys = [&](device::SharedAddress to, const void* tensor, const StickKeyStrides& strides,
-                             bool aligned) {
-    const std::int64_t step = copy.key_step(strides.token);
-    const std::uint8_t* newest = copy.template newest_key<kKeys>(
-        kv_pointer(static_cast<const T*>(tensor), strides, s, head, first_key), strides.token);
-#pragma unroll
-    for (int i = kKeys - kSpan; i >= 0; i -= kSpan) {
-      copy.template keys<kSpan>(to + i * kRowBytes, newest, step, s.keys - first_key - i, aligned);
-    }
-  };
-  copy_keys(key_tile, p.k, p.k_strides, launch.k_aligned);
-  copy_keys(value_tile, p.v, p.v_strides, launch.v_aligned);
-  device::cp_async_commit();
-
-  const QRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
-  const QRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
-  constexpr bool kOnce = device::kIs16Bit<Op>;  // find it once: of 32-bit types fragments need the registers
-  const auto q_lane = copy.lane(q, launch.q_aligned), grad_lane = copy.lane(grad_o, launch.grad_o_aligned);
-  std::int32_t easy = q_lane.step != 0 && grad_lane.step != 0;
-  pin_if_16bit<T>(easy);
-  const auto copy_queries = [&](int tile, device::SharedAddress to) {
-    const auto q_now = kOnce ? q_lane : copy.lane(q, launch.q_aligned);
-    const auto grad_now = kOnce ? grad_lane : copy.lane(grad_o, launch.grad_o_aligned);
-    if (easy != 0 && (tile + 1) * kRows <= s.rows) {
-      copy.template whole_rows<kRows>(to, q_now, tile);
-      copy.template whole_rows<kRows, Tiles::kQueryBytes>(to, grad_now, tile);
-    } else {
-      copy.template rows<kRows>(to, q, launch.q_aligned, q_now, tile);
-      copy.template rows<kRows>(to + Tiles::kQueryBytes, grad_o, launch.grad_o_aligned, grad_now, tile);
-    }
-  };
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const device::SharedAddress tiles = device::shared_address(shared);
+  const TileLoader<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
+  // What a warp does: scans 16 rows of each query tile over a span of keys, and adds up its part of 16 keys.
+  const int warp = threadIdx.x / 32;
   const int row_in_tile = warp % (kRows / 16) * 16, span_in_tile = kSpan == kKeys ? 0 : warp / (kRows / 16) * kSpan;
-  const int span_key = first_key + span_in_tile;
-  const int lane_row = row_in_tile + lane / 4;
-  // This lane's chunk state of the head's first row.
-  const ChunkState* lane_states =
-      launch.chunk_states +
-      ((span_key - launch.chunk_begin) / kSpan * (p.heads * launch.rows) + workspace_row(launch, s, head, 0)) *
-          kRunsOfSpan +
-      lane % 4;
-  pin_if_16bit<T>(lane_states);
-  const Beta beta{-launch.factor};
-  KeyPadding<kSpan> padding(p, s);
-  padding.load(span_key);
-  const auto kept = padding.bits();
   const int key_in_tile = warp % (kKeys / 16) * 16, part = warp / (kKeys / 16);
+  const int span_key = first_key + span_in_tile;
+  using Keys = KvTiles<Op, kRowBytes, kKeys, kSpan, Tiles::kThreads>;
+  using Queries = QueryPipeline<Op, kRowBytes, kRows, Tiles::kStages, Tiles::kThreads>;
+  const device::SharedAddress ring = tiles + Keys::kBytes;
+  const Keys keys(tiles, copy, p, s, head, first_key, span_in_tile, launch.k_aligned, launch.v_aligned);
+  const Queries queries(ring, reinterpret_cast<std::uint32_t*>(shared + Tiles::kTilesBytes), copy, launch, s, head,
+                        row_in_tile, part * (kRowBytes / Tiles::kParts));
+  const ExchangeTile<Op, kRows, Tiles::kExchangeRowBytes, kSpan> exchange(ring + Queries::kBytes, row_in_tile,
+                                                                          span_in_tile, key_in_tile);
+  const SpanMask<kSpan> mask(p, s, span_key);
+  const RunStates<T, kSpan> run_states(launch, s, head, span_key);
+  const StepsOfRows<Op, kRows> steps{s.first_row(p, first_key + key_in_tile), s.rows};
+  const Beta beta{-launch.factor};
   float grad_k[kPartTiles][4] = {}, grad_v[kPartTiles][4] = {};
 
-  // This lane's places in the tiles.
-  device::SharedAddress query_lane = device::a_rows<kRowBytes>(row_in_tile * kRowBytes);
-  const device::SharedAddress span_tile = key_tile + span_in_tile * kRowBytes;
-  device::SharedAddress key_lane = span_tile + interleaved_rows<kRowBytes, kSpan / 4>(lane);
-  device::SharedAddress column_lane = device::b_columns<Op, kRowBytes>(0) ^ (part * (kRowBytes / Tiles::kParts));
-  device::SharedAddress store_lane = Exchange::template store_lane<kSpan / 4>(exchange, row_in_tile, span_in_tile);
-  device::SharedAddress load_lane = Exchange::load_lane(exchange, key_in_tile);
-  pin_if_16bit<T>(query_lane, key_lane, column_lane, store_lane, load_lane);
-  const int group = static_cast<int>(p.group);
-  const int span_row = s.first_row(p, span_key), key_row = s.first_row(p, first_key + key_in_tile);  // that see them
-
-  const auto scan = [&](int tile, device::SharedAddress stage) {
-    const int warp_row = tile * kRows + row_in_tile, last_row = min(warp_row + 16, s.rows) - 1;
-    const int own_row = tile * kRows + lane_row;
-    if (warp_row >= s.rows || last_row < span_row) return;
-    // Of rows that are not there the last one's states: they see nothing, and need finite numbers.
-    ChunkState chunk_states[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      chunk_states[half] = lane_states[min(own_row + 8 * half, s.rows - 1) * std::int64_t{kRunsOfSpan}];
+  queries.for_each_tile(first_key, [&](int first_row, device::SharedAddress stage) {
+    const int warp_row = first_row + row_in_tile;
+    if (mask.any(warp_row)) {
+      ChunkState chunk_states[2];
+      run_states.load(chunk_states, warp_row);
+      mask.with_visible_width(warp_row, [&](auto width) {
+        const auto kv = keys.rows(width);
+        float scores[width][4] = {}, grad_weights[width][4] = {};
+        device::gemm_abt<Op, kRowBytes, InterleavedKeys>(scores, queries.q(stage), kv.k);
+        device::gemm_abt<Op, kRowBytes, InterleavedKeys>(grad_weights, queries.grad_o(stage), kv.v);
+        LaneRuns<Op, width> weights, grad_scores;
+        mask.apply(warp_row, width, [&](auto masked, const Visible<2>& visible) {
+          stick_break_runs<Op, masked>(scores, grad_weights, weights, grad_scores, beta, visible, chunk_states);
+        });
+        exchange.store(width, weights, grad_scores);
+      });
     }
-    const device::SharedAddress query_rows = stage + query_lane;
-    with_visible_width<kSpan / 8>(last_row - span_row, group, [&](auto tiles) {
-      constexpr bool kWhole = tiles == kSpan / 8;
-      constexpr int kRun = 2 * tiles;
-      const device::SharedAddress key_rows =
-          kWhole ? key_lane : span_tile + interleaved_rows<kRowBytes, kRun>(recomputed_lane());
-      float scores[tiles][4] = {}, grads[tiles][4] = {};
-      device::gemm_abt<Op, kRowBytes, InterleavedKeys>(
-          scores, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows); }, key_rows);
-      device::gemm_abt<Op, kRowBytes, InterleavedKeys>(
-          grads, [&](auto i, device::FragmentA& a) { device::load_a<i>(a, query_rows + Tiles::kQueryBytes); },
-          key_rows + Tiles::kKeyBytes);
-      LaneRuns<Op, tiles> weights, grad_scores;
-      if (kWhole && padding.all() && warp_row >= span_row + (kSpan - 1) * group && warp_row + 16 <= s.rows) {
-        stick_break_runs<Op, false>(scores, grads, weights, grad_scores, beta, {}, chunk_states);
-      } else {
-        const auto newest = [&](int row) { return row < s.rows ? s.newest_key(p, row) - span_key : -1; };
-        stick_break_runs<Op, true>(scores, grads, weights, grad_scores, beta,
-                                   visible_runs<kRun, 4>({newest(own_row), newest(own_row + 8)}, kept), chunk_states);
-      }
-      const device::SharedAddress to =
-          kWhole ? store_lane : Exchange::template store_lane<kRun>(exchange, row_in_tile, span_in_tile);
-      Exchange::template store<0, tiles>(to, weights);
-      Exchange::template store<Tiles::kExchangeBytes, tiles>(to, grad_scores);
-    });
-  };
-
-  const auto accumulate = [&](int tile, device::SharedAddress stage) {
-    const device::SharedAddress columns = stage + column_lane;
-    const int first_row = tile * kRows;
-    const auto multiply = [&](auto first, auto count) {  // steps
-      constexpr int kFirst = first * device::kStepElements<Op> * kRowBytes;
-      device::OperandA<count> a;
-      device::static_for<count>([&](auto i) { Exchange::template load<0, first + i>(a.step[i], load_lane); });
-      device::gemm_ab<Op, kRowBytes>(grad_v, a, columns + (Tiles::kQueryBytes + kFirst));
-      device::static_for<count>(
-          [&](auto i) { Exchange::template load<Tiles::kExchangeBytes, first + i>(a.step[i], load_lane); });
-      device::gemm_ab<Op, kRowBytes>(grad_k, a, columns + kFirst);
-    };
-    if constexpr (device::kIs16Bit<Op>) {  // of 32-bit types one product after the other is long enough a code
-      if (key_row < first_row + 16 && first_row + kRows - 16 < s.rows) {
-        return multiply(std::integral_constant<int, 0>{}, std::integral_constant<int, kSteps>{});
-      }
-    }
-    device::static_for<kSteps>([&](auto step) {
-      const int rows = first_row + step * device::kStepElements<Op> / 16 * 16;
-      if (rows < s.rows && key_row < min(rows + 16, s.rows)) multiply(step, std::integral_constant<int, 1>{});
-    });
-  };
-
-  // Query tiles from the first that sees a key on, those that forward took to this tile: found kThreads at a time.
-  auto* const live = reinterpret_cast<std::uint32_t*>(shared + Tiles::kTilesBytes);
-  const int first_tile = max(s.first_row(p, first_key), 0) / kRows;
-  const int end_tile = (s.rows + kRows - 1) / kRows;
-  for (int chunk = first_tile; chunk < end_tile; chunk += kThreads) {
-    const int mine = chunk + static_cast<int>(threadIdx.x);
-    const bool alive = mine < end_tile && first_visited_key(launch, s, head, mine * kRows) <= first_key;
-    const std::uint32_t word = __ballot_sync(device::kAllLanes, alive);
-    __syncthreads();  // the words, the ring and the exchange of the chunk before are no longer read
-    if (lane == 0) live[warp] = word;
     __syncthreads();
-    int at = 0;
-    std::uint32_t bits = live[0];
-    const int words = (min(end_tile - chunk, kThreads) + 31) / 32;
-    const auto next_live = [&] {  // kThreads if there is none
-      while (bits == 0) {
-        if (++at >= words) return kThreads;
-        bits = live[at];
-      }
-      const int tile = 32 * at + __ffs(static_cast<int>(bits)) - 1;
-      bits &= bits - 1;
-      return tile;
-    };
-    device::SharedAddress stage = ring;
-    std::uint32_t stages = 2 * ring + (kStages - 1) * 2 * Tiles::kQueryBytes;  // of the ring, added up
-    device::pin_in_register(stages);
-    int tile = next_live();
-    if (kStages > 1 && tile < kThreads) copy_queries(chunk + tile, stage);
-    device::cp_async_commit();
-    while (tile < kThreads) {
-      const int following = next_live();
-      if constexpr (kStages == 1) {
-        __syncthreads();  // all are done with the tile before
-        copy_queries(chunk + tile, stage);
-        device::cp_async_commit();
-      }
-      device::cp_async_wait<0>();
-      __syncthreads();
-      if constexpr (kStages > 1) {
-        if (following < kThreads) copy_queries(chunk + following, stages - stage);
-        device::cp_async_commit();
-      }
-      scan(chunk + tile, stage);
-      __syncthreads();
-      accumulate(chunk + tile, stage);
-      if constexpr (kStages > 1) stage = stages - stage;
-      tile = following;
-    }
-  }
-  device::cp_async_wait_all();
-  __syncthreads();
+    steps.for_each(first_row, [&](auto first, auto count) {
+      device::gemm_ab<Op, kRowBytes>(grad_v, exchange.weights(first, count), queries.grad_o_columns(stage, first));
+      device::gemm_ab<Op, kRowBytes>(grad_k, exchange.grad_scores(first, count), queries.q_columns(stage, first));
+    });
+  });
 
-  const bool both = params.grad_v == nullptr;  // K is V
-  const auto each = [&](auto&& change) {
-#pragma unroll
-    for (int i = 0; i < 4 * kPartTiles; ++i) change(grad_k[i / 4][i % 4], grad_v[i / 4][i % 4]);
-  };
-  each([&](float& of_k, float& of_v) {
-    of_k *= launch.scale;
-    of_v *= 1.0f / kWeightUnit<Op>;
-  });
-  if (both) each([](float& of_k, float of_v) { of_k += of_v; });
-  const device::SharedAddress scratch = ring + warp * (16 * staging_row_bytes<T>(kPartTiles));
-  const int first_column = part * (kDim / Tiles::kParts);
-  const KvBlockInfo done = KvBlockInfo::recompute(launch, kKeys);
-  const RoundedTile<T, kPartTiles> rounded_k(grad_k), rounded_v(grad_v);
-  const std::uint32_t not_finite = rows_not_finite(rounded_k, rounded_v);
-  const auto store = [&](const RoundedTile<T, kPartTiles>& grad, void* tensor, const StickKeyStrides& strides,
-                         bool aligned) {
-    const int first = done.first_key + key_in_tile;
-    const KvRows<T> keys = {kv_pointer(static_cast<T*>(tensor), strides, done.s, done.head, first) + first_column,
-                            strides.token, done.s.keys - first};
-    store_rows<T>(grad, scratch, keys, 0, static_cast<int>(p.head_dim) - first_column, aligned);
-  };
-  store(rounded_k, params.grad_k, params.grad_k_strides, launch.grad_k_aligned);
-  if (!both) store(rounded_v, params.grad_v, params.grad_v_strides, launch.grad_v_aligned);
-  row_by_row(not_finite, [&](int key) {
-    backward_dkv_row<Op, kDim / Tiles::kParts, kSpan, kRunsOfSpan>(launch, done.s, done.head,
-                                                                   done.first_key + key_in_tile + key, first_column);
-  });
+  scale_key_grads<Op>(launch, grad_k, grad_v);
+  store_key_grads<Op, kSpan, kRunsOfSpan>(launch, KvBlockInfo::recompute(launch, kKeys), key_in_tile,
+                                          part * (kDim / Tiles::kParts), grad_k, grad_v,
+                                          ring + warp * (16 * staging_row_bytes<T>(kPartTiles)));
 }
 
 }  // namespace mfx::stick

@@ -7,6 +7,12 @@
 
 namespace mfx::stick {
 
+template <int kTiles>
+__device__ inline void scale(float (&acc)[kTiles][4], float factor) {
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) acc[i / 4][i % 4] *= factor;
+}
+
 // An accumulator [16, 8 kTiles] rounded to T: per tile of columns this lane's pair of row g and that of row g + 8.
 template <typename T, int kTiles>
 struct RoundedTile {

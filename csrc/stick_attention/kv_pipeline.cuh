@@ -122,4 +122,48 @@ class KvPipeline {
   std::uint32_t stages_;            // of the ring, added up
 };
 
+// A tile of K and, behind it, one of V that a block keeps, of which this warp multiplies kSpan keys from `span` on.
+template <typename Op, int kRowBytes, int kKeys, int kSpan, int kThreads>
+class KvTiles {
+ public:
+  using T = typename Storage<Op>::Type;
+  static constexpr int kTileBytes = kKeys * kRowBytes;
+  static constexpr int kBytes = 2 * kTileBytes;
+
+  // Starts to copy the tiles.
+  __device__ KvTiles(device::SharedAddress tiles, const TileLoader<T, kRowBytes, kThreads>& loader,
+                     const StickAttentionProblem& p, const Sequence& s, std::int64_t head, int first_key, int span,
+                     bool k_aligned, bool v_aligned)
+      : span_(tiles + span * kRowBytes), rows_(span_ + interleaved_rows<kRowBytes, kSpan / 4>(threadIdx.x & 31)) {
+    const auto copy = [&](device::SharedAddress to, const void* tensor, const StickKeyStrides& strides, bool aligned) {
+      const std::int64_t step = loader.key_step(strides.token);
+      const std::uint8_t* newest = loader.template newest_key<kKeys>(
+          kv_pointer(static_cast<const T*>(tensor), strides, s, head, first_key), strides.token);
+#pragma unroll
+      for (int i = kKeys - kSpan; i >= 0; i -= kSpan) {
+        loader.template keys<kSpan>(to + i * kRowBytes, newest, step, s.keys - first_key - i, aligned);
+      }
+    };
+    copy(tiles, p.k, p.k_strides, k_aligned);
+    copy(tiles + kTileBytes, p.v, p.v_strides, v_aligned);
+    device::cp_async_commit();
+    pin_if_16bit<T>(rows_);
+  }
+
+  // Where this lane reads the oldest `width` tiles of 8 keys of the span, for products over the head dimension.
+  struct Rows {
+    device::SharedAddress k, v;
+  };
+  template <typename Width>
+  __device__ Rows rows(Width width) const {
+    const device::SharedAddress k =
+        width == kSpan / 8 ? rows_ : span_ + interleaved_rows<kRowBytes, 2 * width>(recomputed_lane());
+    return {k, k + kTileBytes};
+  }
+
+ private:
+  const device::SharedAddress span_;
+  device::SharedAddress rows_;  // this lane's
+};
+
 }  // namespace mfx::stick

@@ -55,6 +55,7 @@ template <int kKeys, int kRows = 2, int kLanes = device::kQuad>
 class Mask {
  public:
   static constexpr int kWidth = kKeys / 8;
+  __device__ static constexpr std::integral_constant<int, kWidth> whole() { return {}; }
 
   __device__ Mask(const StickAttentionProblem& p, const Sequence& s, int first_row)
       : oldest_(s.newest_key(p, first_row)),
@@ -98,6 +99,62 @@ class Mask {
   int oldest_, newest_;                       // that of the first row, and of the last
   KeyPadding<kKeys> padding_;
   typename KeyPadding<kKeys>::Bits kept_;
+};
+
+// As Mask, of a span of keys that stays while the rows of a warp change.
+template <int kSpan, int kRows = 2, int kLanes = device::kQuad>
+class SpanMask {
+ public:
+  static constexpr int kWidth = kSpan / 8;
+  __device__ static constexpr std::integral_constant<int, kWidth> whole() { return {}; }
+
+  __device__ SpanMask(const StickAttentionProblem& p, const Sequence& s, int first_key)
+      : p_(p),
+        s_(s),
+        padding_(p, s),
+        first_key_(first_key),
+        first_row_(s.first_row(p, first_key)),
+        group_(static_cast<int>(p.group)) {
+    padding_.load(first_key);
+    kept_ = padding_.bits();
+  }
+
+  // Whether one of the warp's rows, from `row` on, is there and sees one of the keys.
+  __device__ bool any(int row) const { return row < s_.rows && last_row(row) >= first_row_; }
+
+  // Calls body(width) with the oldest `width` tiles of 8 keys that have all they see.
+  template <typename Body>
+  __device__ void with_visible_width(int row, Body&& body) const {
+    stick::with_visible_width<kWidth>(last_row(row) - first_row_, group_, body);
+  }
+
+  template <typename Width, typename Scan>
+  __device__ void apply(int row, Width width, Scan&& scan) const {
+    if (width == kWidth && padding_.all() && row >= first_row_ + (kSpan - 1) * group_ &&
+        row + kRows * kApart <= s_.rows) {
+      scan(std::false_type{}, Visible<kRows>{});
+    } else {
+      int newest[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int own = row + static_cast<int>(threadIdx.x & 31) / kLanes + kApart * i;
+        newest[i] = own < s_.rows ? s_.newest_key(p_, own) - first_key_ : -1;
+      }
+      scan(std::true_type{}, visible_runs<8 * width / kLanes, kLanes>(newest, kept_));
+    }
+  }
+
+ private:
+  static constexpr int kApart = 32 / kLanes;  // rows of a lane
+  __device__ int last_row(int row) const { return min(row + kRows * kApart, s_.rows) - 1; }
+
+  const StickAttentionProblem& p_;
+  const Sequence& s_;
+  KeyPadding<kSpan> padding_;
+  typename KeyPadding<kSpan>::Bits kept_;
+  const int first_key_;
+  const int first_row_;  // that sees it
+  const int group_;
 };
 
 }  // namespace mfx::stick

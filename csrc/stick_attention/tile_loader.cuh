@@ -26,8 +26,8 @@ __device__ inline void copy_chunk(device::SharedAddress to, const T* from, std::
   }
 }
 
-// Copies rows of a problem's tensors into swizzled tiles with all kThreads threads of the block, each thread one column
-// of chunks. Columns from head_dim on are filled with zeros, and so are rows that are not there.
+// Copies rows of a problem's tensors into swizzled tiles with all kThreads threads of the block, or of a warp, each
+// thread one column of chunks. Columns from head_dim on are filled with zeros, and so are rows that are not there.
 template <typename T, int kRowBytes, int kThreads>
 struct TileLoader {
   static constexpr int kChunks = kRowBytes / 16;  // per row
@@ -39,14 +39,16 @@ struct TileLoader {
   std::uint32_t offset;      // of its first chunk in a tile
   std::uint32_t key_offset;  // the same in a tile of keys
 
-  __device__ explicit TileLoader(std::int64_t head_dim)
-      : row(static_cast<int>(threadIdx.x / kChunks)),
-        column(static_cast<int>(threadIdx.x % kChunks * (16 / sizeof(T)))),
+  __device__ explicit TileLoader(std::int64_t head_dim, std::uint32_t thread = threadIdx.x)
+      : row(static_cast<int>(thread / kChunks)),
+        column(static_cast<int>(thread % kChunks * (16 / sizeof(T)))),
         bytes(column < head_dim ? 16 : 0),
-        offset(device::swizzled_offset<kRowBytes>(row, threadIdx.x % kChunks)),
-        key_offset(key_chunk_offset<kRowBytes>(row, threadIdx.x % kChunks)) {
-    device::pin_in_register(bytes);
-    pin_if_16bit<T>(offset, key_offset);
+        offset(device::swizzled_offset<kRowBytes>(row, thread % kChunks)),
+        key_offset(key_chunk_offset<kRowBytes>(row, thread % kChunks)) {
+    if constexpr (kThreads > 32) {
+      device::pin_in_register(bytes);
+      pin_if_16bit<T>(offset, key_offset);
+    }
   }
 
   // One chunk, kRound rounds behind the first; `size` is `bytes` or, where it is not there, 0.
@@ -67,7 +69,8 @@ struct TileLoader {
     const std::uint8_t* own;
     std::int64_t step;
   };
-  __device__ Lane lane(const QRows<const T>& rows, bool aligned) const {
+  template <typename Rows>
+  __device__ Lane lane(const Rows& rows, bool aligned) const {
     return {reinterpret_cast<const std::uint8_t*>(rows.at(row) + column),
             aligned ? rows.stride(kRowsAtOnce) * static_cast<int>(sizeof(T)) : 0};
   }
@@ -87,18 +90,20 @@ struct TileLoader {
   }
 
   // The same of `all`, of which only some may be there.
-  template <int kRows>
-  __device__ void rows(device::SharedAddress tile, const QRows<const T>& all, bool aligned, const Lane& lane,
+  template <int kRows, typename Rows = QRows<const T>>
+  __device__ void rows(device::SharedAddress tile, const Rows& all, bool aligned, const Lane& lane,
                        int index = 0) const {
     if (lane.step != 0 && (index + 1) * kRows <= all.count) return whole_rows<kRows>(tile, lane, index);
-    device::static_for<kRows / kRowsAtOnce>([&](auto round) {
-      const int at = index * kRows + round * kRowsAtOnce + row;
+#pragma unroll 1
+    for (int in_tile = row; in_tile < kRows; in_tile += kRowsAtOnce) {
+      const int at = index * kRows + in_tile;
       const bool there = at < all.count;
-      chunk<round>(tile, all.at(there ? at : 0) + column, there ? bytes : 0, aligned);
-    });
+      copy_chunk(tile + device::swizzled_offset<kRowBytes>(in_tile, threadIdx.x % kChunks),
+                 all.at(there ? at : 0) + column, there ? bytes : 0, aligned);
+    }
   }
-  template <int kRows>
-  __device__ void rows(device::SharedAddress tile, const QRows<const T>& all, bool aligned) const {
+  template <int kRows, typename Rows = QRows<const T>>
+  __device__ void rows(device::SharedAddress tile, const Rows& all, bool aligned) const {
     rows<kRows>(tile, all, aligned, lane(all, aligned));
   }
 
