@@ -228,11 +228,7 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
     }
   }
   row_by_row(not_finite, [&](int row) {
-    const int of_row = row % 8 * 4;
-    const float own_delta = device::of_lane(row < 8 ? rows.delta[0] : rows.delta[1], of_row);
-    const float own_dp_bound = device::of_lane(row < 8 ? rows.dp_bound[0] : rows.dp_bound[1], of_row);
-    backward_dq_row<Op, kDim, kKeys, kRunsOfSpan>(launch, done, walked, done.first_row + row_in_tile + row, 0,
-                                                  own_delta, own_dp_bound);
+    backward_dq_row<Op, kDim, kKeys, kRunsOfSpan>(launch, done, walked, done.first_row + row_in_tile + row, 0);
   });
 }
 

@@ -241,8 +241,7 @@ __device__ inline void backward_dq_wide(const BackwardLaunch& launch) {
     }
   }
   row_by_row(not_finite, [&](int i) {
-    backward_dq_row<Op, Wide::kColumns, kKeys, 1>(launch, done, walked, done.first_row + i, column, states[i].z,
-                                                  states[i].w);
+    backward_dq_row<Op, Wide::kColumns, kKeys, 1>(launch, done, walked, done.first_row + i, column);
   });
 }
 

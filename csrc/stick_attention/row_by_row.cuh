@@ -133,11 +133,11 @@ struct RunsOf {
   }
 };
 
-// dq of a row in this K/V chunk, its chunk states, and what it hands over to the next one. delta and dp_bound:
-// delta_and_bound().
+// dq of a row in this K/V chunk, its chunk states, and what it hands over to the next one. Two walks from the newest
+// key on, for sums of older G as differences of one sum in binary64: delta, from an o that was rounded, is another.
 template <typename Op, int kColumns, int kSpan, int kRuns>
 __device__ inline void backward_dq_row(const BackwardLaunch& launch, const BlockInfo& tile, const ChunkWalk& walk,
-                                       int row, int first_column, float delta, float dp_bound) {
+                                       int row, int first_column) {
   using T = typename Storage<Op>::Type;
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
@@ -152,33 +152,43 @@ __device__ inline void backward_dq_row(const BackwardLaunch& launch, const Block
   LaneColumns<kColumns> grad_q(p, first_column);
   float* const sums = launch.sums + at * p.head_dim;
   const bool owner = first_column == 0 && (threadIdx.x & 31) == 0;  // of what there is once per row
-  double rest = 1.0;
-  float sum_g = 0.0f;
-  if (!walk.starts) {
-    rest = launch.states[at].x;
-    sum_g = launch.states[at].y;
-    grad_q.each([&](int column, float& x) { x = sums[column]; });
-  }
+  if (!walk.starts) grad_q.each([&](int column, float& x) { x = sums[column]; });
   // What follows is written over what all lanes (of head dims above 256, all warps) have read or written.
   if constexpr (kRuns == 1) __syncthreads();
   __syncwarp();
-  const auto older = [&] {
-    const float most = static_cast<float>(rest) * dp_bound;
-    return device::max_nan(-most, device::min_nan(most, delta - sum_g));
+
+  const int newest = s.newest_key(p, row);
+  double rem = 1.0, sum_g = 0.0;  // behind the keys that were taken
+  const auto take = [&](int key) {
+    const float beta = keys.beta(q, key);
+    const double weight = rem * beta;
+    rem -= weight;
+    sum_g += rounded_weight<Op>(static_cast<float>(weight)) * keys.dot(grad_o, keys.value(key));
+    return beta;
   };
-  for (int key = min(s.newest_key(p, row), walk.end - 1); key >= walk.begin;) {
+  const auto take_all = [&](int begin) {
+    rem = 1.0;
+    sum_g = 0.0;
+    for (int key = newest; key >= begin; --key) {
+      if (keys.kept(key)) take(key);
+    }
+  };
+  take_all(first_visited_key(launch, s, tile.head, tile.first_row));
+  double all = sum_g;
+  if (params.grad_remainder != nullptr) {
+    all += static_cast<const float*>(params.grad_remainder)[flat_row(p, s, tile.head, row)] * rem;
+  }
+  take_all(walk.end);
+  for (int key = min(newest, walk.end - 1); key >= walk.begin;) {
     const auto run = runs(row, key);
-    const auto newer_edge = static_cast<float>(rest);
+    const auto newer_edge = static_cast<float>(rem);
     for (; key >= run.first; --key) {
       if (!keys.kept(key)) continue;
-      const float beta = keys.beta(q, key);
-      const double weight = rest * beta;
-      rest -= weight;
-      const float g = rounded_weight<Op>(static_cast<float>(weight)) * keys.dot(grad_o, keys.value(key));
-      sum_g += g;
-      grad_q.add(g - beta * (g + older()), keys.k + key * p.k_strides.token);
+      const double older = all - sum_g, newer = sum_g;  // from this key to the oldest
+      const float beta = take(key);
+      grad_q.add(static_cast<float>(sum_g - newer - beta * older), keys.k + key * p.k_strides.token);
     }
-    if (owner) *run.chunk_state = ChunkState{newer_edge, older()};
+    if (owner) *run.chunk_state = ChunkState{newer_edge, static_cast<float>(all - sum_g)};
   }
   T* const to = QRows<T>(static_cast<T*>(params.grad_q), params.grad_q_strides, p, s, tile.head, row).at(0);
   grad_q.each([&](int column, float x) {
@@ -188,7 +198,7 @@ __device__ inline void backward_dq_row(const BackwardLaunch& launch, const Block
       sums[column] = x;
     }
   });
-  if (owner && !walk.finishes) launch.states[at] = {static_cast<float>(rest), sum_g};
+  if (owner && !walk.finishes) launch.states[at] = {static_cast<float>(rem), static_cast<float>(sum_g)};
 }
 
 // dk and dv of a key, or, where K is V, their sum.
