@@ -34,6 +34,32 @@ struct ForwardShape {
   static constexpr int kSharedBytes = kQueryBytes + kStages * 2 * kTileBytes;
 };
 
+// The end of a warp's o: its columns from `column` on of 16 rows from `row_in_tile` on, whose walk ended at
+// `oldest_key`. `scratch` is shared memory that nobody else reads.
+template <typename Op, int kTiles>
+__device__ inline void store_output(const ForwardLaunch& launch, const BlockInfo& tile, int row_in_tile, int column,
+                                    float (&o)[kTiles][4], device::SharedAddress scratch, int oldest_key) {
+  using T = typename Storage<Op>::Type;
+  const StickAttentionForwardParams& params = launch.params;
+  const StickAttentionProblem& p = params.problem;
+  const RoundedTile<T, kTiles> rounded(o);
+  const std::uint32_t not_finite = rows_not_finite(rounded);
+  const auto store = [&](void* tensor, const RoundedTile<T, kTiles>& what, bool aligned) {
+    const QRows<T> rows(static_cast<T*>(tensor) + column, params.o_strides, p, tile.s, tile.head, tile.first_row);
+    store_rows<T>(what, scratch, rows, row_in_tile, static_cast<int>(p.head_dim) - column, aligned);
+  };
+  store(params.o, rounded, launch.o_aligned);
+  if constexpr (sizeof(T) == 2) {
+    if (params.residual != nullptr) {
+      rounded.take_from(o);
+      store(params.residual, RoundedTile<T, kTiles>(o), launch.residual_aligned);
+    }
+  }
+  row_by_row(not_finite, [&](int row) {
+    forward_row<Op, 8 * kTiles>(params, launch.factor, tile, tile.first_row + row_in_tile + row, oldest_key, column);
+  });
+}
+
 template <typename Op, int kDim>
 __device__ inline void forward(const ForwardLaunch& launch) {
   using T = typename Storage<Op>::Type;
@@ -95,30 +121,10 @@ __device__ inline void forward(const ForwardLaunch& launch) {
   device::cp_async_wait_all();
   __syncthreads();  // where no tile was waited for, Q is on its way until here
 
-#pragma unroll
-  for (int t = 0; t < kDim / 8; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) o[t][i] *= 1.0f / kWeightUnit<Op>;
-  }
+  scale(o, 1.0f / kWeightUnit<Op>);
   const BlockInfo done = kKeepQueries ? tile : BlockInfo::recompute(p, kStickTileRows);  // where registers allow
   const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
-  const RoundedTile<T, kDim / 8> rounded(o);
-  const std::uint32_t not_finite = rows_not_finite(rounded);
-  const device::SharedAddress scratch = queries + row_in_tile * kRowBytes;  // read by this warp only
-  const auto store = [&](void* tensor, const RoundedTile<T, kDim / 8>& what, bool aligned) {
-    const QRows<T> rows(static_cast<T*>(tensor), params.o_strides, p, done.s, done.head, done.first_row);
-    store_rows<T>(what, scratch, rows, row_in_tile, static_cast<int>(p.head_dim), aligned);
-  };
-  store(params.o, rounded, launch.o_aligned);
-  if constexpr (sizeof(T) == 2) {
-    if (params.residual != nullptr) {
-      rounded.take_from(o);
-      store(params.residual, RoundedTile<T, kDim / 8>(o), launch.residual_aligned);
-    }
-  }
-  row_by_row(not_finite, [&](int row) {
-    forward_row<Op, kDim>(params, launch.factor, done, done.first_row + row_in_tile + row, (key_tile + 1) * kKeys, 0);
-  });
+  store_output<Op>(launch, done, row_in_tile, 0, o, queries + row_in_tile * kRowBytes, (key_tile + 1) * kKeys);
   if (lane % 4 < 2) {  // lane 0 of a quad reports row g, lane 1 row g + 8
     const int row = done.first_row + row_in_tile + lane / 4 + 8 * (lane % 4);
     if (row < done.s.rows) {

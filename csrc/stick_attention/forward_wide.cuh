@@ -4,7 +4,7 @@
 //   S_w = Q_w K_w^T,   S = sum_w S_w,   weights = scan(S),   O_w += weights V_w
 //
 // Two tiles per warp in shared memory: K and V, or, where K is V, which is then loaded once, this tile and the next. In
-// all 83 KiB (137 KiB in binary32, more than sm_86 and sm_89 have).
+// all 81 KiB (137 KiB in binary32, more than sm_86 and sm_89 have).
 #pragma once
 
 #include "stick_attention/forward.cuh"
@@ -18,151 +18,88 @@ struct WideForwardShape : WideShape<Op> {
   static constexpr int kRows = 16 * kBlocksOf16;
   using Wide = WideShape<Op>;
   static constexpr int kTilesBytes = Wide::kWarps * 2 * Wide::kTileBytes;
-  static constexpr int kPartsBytes = Wide::kWarps * kBlocksOf16 * Wide::kPart * 4;
-  static constexpr int kSharedBytes = kTilesBytes + kPartsBytes + kBlocksOf16 * Wide::kOperandBytes + kRows * 4;
+  static constexpr int kSharedBytes =
+      kTilesBytes + WideParts<Op, kBlocksOf16>::kBytes + kBlocksOf16 * Wide::kOperandBytes;
 };
 
 template <typename Op>
 __device__ inline void forward_wide(const ForwardLaunch& launch) {
   using T = typename Storage<Op>::Type;
   using Wide = WideForwardShape<Op>;
-  constexpr int kRowBytes = Wide::kRowBytes, kKeys = Wide::kKeys, kRows = Wide::kRows, kM = Wide::kBlocksOf16;
-  constexpr float kUnit = kWeightUnit<Op>;
+  constexpr int kKeys = Wide::kKeys, kRows = Wide::kRows, kM = Wide::kBlocksOf16;
   const StickAttentionForwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
 
   const BlockInfo tile(p, kRows, blockIdx.x);
   const Sequence& s = tile.s;
-  const int head = tile.head;
-  const int first_row = tile.first_row;
-  if (first_row >= s.rows) return;
+  if (tile.first_row >= s.rows) return;
 
   extern __shared__ __align__(1024) std::uint8_t shared[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, column = warp * Wide::kColumns;
   const device::SharedAddress tiles = device::shared_address(shared) + warp * (2 * Wide::kTileBytes);
-  auto* const parts = reinterpret_cast<float*>(shared + Wide::kTilesBytes);
-  std::uint8_t* const weights = shared + Wide::kTilesBytes + Wide::kPartsBytes;
-  auto* const rems = reinterpret_cast<float*>(weights + kM * Wide::kOperandBytes);
-  const int column = warp * Wide::kColumns, columns = static_cast<int>(p.head_dim) - column;
+  const WideParts<Op, kM> parts(reinterpret_cast<float*>(shared + Wide::kTilesBytes));
+  const WideOperand<Op> weights(shared + Wide::kTilesBytes + parts.kBytes);
 
-  const std::int64_t k_begin = s.batch * p.k_strides.batch + s.k_begin * p.k_strides.token + head * p.k_strides.head;
-  const std::int64_t v_begin = s.batch * p.v_strides.batch + s.k_begin * p.v_strides.token + head * p.v_strides.head;
-  const auto copy = [&](const void* tensor, std::int64_t begin, std::int64_t stride, int key_tile,
-                        device::SharedAddress to, bool aligned) {
-    const T* const from = static_cast<const T*>(tensor) + begin + column;
-    wide_copy<T, kRowBytes>(to, columns, aligned, static_cast<const T*>(tensor), [&](int row) {
-      const int key = key_tile * kKeys + row;
-      return key >= 0 && key < s.keys ? from + key * stride : nullptr;
-    });
-  };
-  const auto copy_k = [&](int key_tile, device::SharedAddress to) {
-    copy(p.k, k_begin, p.k_strides.token, key_tile, to, launch.k_aligned);
-  };
-  const auto copy_v = [&](int key_tile, device::SharedAddress to) {
-    copy(p.v, v_begin, p.v_strides.token, key_tile, to, launch.v_aligned);
-  };
-
-  device::FragmentA q[kM][Wide::kSteps];
-  const QRows<const T> queries(static_cast<const T*>(p.q) + column, p.q_strides, p, s, head, first_row);
+  WideRowsA<Op> q[kM];
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
-    wide_fragments<T, kRowBytes>(q[m], tiles, columns, launch.q_aligned, static_cast<const T*>(p.q),
-                                 [&](int row) { return queries[16 * m + row]; });
+    q[m] = wide_rows<Op>(tiles, p, wide_query_rows<T>(p.q, p.q_strides, p, s, tile.head, tile.first_row + 16 * m),
+                         launch.q_aligned);
   }
-  if (threadIdx.x < kRows) rems[threadIdx.x] = first_row + static_cast<int>(threadIdx.x) < s.rows ? 1.0f : 0.0f;
 
-  const int newest_key = s.newest_key(p, min(first_row + kRows, s.rows) - 1);
+  // The row that this lane scans with seven others.
+  const int row = warp * 4 + lane / Wide::kLanes;
+  const bool scans = warp * 4 < kRows;
+  float rem[1] = {tile.first_row + row < s.rows ? 1.0f : 0.0f};
+  Mask<kKeys, 1, Wide::kLanes> mask(p, s, tile.first_row + warp * 4);
   const ExpLogit exp_logit{launch.factor};
   float o[kM][Wide::kColumnTiles][4] = {};
-  device::SharedAddress now = tiles, other = tiles + Wide::kTileBytes;  // K and V, or this K and the next
-  int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
-  copy_k(key_tile, now);
-  if (!p.k_is_v) copy_v(key_tile, other);
-  __syncthreads();  // the sticks
 
+  const int newest_key = s.newest_key(p, min(tile.first_row + kRows, s.rows) - 1);
+  int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
+  WideKvPipeline<Op, KvColumns::kOfV, 2> kv(tiles, p, s, tile.head, key_tile, 0, launch.k_aligned, launch.v_aligned);
+  mask.prefetch(key_tile);
   for (; key_tile >= 0; --key_tile) {
-    if (p.k_is_v) copy_k(key_tile - 1, other);
-    device::cp_async_wait<1>();  // K
-    __syncwarp();
+    kv.wait(key_tile);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       float scores[2][4] = {};
-      wide_multiply<Op>(scores, q[m], now);
-      wide_store_part(parts + (warp * kM + m) * Wide::kPart, scores);
+      wide_gemm_abt<Op>(scores, q[m], kv.k());
+      parts.store(m, scores);
     }
-    __syncwarp();
-    if (!p.k_is_v) copy_k(key_tile - 1, now);
-    __syncthreads();
-
-    bool ended = true;
-    const int row = warp * 4 + lane / 8;
-    if (row < kRows) {  // whole warps
-      const float2 score = wide_sum(parts, kM * Wide::kPart, row);
-      const int newest = first_row + row < s.rows ? s.newest_key(p, first_row + row) : -1;
-      const WideVisible sees(p, s, key_tile * kKeys, newest);
-      const WideScan scan(score, exp_logit, sees.older, sees.newer);
-      const float rem = rems[row], share = rem * kUnit;
-      auto* const older = weights + wide_operand<Op>(row, 2 * (lane % 8));
-      if constexpr (sizeof(Op) == 2) {
-        *reinterpret_cast<std::uint32_t*>(older) =
-            device::pack_pair<Op>(scan.weight[0] * share, scan.weight[1] * share);
-      } else {
-        *reinterpret_cast<float*>(older) = scan.weight[0] * share;
-        *reinterpret_cast<float*>(weights + wide_operand<Op>(row, 2 * (lane % 8) + 1)) = scan.weight[1] * share;
-      }
-      const float next_rem = scan.next_rem(rem);
-      __syncwarp();
-      if (lane % 8 == 0) rems[row] = next_rem;
-      ended = exhausted(next_rem, launch.epsilon);
+    kv.rows_read(key_tile);
+    __syncthreads();  // all parts are there
+    bool done = true;
+    if (scans) {
+      float scores[1][2];
+      parts.sum(row / 16, row % 16, scores);
+      mask.take(key_tile);
+      mask.apply(key_tile, mask.whole(), [&](auto masked, const Visible<1>& visible) {
+        stick_break<masked, Wide::kLanes>(scores, exp_logit, visible, kWeightUnit<Op>, rem);
+      });
+      weights.put_run(row, scores);
+      done = exhausted(rem[0], launch.epsilon);
     }
-    const bool last = __syncthreads_and(ended);
-
-    device::cp_async_wait<1>();  // V; where K is V it has been there
-    __syncwarp();
+    const bool last = __syncthreads_and(done);  // and all weights
+    const device::SharedAddress v = kv.columns();
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      wide_accumulate<Op>(o[m], weights + m * Wide::kOperandBytes, p.k_is_v ? now : other);
-    }
+    for (int m = 0; m < kM; ++m) wide_gemm_ab<Op>(o[m], weights(m), v);
     if (last) break;
-    __syncwarp();
-    if (p.k_is_v) {
-      const device::SharedAddress used = now;
-      now = other;
-      other = used;
-    } else {
-      copy_v(key_tile - 1, other);
-    }
+    kv.columns_read(key_tile);
   }
   device::cp_async_wait_all();
+  __syncwarp();
 
   const BlockInfo done = BlockInfo::recompute(p, kRows);
   key_tile = max(key_tile, 0);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int i = 0; i < Wide::kColumnTiles * 4; ++i) o[m][i / 4][i % 4] *= 1.0f / kUnit;
-    const RoundedTile<T, Wide::kColumnTiles> rounded(o[m]);
-    const std::uint32_t not_finite = rows_not_finite(rounded);
-    const auto store = [&](void* to, const RoundedTile<T, Wide::kColumnTiles>& what, bool aligned) {
-      const QRows<T> rows(static_cast<T*>(to) + column, params.o_strides, p, done.s, done.head, done.first_row);
-      store_rows<T>(what, tiles, rows, 16 * m, columns, aligned);
-    };
-    store(params.o, rounded, launch.o_aligned);
-    if constexpr (sizeof(T) == 2) {
-      if (params.residual != nullptr) {
-        rounded.take_from(o[m]);
-        store(params.residual, RoundedTile<T, Wide::kColumnTiles>(o[m]), launch.residual_aligned);
-      }
-    }
-    row_by_row(not_finite, [&](int row) {
-      forward_row<Op, Wide::kColumns>(params, launch.factor, done, done.first_row + 16 * m + row, key_tile * kKeys,
-                                      column);
-    });
+    scale(o[m], 1.0f / kWeightUnit<Op>);
+    store_output<Op>(launch, done, 16 * m, column, o[m], tiles, key_tile * kKeys);
   }
-  const int row = done.first_row + static_cast<int>(threadIdx.x);
-  if (threadIdx.x < kRows && row < done.s.rows) {
-    const std::int64_t flat = flat_row(p, done.s, done.head, row);
-    static_cast<float*>(params.remainder)[flat] = rems[threadIdx.x];
+  if (scans && lane % Wide::kLanes == 0 && done.first_row + row < done.s.rows) {
+    const std::int64_t flat = flat_row(p, done.s, done.head, done.first_row + row);
+    static_cast<float*>(params.remainder)[flat] = rem[0];
     params.first_tiles[flat] = key_tile;
   }
 }

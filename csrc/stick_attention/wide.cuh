@@ -1,15 +1,19 @@
-// What the kernels of stick_attention for head dims above 256, up to 1024, share: there the accumulators of a query
-// tile do not fit into one warp, and the head dimension is split over the eight warps of a block, 128 columns each.
+// How operands are held for head dims above 256, up to 1024: there the accumulators of 16 rows do not fit into one
+// warp, and the head dimension is split over the eight warps of a block, 128 columns each.
 //
 // A step works on 16 keys and 16 rows (32 in forward for 16-bit types). Each warp multiplies its own columns alone; the
 // parts of S (and dP) meet in shared memory and are added up in a fixed order; each row is scanned once per block, by
 // eight lanes with two neighbouring keys each; weights and score gradients go back through shared memory to all warps.
 // Every byte of a tile is used by one warp, which copies it for itself: no barrier guards the tiles, two per step guard
 // the exchange.
+//
+// These two barriers are why the kernels have bodies of their own: tiled ones go from product to product in registers,
+// and need all keys of a tile where these need a part of S. Loaders, products, scan, mask and epilogue are the same.
 #pragma once
 
-#include "ptx/regalloc.cuh"
 #include "stick_attention/epilogue.cuh"
+#include "stick_attention/kv_pipeline.cuh"
+#include "stick_attention/mask.cuh"
 #include "stick_attention/row_by_row.cuh"
 
 namespace mfx::stick {
@@ -21,199 +25,281 @@ struct WideShape {
   static constexpr int kColumns = 128;  // per warp
   static constexpr int kColumnTiles = kColumns / 8;
   static constexpr int kRowBytes = kColumns * static_cast<int>(sizeof(Op));
-  static constexpr int kSteps = kRowBytes / 32;
   static constexpr int kKeys = 16;
+  static constexpr int kLanes = 8;                          // that scan a row
   static constexpr int kTileBytes = 16 * kRowBytes;         // a warp's columns of 16 rows or keys
   static constexpr int kPart = 16 * kKeys;                  // elements of a part of S for 16 rows
   static constexpr int kOperandBytes = kPart * sizeof(Op);  // weights or score gradients of 16 rows
 };
 
-// Where element (row, key) of an [rows, 16] part of S lies: halves of every other pair of rows are exchanged, so that
-// neither the fragments that write nor the eight lanes per row that read meet a bank twice.
-__device__ inline int wide_score(int row, int key) {
-  return row * 16 + (key ^ (row >> 1 & 1) << 3);
+// Rows in registers.
+template <typename Op>
+using WideRowsA = device::RowsA<WideShape<Op>::kRowBytes, true, sizeof(Op) == 4>;
+
+// acc [16, 16] += A B^T over a warp's columns, the rows of B in its tile.
+template <typename Op, typename LoadA>
+__device__ inline void wide_gemm_abt(float (&acc)[2][4], LoadA&& a, device::SharedAddress tile) {
+  constexpr int kRowBytes = WideShape<Op>::kRowBytes;
+  device::gemm_abt<Op, kRowBytes>(acc, a, device::b_rows<kRowBytes>(tile));
 }
 
-// Byte offset of (row, inner) of an A operand [rows, 16] in the order in which gemm_ab() takes inner elements,
-// chunks of 16 bytes exchanged so that ldmatrix meets no bank twice.
-template <typename Op>
-__device__ inline int wide_operand(int row, int inner) {
-  if constexpr (sizeof(Op) == 2) return row * 32 + ((inner >> 3 ^ (row >> 2 & 1)) << 4) + (inner & 7) * 2;
-  const int at = (inner & 8) + (inner & 1) * 4 + (inner >> 1 & 3);
-  return row * 64 + ((at >> 2 ^ (row >> 1 & 3)) << 4) + (at & 3) * 4;
-}
-
-template <typename Op>
-__device__ inline void wide_put(std::uint8_t* operand, int row, int inner, float x) {
-  using T = typename Storage<Op>::Type;
-  *reinterpret_cast<T*>(operand + wide_operand<Op>(row, inner)) = device::from_float<T>(x);
-}
-
-// acc [16, 128] += such an operand times a warp's tile.
-template <typename Op>
-__device__ inline void wide_accumulate(float (&acc)[WideShape<Op>::kColumnTiles][4], const void* operand,
-                                       device::SharedAddress tile) {
-  constexpr int kSteps = device::steps_of_tiles<Op>(2), kOperandRow = 16 * static_cast<int>(sizeof(Op));
-  const int lane = threadIdx.x & 31, row = lane & 15, swizzle = sizeof(Op) == 2 ? row >> 2 & 1 : row >> 1 & 3;
-  device::OperandA<kSteps> a;
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int chunk = (2 * step + (lane >> 4)) ^ swizzle;
-    device::ldmatrix_x4(a.step[step], device::shared_address(operand) + row * kOperandRow + (chunk << 4));
-  }
+// acc [16, 128] += A B, B a warp's tile.
+template <typename Op, int kSteps>
+__device__ inline void wide_gemm_ab(float (&acc)[WideShape<Op>::kColumnTiles][4], const device::OperandA<kSteps>& a,
+                                    device::SharedAddress tile) {
   constexpr int kRowBytes = WideShape<Op>::kRowBytes;
   device::gemm_ab<Op, kRowBytes>(acc, a, device::b_columns<Op, kRowBytes>(tile));
 }
 
-// One warp's 128 columns of 16 rows into its tile; rows that are null and columns beyond the head are zeros.
-template <typename T, int kRowBytes, typename RowAt>
-__device__ inline void wide_copy(device::SharedAddress tile, int columns, bool aligned, const T* any, RowAt&& row_at) {
-  constexpr int kChunks = kRowBytes / 16;
-  const int lane = threadIdx.x & 31, chunk = lane % kChunks, column = chunk * (16 / static_cast<int>(sizeof(T)));
-#pragma unroll 1
-  for (int i = 0; i < 16 * kChunks / 32; ++i) {
-    const int row = i * (32 / kChunks) + lane / kChunks;
-    const T* const source = row_at(row);
-    const bool present = source != nullptr && column < columns;
-    const device::SharedAddress to = tile + device::swizzled_offset<kRowBytes>(row, chunk);
-    if (aligned) {
-      device::cp_async<16>(to, present ? source + column : any, present ? 16 : 0);
-    } else {
-      device::store_shared_128(to, present ? load_unaligned_chunk(source + column) : uint4{0, 0, 0, 0});
-    }
-  }
+// This warp's first column. What follows from it is computed where it is used: kept it would take registers all along.
+__device__ inline int wide_column() {
+  std::uint32_t thread = threadIdx.x;
+  device::hide_from_optimizer(thread);
+  return static_cast<int>(thread / 32) * 128;
+}
+
+// This warp's columns of the rows from `first_row` on.
+template <typename T>
+__device__ inline QRows<const T> wide_query_rows(const void* tensor, const StickQueryStrides& strides,
+                                                 const StickAttentionProblem& p, const Sequence& s, std::int64_t head,
+                                                 int first_row) {
+  return {static_cast<const T*>(tensor) + wide_column(), strides, p, s, head, first_row};
+}
+
+// This warp's columns of the keys from `first_key` on.
+template <typename T>
+__device__ inline KvRows<const T> wide_key_rows(const void* tensor, const StickKeyStrides& strides, const Sequence& s,
+                                                std::int64_t head, int first_key) {
+  return {kv_pointer(static_cast<const T*>(tensor), strides, s, head, first_key) + wide_column(), strides.token,
+          s.keys - first_key};
+}
+
+// This warp's columns of sixteen rows into its tile.
+template <typename Op, typename Rows>
+__device__ inline void wide_load(device::SharedAddress tile, const StickAttentionProblem& p, const Rows& rows,
+                                 bool aligned) {
+  using T = typename Storage<Op>::Type;
+  const TileLoader<T, WideShape<Op>::kRowBytes, 32> loader(p.head_dim - wide_column(), recomputed_lane());
+  loader.template rows<16>(tile, rows, aligned);
   device::cp_async_commit();
 }
 
-// A fragments of a warp's columns of 16 rows, by way of its tile.
-template <typename T, int kRowBytes, typename RowAt>
-__device__ inline void wide_fragments(device::FragmentA (&a)[kRowBytes / 32], device::SharedAddress tile, int columns,
-                                      bool aligned, const T* any, RowAt&& row_at) {
-  wide_copy<T, kRowBytes>(tile, columns, aligned, any, row_at);
+// The same, and from there into registers; all copies of this warp are there then, and the tile is free.
+template <typename Op, typename Rows>
+__device__ inline WideRowsA<Op> wide_rows(device::SharedAddress tile, const StickAttentionProblem& p, const Rows& rows,
+                                          bool aligned) {
+  wide_load<Op>(tile, p, rows, aligned);
   device::cp_async_wait_all();
   __syncwarp();
-  device::static_for<kRowBytes / 32>(
-      [&](auto step) { device::load_a<step>(a[step], device::a_rows<kRowBytes>(tile)); });
+  const WideRowsA<Op> a(device::a_rows<WideShape<Op>::kRowBytes>(tile));
   __syncwarp();
+  return a;
 }
 
-// acc [16, 16] += A B^T over a warp's columns, the rows of B in its tile.
-template <typename Op>
-__device__ inline void wide_multiply(float (&acc)[2][4], device::FragmentA (&a)[WideShape<Op>::kSteps],
-                                     device::SharedAddress tile) {
-  constexpr int kRowBytes = WideShape<Op>::kRowBytes;
-  device::static_for<WideShape<Op>::kSteps>([&](auto step) {
-    if (device::kStepByStep<Op> && device::never(step)) return;
-    std::uint32_t b[4];
-    // All bits by XOR: with immediate offsets ptxas spills the dQ kernel's binary32 instance on sm_90.
-    device::ldmatrix_x4(b, device::b_rows<kRowBytes>(tile) ^ (step * 32));
-    if constexpr (sizeof(Op) == 4) {  // A's split into two tf32 parts would take registers for the whole walk
-#pragma unroll
-      for (int i = 0; i < 4; ++i) device::hide_from_optimizer(a[step][i]);
-    }
-    device::multiply_step<Op>(acc[0], a[step], b[0], b[1]);
-    device::multiply_step<Op>(acc[1], a[step], b[2], b[3]);
-  });
-}
+// A warp's two tiles of the keys that its block walks, from the newest to the oldest: K and V, or, where K is V, this
+// one and the next. With kTiles = 1 K is V, and there is no next. Products over keys read the columns of kColumns.
+template <typename Op, KvColumns kColumns, int kTiles>
+class WideKvPipeline {
+ public:
+  using T = typename Storage<Op>::Type;
+  static constexpr int kKeys = WideShape<Op>::kKeys;
 
-// The same with A in a tile, too.
-template <typename Op>
-__device__ inline void wide_multiply(float (&acc)[2][4], device::SharedAddress a_tile, device::SharedAddress b_tile) {
-  constexpr int kRowBytes = WideShape<Op>::kRowBytes;
-  device::static_for<WideShape<Op>::kSteps>([&](auto step) {
-    if (device::kStepByStep<Op> && device::never(step)) return;
-    device::FragmentA a;
-    std::uint32_t b[4];
-    device::load_a<step>(a, device::a_rows<kRowBytes>(a_tile));
-    device::ldmatrix_x4<device::step_offset(step)>(b, device::b_rows<kRowBytes>(b_tile) ^ device::step_bits(step));
-    device::multiply_step<Op>(acc[0], a, b[0], b[1]);
-    device::multiply_step<Op>(acc[1], a, b[2], b[3]);
-  });
-}
-
-// A warp's part of 16 rows, from fragments [rows, keys].
-__device__ inline void wide_store_part(float* part, const float (&acc)[2][4]) {
-  const int lane = threadIdx.x & 31;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = i % 2 * 8 + lane / 4, key = i / 2 * 8 + lane % 4 * 2;
-    *reinterpret_cast<float2*>(&part[wide_score(row, key)]) =
-        make_float2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+  // Starts with tile `newest`; takes no keys older than `begin`.
+  __device__ WideKvPipeline(device::SharedAddress tiles, const StickAttentionProblem& p, const Sequence& s, int head,
+                            int newest, int begin, bool k_aligned, bool v_aligned)
+      : p_(p),
+        s_(s),
+        head_(head),
+        begin_(begin),
+        k_aligned_(k_aligned),
+        v_aligned_(v_aligned),
+        now_(tiles),
+        other_(tiles + WideShape<Op>::kTileBytes) {
+    copy_k(newest, now_);
+    if (has_v()) copy_v(newest);
   }
-}
 
-// This lane's two scores of a row, all warps' parts added up; parts are `pitch` elements apart.
-__device__ inline float2 wide_sum(const float* parts, int pitch, int row) {
-  float2 sum = make_float2(0, 0);
+  // Until what products over the head dimension read is there: in forward K, else K and V.
+  __device__ void wait(int key_tile) {
+    if (has_next()) copy_k(key_tile - 1, other_);
+    if (has_next() || kColumns == KvColumns::kOfV) {
+      device::cp_async_wait<1>();
+    } else {
+      device::cp_async_wait<0>();
+    }
+    __syncwarp();
+  }
+  __device__ device::SharedAddress k() const { return now_; }
+  __device__ device::SharedAddress v() const { return has_v() ? other_ : now_; }
+
+  // After these products: the older tile's on its way in the place of what the product over keys does not read.
+  __device__ void rows_read(int key_tile) {
+    __syncwarp();
+    if (!has_v()) return;
+    if constexpr (kColumns == KvColumns::kOfV) {
+      copy_k(key_tile - 1, now_);
+    } else {
+      copy_v(key_tile - 1);
+    }
+  }
+
+  // What the product over keys reads, when it is there.
+  __device__ device::SharedAddress columns() const {
+    if constexpr (kColumns == KvColumns::kOfK) return now_;
+    device::cp_async_wait<1>();
+    __syncwarp();
+    return v();
+  }
+
+  // After that product.
+  __device__ void columns_read(int key_tile) {
+    __syncwarp();
+    if (has_next()) {
+      const device::SharedAddress used = now_;
+      now_ = other_;
+      other_ = used;
+    } else if (kColumns == KvColumns::kOfV) {
+      copy_v(key_tile - 1);
+    } else {
+      copy_k(key_tile - 1, now_);
+    }
+  }
+
+ private:
+  __device__ bool has_v() const { return kTiles == 2 && !p_.k_is_v; }
+  __device__ bool has_next() const { return kTiles == 2 && p_.k_is_v; }
+
+  // A group of copies, empty where the tile is not walked.
+  __device__ void copy(device::SharedAddress to, const void* tensor, const StickKeyStrides& strides, int key_tile,
+                       bool aligned) const {
+    const int first = key_tile * kKeys;
+    if (first >= begin_) {
+      wide_load<Op>(to, p_, wide_key_rows<T>(tensor, strides, s_, head_, first), aligned);
+    } else {
+      device::cp_async_commit();
+    }
+  }
+  __device__ void copy_k(int key_tile, device::SharedAddress to) const {
+    copy(to, p_.k, p_.k_strides, key_tile, k_aligned_);
+  }
+  __device__ void copy_v(int key_tile) const { copy(other_, p_.v, p_.v_strides, key_tile, v_aligned_); }
+
+  const StickAttentionProblem& p_;
+  const Sequence& s_;
+  const int head_, begin_;
+  const bool k_aligned_, v_aligned_;
+  device::SharedAddress now_, other_;
+};
+
+// Parts [16 kRows16, 16] of kProducts products, of each of the eight warps.
+template <typename Op, int kProducts>
+class WideParts {
+ public:
+  static constexpr int kPart = WideShape<Op>::kPart;
+  static constexpr int kBytes = WideShape<Op>::kWarps * kProducts * kPart * 4;
+
+  __device__ explicit WideParts(float* parts) : parts_(parts) {}
+
+  // This warp's part of a product, from fragments [rows, keys].
+  __device__ void store(int product, const float (&acc)[2][4]) const {
+    float* const part = own(product);
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i % 2 * 8 + lane / 4, key = i / 2 * 8 + lane % 4 * 2;
+      *reinterpret_cast<float2*>(&part[index(row, key)]) =
+          make_float2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+    }
+  }
+
+  // The same from fragments of the transpose [keys, rows].
+  __device__ void store_transposed(int product, const float (&acc)[2][4]) const {
+    float* const part = own(product);
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int key = i / 2 % 2 * 8 + lane / 4, row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      part[index(row, key)] = acc[i / 4][i % 4];
+    }
+  }
+
+  // This lane's two keys of a row, all warps' parts added up.
+  __device__ void sum(int product, int row, float (&sums)[1][2]) const {
+    sums[0][0] = sums[0][1] = 0.0f;
 #pragma unroll 2
-  for (int w = 0; w < 8; ++w) {
-    const auto part = *reinterpret_cast<const float2*>(&parts[w * pitch + wide_score(row, 2 * (threadIdx.x & 7))]);
-    sum = make_float2(sum.x + part.x, sum.y + part.y);
-  }
-  return sum;
-}
-
-// A row's scan by eight lanes. [0] is a lane's older key, [1] its newer one; weights are those for a whole stick.
-struct WideScan {
-  float e[2], u[2], weight[2];
-  float all;  // the product of u over the tile
-
-  __device__ WideScan(const float2& score, const ExpLogit& exp_logit, bool sees_older, bool sees_newer) {
-    const int lane = threadIdx.x & 7;
-    e[0] = sees_older ? exp_logit(score.x) : 0.0f;
-    e[1] = sees_newer ? exp_logit(score.y) : 0.0f;
-    u[0] = device::reciprocal_approx(1.0f + e[0]);
-    u[1] = device::reciprocal_approx(1.0f + e[1]);
-    float product = u[0] * u[1];  // of this lane's keys and, step by step, newer ones
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) {
-      const float newer = __shfl_down_sync(device::kAllLanes, product, step, 8);
-      if (lane + step < 8) product *= newer;
+    for (int warp = 0; warp < WideShape<Op>::kWarps; ++warp) {
+      const float* const part = parts_ + (warp * kProducts + product) * kPart;
+      const auto x = *reinterpret_cast<const float2*>(&part[index(row, 2 * (threadIdx.x & 7))]);
+      sums[0][0] += x.x;
+      sums[0][1] += x.y;
     }
-    all = __shfl_sync(device::kAllLanes, product, 0, 8);
-    const float next = __shfl_down_sync(device::kAllLanes, product, 1, 8);
-    const float later = lane == 7 ? 1.0f : next;
-    weight[1] = e[1] * u[1] * later;
-    weight[0] = e[0] * u[0] * u[1] * later;
   }
 
-  // What the tile leaves of a stick.
-  __device__ float next_rem(float rem) const {
-    return rem_after(rem, rem * device::lanes_sum<8>(weight[0] + weight[1]), all);
-  }
+ private:
+  __device__ float* own(int product) const { return parts_ + (threadIdx.x / 32 * kProducts + product) * kPart; }
+
+  // Halves of every other pair of rows are exchanged, so that neither the fragments that write nor the eight lanes per
+  // row that read meet a bank twice.
+  __device__ static int index(int row, int key) { return row * 16 + (key ^ (row >> 1 & 1) << 3); }
+
+  float* const parts_;
 };
 
-// Gradients of a lane's two scores, over the scale, from those of its weights; weights become those for `stick`,
-// rounded for the product, times their unit. `edge(sum_g)` gets the tile's sum of G and returns that over all older
-// keys. See stick_break_backward().
-template <typename Op, typename Edge>
-__device__ inline float2 wide_gradients(const WideScan& scan, float rem, const float2& grad_weights, float2& weights,
-                                        Edge&& edge) {
-  constexpr float kUnit = kWeightUnit<Op>;
-  weights = rounded_pair(operand_pair<Op>(scan.weight[0] * (rem * kUnit), scan.weight[1] * (rem * kUnit)));
-  const float g0 = weights.x * (1.0f / kUnit) * grad_weights.x, g1 = weights.y * (1.0f / kUnit) * grad_weights.y;
-  const int lane = threadIdx.x & 7;
-  float sum = g0 + g1;  // of this lane's keys and, step by step, older ones
+// A operands [rows, 16] in shared memory, in the order in which gemm_ab() takes inner elements, chunks of 16 bytes
+// exchanged so that ldmatrix meets no bank twice.
+template <typename Op>
+class WideOperand {
+ public:
+  using T = typename Storage<Op>::Type;
+
+  __device__ explicit WideOperand(std::uint8_t* rows) : rows_(rows) {}
+
+  __device__ void put(int row, int inner, float x) const {
+    *reinterpret_cast<T*>(rows_ + offset(row, inner)) = device::from_float<T>(x);
+  }
+
+  // A lane's two keys of a row.
+  __device__ void put_run(int row, const float (&x)[1][2]) const {
+    const int inner = 2 * (threadIdx.x & 7);
+    if constexpr (sizeof(Op) == 2) {
+      *reinterpret_cast<std::uint32_t*>(rows_ + offset(row, inner)) = device::pack_pair<Op>(x[0][0], x[0][1]);
+    } else {
+      put(row, inner, x[0][0]);
+      put(row, inner + 1, x[0][1]);
+    }
+  }
+
+  // Of the `sixteen`th 16 rows.
+  __device__ device::OperandA<device::steps_of_tiles<Op>(2)> operator()(int sixteen = 0) const {
+    const int lane = threadIdx.x & 31, row = lane & 15;
+    device::OperandA<device::steps_of_tiles<Op>(2)> a;
 #pragma unroll
-  for (int step = 1; step < 8; step *= 2) {
-    const float more = __shfl_up_sync(device::kAllLanes, sum, step, 8);
-    if (lane >= step) sum += more;
+    for (int step = 0; step < device::steps_of_tiles<Op>(2); ++step) {
+      const int at = row * kOfRow + ((2 * step + (lane >> 4)) ^ turned(row)) * 16;
+      device::ldmatrix_x4(a.step[step], device::shared_address(rows_) + sixteen * (16 * kOfRow) + at);
+    }
+    return a;
   }
-  const float before = __shfl_up_sync(device::kAllLanes, sum, 1, 8);
-  const float older = edge(__shfl_sync(device::kAllLanes, sum, 7, 8)) + (lane == 0 ? 0.0f : before);
-  return {scan.u[0] * (g0 - scan.e[0] * older), scan.u[1] * (g1 - scan.e[1] * (older + g0))};
-}
 
-// Which of a lane's two keys a row sees.
-struct WideVisible {
-  bool older, newer;
-
-  __device__ WideVisible(const StickAttentionProblem& p, const Sequence& s, int first_key, int newest_key) {
-    const int key = first_key + 2 * static_cast<int>(threadIdx.x & 7);
-    const bool* const mask = p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k;
-    older = key <= newest_key && (mask == nullptr || mask[key]);
-    newer = key + 1 <= newest_key && (mask == nullptr || mask[key + 1]);
+ private:
+  static constexpr int kOfRow = 16 * static_cast<int>(sizeof(Op));
+  __device__ static int turned(int row) { return sizeof(Op) == 2 ? row >> 2 & 1 : row >> 1 & 3; }
+  __device__ static int offset(int row, int inner) {
+    constexpr int kOfChunk = 16 / static_cast<int>(sizeof(Op));
+    const int at = sizeof(Op) == 2 ? inner : (inner & 8) + (inner & 1) * 4 + (inner >> 1 & 3);
+    return row * kOfRow + (at / kOfChunk ^ turned(row)) * 16 + at % kOfChunk * static_cast<int>(sizeof(Op));
   }
+
+  std::uint8_t* const rows_;
 };
+
+// The chunk state that a row has of a tile of keys.
+__device__ inline ChunkState* wide_chunk_state(const BackwardLaunch& launch, const Sequence& s, std::int64_t head,
+                                               int first_key, int row) {
+  std::uint32_t first = first_key;
+  device::hide_from_optimizer(first);  // what follows from it is computed here
+  return launch.chunk_states + (first - launch.chunk_begin) / 16 * (launch.params.problem.heads * launch.rows) +
+         workspace_row(launch, s, head, row);
+}
 
 }  // namespace mfx::stick

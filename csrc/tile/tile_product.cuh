@@ -35,10 +35,12 @@ __device__ inline void load_a(FragmentA& a, SharedAddress rows) {
   ldmatrix_x4<step_offset(kStep)>(a, rows ^ step_bits(kStep));
 }
 
-// The A fragments of the 16 rows that `rows` stands for, step by step: loaded once, or anew for every use.
-template <int kRowBytes, bool kKeep>
+// The A fragments of the 16 rows that `rows` stands for, step by step: loaded once, or anew for every use. With kHide
+// what follows from fragments that were loaded once, as the two parts of 3xTF32, is computed anew for every use.
+template <int kRowBytes, bool kKeep, bool kHide = false>
 class RowsA {
  public:
+  RowsA() = default;
   __device__ explicit RowsA(SharedAddress rows) : rows_(rows) {
     if constexpr (kKeep) {
       static_for<kRowBytes / 32>([&](auto step) { load_a<step>(kept_[step], rows_); });
@@ -49,7 +51,10 @@ class RowsA {
   __device__ void operator()(Step step, FragmentA& a) const {
     if constexpr (kKeep) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = kept_[step][i];
+      for (int i = 0; i < 4; ++i) {
+        a[i] = kept_[step][i];
+        if constexpr (kHide) hide_from_optimizer(a[i]);
+      }
     } else {
       load_a<step>(a, rows_);
     }
