@@ -9,7 +9,6 @@
 // fixed shape, so that timing shows in no bit.
 #pragma once
 
-#include "ptx/regalloc.cuh"
 #include "stick_attention/decode_walk.cuh"
 
 namespace mfx::stick_decode {
@@ -185,9 +184,7 @@ __device__ void decode(const StickAttentionDecodeParams& p, const StickDecodePla
     needed = slot < ended;
   }
   if (needed && walk<T, S, kShared>(shared, p, group, aligned, keys.begin, keys.end)) {
-    std::uint32_t block = blockIdx.x;
-    hide_from_optimizer(block);  // all is computed anew, not kept in registers
-    const Group same_group(p, plan, block);
+    const Group same_group = Group::recompute(p, plan);
     const SlotKeys same_keys(p, plan, same_group, slot);
     sum_row_by_row<T, S>(shared, p, same_group, same_keys.begin, same_keys.end);
   }

@@ -1,15 +1,20 @@
-// How a block of stick_attention_decode walks one slot of a cache (decode.cuh), in tiles.
+// How a block of stick_attention_decode walks one slot of a cache (decode.cuh), tile by tile, the newest first:
+//
+//   S = q K_tile^T,  weights = scan(S),  o += weights V_tile
 //
 // A key is read by the lanes of kLanes neighbours (or several warps), each of which owns one 16-byte chunk of the head
 // dimension: of q, of the sums and of every key and value, all in registers, so that where K is V a key is loaded once
 // for both products. Partial dot products of kKeys keys x kRows rows meet in a transposing butterfly, about one shuffle
 // each. One warp per row then scans the tile: nothing of the scan is rounded below binary32, and the stick itself is
-// carried in binary64, since a long walk multiplies it thousands of times.
+// carried in binary64, since a long walk multiplies it thousands of times. Beside reading the cache that costs nothing,
+// nor do the exponential and the quotient that the scan of the tiled kernels (stick_break.cuh) has only nearly.
 #pragma once
 
+#include "ptx/regalloc.cuh"
 #include "ptx/vector_memory.cuh"
 #include "stick_attention/stick_attention_decode_plan.hpp"
 #include "stick_attention/stick_break.cuh"
+#include "stick_attention/stick_exhausted.hpp"
 #include "tile/chunk.cuh"
 #include "tile/warp_reduce.cuh"
 
@@ -64,6 +69,13 @@ struct Group {
     const std::int64_t left = p.num_new * p.group_size - first_row;
     rows = static_cast<int>(left < plan.rows ? left : plan.rows);
   }
+  // That of the block, computed anew: kept from before the walk it would take registers all along.
+  __device__ static Group recompute(const StickAttentionDecodeParams& p, const StickDecodePlan& plan) {
+    std::uint32_t block = blockIdx.x;
+    hide_from_optimizer(block);
+    return {p, plan, block};
+  }
+
   __device__ std::int64_t token(const StickAttentionDecodeParams& p, int row) const {
     return (first_row + row) / p.group_size;
   }
@@ -98,18 +110,6 @@ struct Chunk {
   }
   __device__ void widen(float (&x)[16 / sizeof(T)]) const { unpack_chunk<T>(bits, x); }
 };
-
-// kKeys keys (or values) of a tile, this thread's chunk of each; zeros for keys older than `begin`.
-template <typename T, typename S>
-__device__ inline void load_tile(Chunk<T> (&chunk)[S::kKeys], const Place<S>& at, const T* base,
-                                 std::int64_t key_stride, int first, int begin, bool aligned) {
-#pragma unroll
-  for (int j = 0; j < S::kKeys; ++j) {
-    const int key = first + at.key_lane * S::kKeys + j;
-    chunk[j].bits = make_uint4(0, 0, 0, 0);
-    if (at.active && key >= begin) chunk[j] = Chunk<T>::load(base + key * key_stride + at.d, aligned);
-  }
-}
 
 template <typename S>
 struct Shared {
@@ -188,22 +188,14 @@ __device__ inline void scan_row(Shared<S>& shared, const StickAttentionDecodePar
     take[i] = odds.take;
     leave[i] = odds.leave;
   }
-  float left = leave[0] * leave[1];  // of this lane's and, step by step, more newer keys
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const float newer = __shfl_down_sync(kAllLanes, left, step);
-    if (at.lane + step < 32) left *= newer;
-  }
-  const float newer = __shfl_down_sync(kAllLanes, left, 1);
-  const float before = at.lane == 31 ? 1.0f : newer;
-  const float weight1 = take[1] * before, weight0 = take[0] * (before * leave[1]);
+  const LaneScan newer = lanes_later_product<kWarp>(leave[0] * leave[1]);
+  const float weight1 = take[1] * newer.later, weight0 = take[0] * (newer.later * leave[1]);
   const float mass = lanes_sum(weight0 + weight1);
-  const float whole = __shfl_sync(kAllLanes, left, 0);
   const float scale = static_cast<float>(stick);
   if (2 * at.lane < at.tile()) {
     *reinterpret_cast<float2*>(&shared.weights[row][2 * at.lane]) = make_float2(weight0 * scale, weight1 * scale);
   }
-  stick = rem_after(stick, stick * mass, whole);
+  stick = rem_after(stick, stick * mass, newer.all);
 }
 
 // shared.sums of the keys end - 1 .. begin again, from the keys that a row sees alone: a weight of 0 does not keep NaN
@@ -236,81 +228,104 @@ __device__ void sum_row_by_row(Shared<S>& shared, const StickAttentionDecodePara
   __syncthreads();
 }
 
-// Walks the keys end - 1 .. begin. On return shared.sums and shared.sticks hold what they take from whole sticks.
-// Returns whether a sum is not finite.
+// This thread's chunks of the keys of a tile and of its values, which are the keys where K is V. What is read next is
+// on its way to registers while the other is used.
 template <typename T, typename S, bool kShared>
-__device__ bool walk(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group, bool aligned,
-                     int begin, int end) {
-  constexpr int kRounds = (S::kRows + S::kWarps - 1) / S::kWarps;
-  const Place<S> at(p.head_dim);
-  const T *const keys = cached_keys<T>(p, group), *const values = cached_values<T>(p, group);
-  const int newest = newest_of_first_token(p, group);
-  Chunk<T> now[S::kKeys], then[S::kKeys];  // K, and the older tile's K where K is V, else V
-  load_tile<T, S>(now, at, keys, p.k_key_stride, end - at.tile(), begin, aligned);
-  float q[S::kRows][S::kVec] = {}, sum[S::kRows][S::kVec] = {};
-#pragma unroll
-  for (int row = 0; row < S::kRows; ++row) {
-    if (row >= group.rows || !at.active) continue;
-    Chunk<T>::load(group.query<T>(p, row) + at.d, aligned).widen(q[row]);
+class CachePipeline {
+ public:
+  // Starts with the keys end - 1 ..; there are none older than `begin`.
+  __device__ CachePipeline(const StickAttentionDecodeParams& p, const Group& group, const Place<S>& at, bool aligned,
+                           int begin, int end)
+      : at_(at),
+        keys_(cached_keys<T>(p, group)),
+        values_(cached_values<T>(p, group)),
+        key_stride_(p.k_key_stride),
+        value_stride_(p.v_key_stride),
+        begin_(begin),
+        aligned_(aligned) {
+    load(now_, keys_, key_stride_, end - at.tile());
   }
-  double stick[kRounds];  // of the rows this warp scans: warp, warp + kWarps..
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) stick[i] = 1;
 
-  for (int first = end - at.tile();; first -= at.tile()) {
+  // The tile that begins at `first`: its keys are there, and its values, or the keys of the older one, on their way.
+  __device__ void take(int first) {
     if constexpr (kShared) {
-      load_tile<T, S>(then, at, keys, p.k_key_stride, first - at.tile(), begin, aligned);
+      load(then_, keys_, key_stride_, first - at_.tile());
     } else {
-      load_tile<T, S>(then, at, values, p.v_key_stride, first, begin, aligned);
+      load(then_, values_, value_stride_, first);
     }
-    float dot[S::kRows * S::kKeys];
+  }
+  __device__ const Chunk<T>& key(int j) const { return now_[j]; }
+  __device__ const Chunk<T>& value(int j) const { return (kShared ? now_ : then_)[j]; }
+
+  // After the last use of its keys, and of its values.
+  __device__ void keys_read(int first) {
+    if constexpr (!kShared) load(now_, keys_, key_stride_, first - at_.tile());
+  }
+  __device__ void values_read() {
+    if constexpr (kShared) {
+#pragma unroll
+      for (int j = 0; j < S::kKeys; ++j) now_[j] = then_[j];
+    }
+  }
+
+ private:
+  // Zeros for keys older than `begin`.
+  __device__ void load(Chunk<T> (&chunk)[S::kKeys], const T* base, std::int64_t key_stride, int first) const {
 #pragma unroll
     for (int j = 0; j < S::kKeys; ++j) {
-      float x[S::kVec];
-      now[j].widen(x);
-#pragma unroll
-      for (int row = 0; row < S::kRows; ++row) {
-        float s = x[0] * q[row][0];
-#pragma unroll
-        for (int i = 1; i < S::kVec; ++i) s += x[i] * q[row][i];
-        dot[row * S::kKeys + j] = s;
-      }
-    }
-    if constexpr (!kShared) load_tile<T, S>(now, at, keys, p.k_key_stride, first - at.tile(), begin, aligned);
-
-    sum_and_spread<S::kLanes, S::kRows * S::kKeys>(dot);
-    store_scores<S>(shared, at, dot);
-    __syncthreads();
-    bool ended = true;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const int row = at.warp + i * S::kWarps;
-      if (row >= S::kRows) break;
-      const int last = newest + static_cast<int>(group.token(p, row));
-      scan_row(shared, p, group, at, row, first, begin, last, stick[i]);
-      ended = ended && (row >= group.rows || exhausted(stick[i], p.stick_epsilon));
-    }
-    const bool all_ended = __syncthreads_and(ended);
-    if (at.active) {
-#pragma unroll
-      for (int j = 0; j < S::kKeys; ++j) {
-        float x[S::kVec];
-        (kShared ? now : then)[j].widen(x);
-#pragma unroll
-        for (int row = 0; row < S::kRows; ++row) {
-          const float weight = shared.weights[row][at.key_lane * S::kKeys + j];
-#pragma unroll
-          for (int i = 0; i < S::kVec; ++i) sum[row][i] += weight * x[i];
-        }
-      }
-    }
-    if (all_ended || first <= begin) break;
-    if constexpr (kShared) {
-#pragma unroll
-      for (int j = 0; j < S::kKeys; ++j) now[j] = then[j];
+      const int key = first + at_.key_lane * S::kKeys + j;
+      chunk[j].bits = make_uint4(0, 0, 0, 0);
+      if (at_.active && key >= begin_) chunk[j] = Chunk<T>::load(base + key * key_stride + at_.d, aligned_);
     }
   }
 
+  const Place<S>& at_;
+  const T *const keys_, *const values_;
+  const std::int64_t key_stride_, value_stride_;
+  const int begin_;
+  const bool aligned_;
+  Chunk<T> now_[S::kKeys], then_[S::kKeys];
+};
+
+// This thread's part of the dot products of its keys with all rows.
+template <typename S, typename Kv>
+__device__ inline void dot_products(float (&dot)[S::kRows * S::kKeys], const float (&q)[S::kRows][S::kVec],
+                                    const Kv& kv) {
+#pragma unroll
+  for (int j = 0; j < S::kKeys; ++j) {
+    float x[S::kVec];
+    kv.key(j).widen(x);
+#pragma unroll
+    for (int row = 0; row < S::kRows; ++row) {
+      float s = x[0] * q[row][0];
+#pragma unroll
+      for (int i = 1; i < S::kVec; ++i) s += x[i] * q[row][i];
+      dot[row * S::kKeys + j] = s;
+    }
+  }
+}
+
+// Adds its values, times their weights, to its part of the sums.
+template <typename S, typename Kv>
+__device__ inline void add_values(float (&sum)[S::kRows][S::kVec], const Shared<S>& shared, const Place<S>& at,
+                                  const Kv& kv) {
+  if (!at.active) return;
+#pragma unroll
+  for (int j = 0; j < S::kKeys; ++j) {
+    float x[S::kVec];
+    kv.value(j).widen(x);
+#pragma unroll
+    for (int row = 0; row < S::kRows; ++row) {
+      const float weight = shared.weights[row][at.key_lane * S::kKeys + j];
+#pragma unroll
+      for (int i = 0; i < S::kVec; ++i) sum[row][i] += weight * x[i];
+    }
+  }
+}
+
+// Adds up what the threads have of the same elements, in a fixed order, to shared.sums.
+template <typename S>
+__device__ inline void store_sums(Shared<S>& shared, const Place<S>& at, float (&sum)[S::kRows][S::kVec]) {
 #pragma unroll
   for (int row = 0; row < S::kRows; ++row) {
 #pragma unroll
@@ -336,19 +351,70 @@ __device__ bool walk(Shared<S>& shared, const StickAttentionDecodeParams& p, con
     }
     __syncthreads();
   }
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    if (at.lane == 0 && at.warp + i * S::kWarps < S::kRows) shared.sticks[at.warp + i * S::kWarps] = stick[i];
-  }
-  // From shared memory, where no register of the walk is alive: tested before, they would spill.
-  float zero = 0;  // NaN if a sum is not finite
+}
+
+// Whether a sum is not finite. Asked of shared memory, where no register of the walk is alive: before, they would
+// spill.
+template <typename S>
+__device__ inline bool any_not_finite(const Shared<S>& shared, std::int64_t head_dim) {
+  float zero = 0;  // NaN if so
 #pragma unroll
   for (int row = 0; row < S::kRows; ++row) {
-    for (int d = threadIdx.x; d < p.head_dim; d += S::kThreads) {
+    for (int d = threadIdx.x; d < head_dim; d += S::kThreads) {
       zero += 0.0f * shared.sums[row][Shared<S>::sum_index(d)];
     }
   }
   return __syncthreads_or(zero != 0);
+}
+
+// Walks the keys end - 1 .. begin. On return shared.sums and shared.sticks hold what they take from whole sticks.
+// Returns whether a sum is not finite.
+template <typename T, typename S, bool kShared>
+__device__ bool walk(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group, bool aligned,
+                     int begin, int end) {
+  constexpr int kRounds = (S::kRows + S::kWarps - 1) / S::kWarps;
+  const Place<S> at(p.head_dim);
+  const int newest = newest_of_first_token(p, group);
+  CachePipeline<T, S, kShared> kv(p, group, at, aligned, begin, end);
+  float q[S::kRows][S::kVec] = {}, sum[S::kRows][S::kVec] = {};
+#pragma unroll
+  for (int row = 0; row < S::kRows; ++row) {
+    if (row >= group.rows || !at.active) continue;
+    Chunk<T>::load(group.query<T>(p, row) + at.d, aligned).widen(q[row]);
+  }
+  double stick[kRounds];  // of the rows this warp scans: warp, warp + kWarps..
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) stick[i] = 1;
+
+  for (int first = end - at.tile();; first -= at.tile()) {
+    kv.take(first);
+    float dot[S::kRows * S::kKeys];
+    dot_products<S>(dot, q, kv);
+    kv.keys_read(first);
+    sum_and_spread<S::kLanes, S::kRows * S::kKeys>(dot);
+    store_scores<S>(shared, at, dot);
+    __syncthreads();  // all scores are there
+    bool done = true;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int row = at.warp + i * S::kWarps;
+      if (row >= S::kRows) break;
+      const int last = newest + static_cast<int>(group.token(p, row));
+      scan_row(shared, p, group, at, row, first, begin, last, stick[i]);
+      done = done && (row >= group.rows || exhausted(stick[i], p.stick_epsilon));
+    }
+    const bool all_done = __syncthreads_and(done);  // and all weights are there
+    add_values(sum, shared, at, kv);
+    if (all_done || first <= begin) break;
+    kv.values_read();
+  }
+
+  store_sums(shared, at, sum);
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    if (at.lane == 0 && at.warp + i * S::kWarps < S::kRows) shared.sticks[at.warp + i * S::kWarps] = stick[i];
+  }
+  return any_not_finite(shared, p.head_dim);
 }
 
 }  // namespace mfx::stick_decode
