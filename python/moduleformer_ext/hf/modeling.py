@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moduleformer_ext.hf.cache import ModuleFormerCache, ModuleFormerStaticCache, cache_layers
 from moduleformer_ext.hf.config import ModuleFormerConfig
 from moduleformer_ext.models.blocks import make_block, redraw, routing_loss
-from moduleformer_ext.nn import Block, BlockRoutes, LayerCache, Linear, Router
+from moduleformer_ext.nn import Block, BlockRoutes, LayerCache, Linear
 from moduleformer_ext.types import RouteTopK
 
 logger = logging.get_logger(__name__)
@@ -61,10 +62,6 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"attn\.(mask|cum_weight)$"]
     _can_compile_fullgraph = True
     _input_embed_layer = "wte"
-    _can_record_outputs: ClassVar[dict[str, Any]] = {
-        "hidden_states": ModuleFormerBlock,
-        "router_logits": OutputRecorder(Router, index=RouteTopK._fields.index("logits")),
-    }
     _new_heads: ClassVar[tuple[str, ...]] = ()
     """What a checkpoint need not have."""
 
@@ -88,17 +85,15 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
     ) -> None:
-        """As in transformers; ``use_reentrant=True`` is refused, through which the routing loss has no gradient."""
-        _refuse_reentrant(gradient_checkpointing_kwargs)
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
-
-
-def _refuse_reentrant(options: dict[str, Any] | None) -> None:
-    if options and options.get("use_reentrant"):
-        raise ValueError("gradient_checkpointing_enable: use_reentrant must be False for a MoLM, got True")
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing: use_reentrant must be False for a MoLM, whose routing loss has no gradient "
+                "through the other kind, got True"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
 
 
 class ModuleFormerModel(ModuleFormerPreTrainedModel):
@@ -114,8 +109,8 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -127,6 +122,8 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
         *,
         cache: Cache | None = None,
         output_aux_loss: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         **options: Any,
     ) -> ModuleFormerModelOutput:
         """Read new tokens, [B, T] int64 or embedded [B, T, D].
@@ -137,6 +134,8 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
             position_ids: ignored, a MoLM has no positions.
             past_key_values, cache: two names of the cache, which is extended in place.
             output_aux_loss: compute the routing loss; by default where router logits are asked for.
+            output_hidden_states: return the input of every block and the last state, n_layer + 1 tensors.
+            output_router_logits: return those of every router.
 
         Raises:
             ValueError: arguments do not fit together, or attention weights are asked for, which are never formed.
@@ -148,6 +147,12 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
             raise ValueError("ModuleFormerModel: output_attentions must be False: attention weights are never formed")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("ModuleFormerModel: exactly one of input_ids and inputs_embeds must be given")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if output_aux_loss is None:
+            output_aux_loss = output_router_logits
         cache = _the_cache(past_key_values, cache)
         x = self.drop(self.wte(input_ids) if inputs_embeds is None else inputs_embeds)
         if use_cache and cache is None:
@@ -160,18 +165,22 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
             )
         keep = _key_mask(attention_mask, x, cache)
 
+        states: list[Tensor] = []
         routes: list[BlockRoutes] = []
         for index, block in enumerate(self.h):
+            if output_hidden_states:
+                states.append(x)
             layer = layers[index] if layers else None
             x, route, present = block(x, layer.past if layer else None, keep, layer is not None)
             routes.append(route)
             if layer:
                 layer.store(present)
 
-        if output_aux_loss is None:
-            output_aux_loss = options.get("output_router_logits", self.config.output_router_logits)
+        x = self.ln_f(x)
         return ModuleFormerModelOutput(
-            last_hidden_state=self.ln_f(x),
+            last_hidden_state=x,
+            hidden_states=(*states, x) if output_hidden_states else None,
+            router_logits=tuple(route.logits for block in routes for route in block) if output_router_logits else None,
             aux_loss=routing_loss(self.config.aux_loss_type, _on(x.device, routes)) if output_aux_loss else None,
             **{CACHE: cache},
         )
@@ -225,6 +234,7 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
             cache=cache,
             output_router_logits=output_router_logits,
             output_aux_loss=output_router_logits or (labels is not None and weight > 0),
+            return_dict=True,
             **options,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
