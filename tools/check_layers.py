@@ -27,7 +27,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "surgery": COMMON | {"ops", "nn", "models"},
     "data": COMMON,
     "train": COMMON | {"ops", "nn", "models", "surgery", "data"},
-    "hf": COMMON | {"nn", "models"},
+    "hf": COMMON | {"nn", "models", "data"},
     "cli": COMMON | {"_extension", "ops", "nn", "models", "surgery", "data", "train", "hf"},
     "__init__": COMMON,
 }

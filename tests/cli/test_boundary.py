@@ -107,7 +107,7 @@ OTHERS = {
         ("--minutes 0", "--minutes must be above 0, got 0"),
     ],
     "eval {run}": [("--expert-usage {out}/a.png", "--expert-usage must be a .png file in a folder that exists")],
-    "convert {run} {out}": [("--to elsewhere", "--to must be 'native' or 'published', got elsewhere")],
+    "convert {run} {out}": [("--to elsewhere", "--to must be 'native', 'published' or 'hf', got elsewhere")],
     "train --run {out} --steps 1": [
         ("--preset huge", "preset must be one of"),
         ("--model n_layer=0", "n_layer must be a positive integer, got 0"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from moduleformer_ext.data.tokenizer import END_OF_TEXT
 from moduleformer_ext.files import write_file
 from moduleformer_ext.hf.config import ModuleFormerConfig
 from moduleformer_ext.hf.modeling import ModuleFormerForCausalLM
@@ -20,8 +21,6 @@ _CLASSES = {
     "AutoModelForCausalLM": "ModuleFormerForCausalLM",
     "AutoModelForSequenceClassification": "ModuleFormerForSequenceClassification",
 }
-END_OF_TEXT = "<|endoftext|>"
-"""Of tokenizers that this project trains, and of the published one."""
 
 
 def from_native(model: MoLMForCausalLM, **fields: object) -> ModuleFormerForCausalLM:
