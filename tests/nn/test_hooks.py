@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
 
 from moduleformer_ext.nn import Block, MixtureOfAttention, MixtureOfFFN, make_router
 from moduleformer_ext.nn.segments import split_parameter
@@ -239,3 +240,11 @@ def test_a_hooked_router_of_a_narrow_model_computes_in_its_own_type() -> None:
     logits = gate(x).logits
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_experts_of_weights_that_kernels_cannot_read_are_refused() -> None:
+    block = build()
+    weight = block.mlpf.experts.weight.detach()
+    block.mlpf.experts.weight = nn.Parameter(TwoTensor(weight, weight))
+    with pytest.raises(TypeError, match="ExpertLinear: weight must be a plain tensor, got TwoTensor; quantise or"):
+        block(X)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedTokenizerFast
 
 from moduleformer_ext.data.tokenizer import END_OF_TEXT
@@ -46,9 +47,13 @@ def to_native(model: ModuleFormerForCausalLM) -> MoLMForCausalLM:
     """The model without transformers, with the very tensors of ``model``, in its mode.
 
     Raises:
-        ValueError: adapters or quantised weights; the message lists the tensors.
+        ValueError: adapters, quantised or distributed weights; the message lists the tensors.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if wrapped := [name for name, tensor in state.items() if is_traceable_wrapper_subclass(tensor)]:
+        raise ValueError(
+            f"to_native: weights must be plain tensors, got quantised or distributed: {', '.join(wrapped)}"
+        )
     native = MoLMForCausalLM.from_state(model.config.molm, state, copy=False)
     return native.train(model.training)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moduleformer_ext import ops
+from moduleformer_ext.nn.plain import has_plain_weight
 from moduleformer_ext.ops.linear_decode import SERVES_CPU
 
 MOST_ROWS = 8
@@ -20,6 +21,7 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         # The size last: an exported graph with gradients shall not depend on it.
         served = SERVES_CPU and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if served and input.device.type == "cpu" and input.numel() <= MOST_ROWS * self.in_features:
+        served = served and input.device.type == "cpu" and has_plain_weight(self)
+        if served and input.numel() <= MOST_ROWS * self.in_features:
             return ops.linear_decode(input, self.weight, self.bias)
         return super().forward(input)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["call_in_dtype_of_input", "is_plain", "plain_layers"]
+__all__ = ["call_in_dtype_of_input", "has_plain_weight", "is_plain", "plain_layers"]
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -44,11 +44,11 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
             or own["_backward_pre_hooks"]
             or "forward" in own  # replaced on the instance, as offloading does
         )
-        and _has_plain_weight(module)
+        and has_plain_weight(module)
     )
 
 
-def _has_plain_weight(module: nn.Module) -> bool:
+def has_plain_weight(module: nn.Module) -> bool:
     """False for weights that are quantised or distributed: they know their own products."""
     parameters = module._parameters
     if not parameters:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moduleformer_ext.types import Segments
 
@@ -18,8 +19,17 @@ __all__ = ["join_parameter", "segments_of", "split_parameter"]
 
 
 def segments_of(module: nn.Module, name: str) -> Segments:
-    """The parameter as the ops take it: whole, or its two segments."""
+    """The parameter as the ops take it: whole, or its two segments.
+
+    Raises:
+        TypeError: it is quantised or distributed, which the kernels cannot read.
+    """
     whole: Tensor | None = getattr(module, name)
+    if type(whole) is not nn.Parameter and is_traceable_wrapper_subclass(whole):
+        raise TypeError(
+            f"{type(module).__name__}: {name} must be a plain tensor, got {type(whole).__name__}; quantise or "
+            "distribute linear layers alone"
+        )
     return (getattr(module, f"{name}_old"), getattr(module, f"{name}_new")) if whole is None else whole
 
 
