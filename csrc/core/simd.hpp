@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "core/float16.hpp"
 
@@ -111,6 +112,24 @@ inline VecF load(const Float16* p) {
 #endif
 }
 
+// Lane i of the result is lane lane_of(i) of a and b, whose lanes are numbered on. lane_of captures nothing.
+template <typename V, typename LaneOf>
+inline V shuffle(V a, V b, LaneOf) {
+  constexpr int kLanes = sizeof(V) / sizeof(a[0]);
+#if defined(__clang__)
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return V(__builtin_shufflevector(a, b, LaneOf{}(i)...));
+  }(std::make_integer_sequence<int, kLanes>{});
+#else  // gcc has the other, too, from version 12 on
+  using Lane = std::conditional_t<sizeof(a[0]) == 8, std::int64_t,
+                                  std::conditional_t<sizeof(a[0]) == 4, std::int32_t, std::int16_t>>;
+  typedef Lane Lanes __attribute__((vector_size(sizeof(V))));
+  Lanes lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<Lane>(LaneOf{}(i));
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 // Two vectors of consecutive values, read at once. Widening bf16 is cheapest when the two hold the even and the odd
 // values, so the order is the type's own: sums over values need not care, and in_order() restores it.
 template <typename V>
@@ -141,12 +160,8 @@ template <typename T, typename V>
 inline VecPair<V> in_order(VecPair<V> pair) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     constexpr int w = kWidth<float>;
-    VecI32 low, high;
-    for (int i = 0; i < w; ++i) {
-      low[i] = i / 2 + (i % 2) * w;
-      high[i] = (i + w) / 2 + (i % 2) * w;
-    }
-    return {__builtin_shuffle(pair.first, pair.second, low), __builtin_shuffle(pair.first, pair.second, high)};
+    return {shuffle(pair.first, pair.second, [](int i) { return i / 2 + i % 2 * w; }),
+            shuffle(pair.first, pair.second, [](int i) { return (i + w) / 2 + i % 2 * w; })};
   } else {
     return pair;
   }
@@ -268,17 +283,12 @@ inline VecU32 interleave_bf16(VecF even, VecF odd) {
 // Transposes a square block, one row per lane: swaps its off-diagonal blocks of 1, 2, 4, ... lanes.
 template <int kStep, typename T>
 inline void transpose_step(Vec<T>* rows) {
-  using Lanes = Vec<std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>>;
-  Lanes upper, lower;
-  for (int lane = 0; lane < kWidth<T>; ++lane) {
-    upper[lane] = (lane & kStep) ? kWidth<T> + lane - kStep : lane;
-    lower[lane] = (lane & kStep) ? kWidth<T> + lane : lane + kStep;
-  }
+  constexpr int w = kWidth<T>;
   for (int i = 0; i < kWidth<T>; ++i) {
     if (i & kStep) continue;
     const Vec<T> a = rows[i], b = rows[i + kStep];
-    rows[i] = __builtin_shuffle(a, b, upper);
-    rows[i + kStep] = __builtin_shuffle(a, b, lower);
+    rows[i] = shuffle(a, b, [](int lane) { return lane & kStep ? w + lane - kStep : lane; });
+    rows[i + kStep] = shuffle(a, b, [](int lane) { return lane & kStep ? w + lane : lane + kStep; });
   }
   if constexpr (2 * kStep < kWidth<T>) transpose_step<2 * kStep, T>(rows);
 }
@@ -319,17 +329,15 @@ inline V add_segments(const V (&v)[kCount]) {
     return v[0];
   } else {
     using T = std::remove_cvref_t<decltype(v[0][0])>;
-    using Lanes = Vec<std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>>;
     constexpr int w = kWidth<T>, half = kSegment / 2, segments = w / kSegment;
-    Lanes low, high;
-    for (int lane = 0; lane < w; ++lane) {
+    constexpr auto low = [](int lane) {
       const int segment = lane / half;
-      low[lane] = segment / segments * w + segment % segments * kSegment + lane % half;
-      high[lane] = low[lane] + half;
-    }
+      return segment / segments * w + segment % segments * kSegment + lane % half;
+    };
+    constexpr auto high = [](int lane) { return decltype(low){}(lane) + half; };
     V sum[kCount / 2];
     for (int i = 0; i < kCount / 2; ++i) {
-      sum[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low) + __builtin_shuffle(v[2 * i], v[2 * i + 1], high);
+      sum[i] = shuffle(v[2 * i], v[2 * i + 1], low) + shuffle(v[2 * i], v[2 * i + 1], high);
     }
     return add_segments<half>(sum);
   }

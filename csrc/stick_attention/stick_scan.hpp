@@ -77,10 +77,9 @@ inline void store_bf16_rows(VecF even, VecF odd, BFloat16* pairs, BFloat16* even
 #if defined(MFX_ISA_AVX512_BF16)
   typedef std::uint16_t Rows __attribute__((vector_size(64)));
   const __m512bh rounded = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
-  Rows rows, zip;
+  Rows rows;
   std::memcpy(&rows, &rounded, sizeof rows);
-  for (int i = 0; i < 32; ++i) zip[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * 16);
-  const Rows zipped = __builtin_shuffle(rows, zip);
+  const Rows zipped = shuffle(rows, rows, [](int i) { return i / 2 + i % 2 * 16; });
   std::memcpy(pairs, &zipped, sizeof zipped);
   if (even_row != nullptr) {
     std::memcpy(even_row, &rounded, 32);
