@@ -38,7 +38,7 @@ help:
 	@echo 'make check-cuda  ptxas for every architecture and the emulator at length, no GPU needed'
 	@echo 'make check-torch  build and test with the lowest and the highest torch that is served'
 	@echo 'make lint    ruff, mypy, clang-format, the checks of layers and of documentation'
-	@echo 'make bench   benchmarks against the peers; table and plots under benchmarks/results/'
+	@echo 'make bench   benchmarks against the peers; table and plots under benchmarks/results/; BENCH="--budget 600 -k ffn"'
 	@echo 'make experiments  the experiments of the paper in small; tables and pictures under benchmarks/results/experiments/'
 	@echo 'make fuzz    thousands of calls of the ops with arguments that may be anything'
 	@echo 'make asan    the tests of ops and core on an AddressSanitizer and UBSan build of the CPU kernels'
@@ -96,8 +96,9 @@ test-gpu: build
 sanitize-gpu: build
 	tools/sanitize_gpu.sh $(PY)
 
+# BENCH is what `python -m benchmarks --help` explains, and options of pytest.
 bench-gpu: build
-	$(PY) -m benchmarks.gpu
+	$(PY) -m benchmarks --device cuda $(BENCH)
 
 # Everything of the three above that fits into nine minutes, from a build of its own; works on a bare machine.
 gpu-proof: $(STAMP)
@@ -131,7 +132,7 @@ format: $(STAMP)
 	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
 
 bench: build
-	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks $(BENCH)
 
 # The paper's experiments, an hour or two on two cores; what has been done is found again.
 experiments: build

@@ -1,5 +1,5 @@
-"""Benchmarks: every op, a block and a whole model against the same thing written in other ways.
+"""Benchmarks: every op, a layer and a whole model against the same thing written in other ways.
 
-``python -m benchmarks.run`` (``make bench``) measures and reports; the ``bench_*.py`` files are also pytest-benchmark
-files (``pytest benchmarks``).
+The `bench_*.py` files are pytest-benchmark files, with the hooks of `conftest.py`; `python -m benchmarks`
+(`make bench`) runs each in a process of its own and reports.
 """

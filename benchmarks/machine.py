@@ -1,22 +1,34 @@
-"""The machine under test: its name, its measured limits."""
+"""The machine under test: what it is, how calls are measured on it, what it can do at best."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from moduleformer_ext.heap import glibc
 
-from .cells import Work, dtype_name
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PACKAGES = ("flash-attn", "stickbreaking-attention", "scattermoe", "triton", "transformers")
+"""What peers may come from."""
+_FLUSHED_BYTES = 256 << 20
+_CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @cache
@@ -30,14 +42,11 @@ def evict() -> None:
 
 
 def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no field {field}")
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
 def peak_extra_bytes(function: Callable[[], object]) -> int | None:
-    """How far resident memory rises above its level before while ``function`` runs, everything included: tensors,
+    """How far resident memory rises above its level before while `function` runs, everything included: tensors,
     kernels' scratch buffers, the result. None where the system cannot tell (it takes Linux).
     """
     libc, high_water_mark = glibc(), Path("/proc/self/clear_refs")
@@ -51,124 +60,190 @@ def peak_extra_bytes(function: Callable[[], object]) -> int | None:
     return max(0, _status_kib("VmHWM") - before) * 1024
 
 
-def cpu_name() -> str:
-    """The processor, with family and model where the vendor's string says little."""
-    fields: dict[str, str] = {}
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in fields:
-        name += f" (family {fields['cpu family']}, model {fields['model']})"
-    return name
+class Meter(Protocol):
+    """How a call is measured."""
 
+    def seconds(self, run: Callable[[], object]) -> dict[str, float]:
+        """How long `run` takes by each clock, the one to be reported first. What it returns is freed outside of that
+        time.
+        """
 
-def path_part(name: str) -> str:
-    """A device's name as part of a path."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def slug() -> str:
-    """The machine's name as part of a path."""
-    return f"{path_part(cpu_name())}-{os.cpu_count()}cpu"
-
-
-def clock(threads: int) -> Callable[[], float]:
-    """CPU time for one thread, which does not see other processes; wall time for more."""
-    return time.process_time if threads == 1 else time.perf_counter
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        """How much more memory than before `run` needs at its peak; None where that cannot be told."""
 
 
 @dataclass(frozen=True)
 class CpuMeter:
-    """:class:`benchmarks.harness.Meter` of the CPU."""
+    """The CPU's. With one thread CPU time is reported, which does not see other processes; with
+    more, wall time.
+    """
 
     threads: int
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        now = clock(self.threads)
-        start = now()
+    def seconds(self, run: Callable[[], object]) -> dict[str, float]:
+        cpu, wall = time.process_time(), time.perf_counter()
         outputs = run()
-        elapsed = now() - start
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         del outputs
-        return elapsed
+        return {"cpu": cpu, "wall": wall} if self.threads == 1 else {"wall": wall, "cpu": cpu}
 
     def peak_bytes(self, run: Callable[[], object]) -> int | None:
         return peak_extra_bytes(run)
 
 
-def _best_seconds(function: Callable[[], object], budget: float) -> float:
-    now = clock(torch.get_num_threads())
-    function()
-    best, until = float("inf"), now() + budget
-    while now() < until:
-        start = now()
-        function()
-        best = min(best, now() - start)
-    return best
+class CudaMeter:
+    """The current CUDA device's.
 
-
-def _matrix_peak(dtype: torch.dtype, budget: float, n: int = 1024) -> tuple[float, str]:
-    """FLOP/s of the best matrix product that torch has here, and which it is.
-
-    oneDNN's linear beats the default mm on some machines, and is missing for 16-bit types on others, whose way to a
-    16-bit product is the float32 one.
+    Before each call a buffer larger than any L2 cache is overwritten, so that operands come from memory; while that
+    runs, the call's launches are queued, so that the time between the two events is the device's, not the launches',
+    unless these take longer than the kernels.
     """
-    a, b = torch.randn(2, n, n).to(dtype).unbind()
-    candidates: dict[str, Callable[[], object]] = {"mm": lambda: a @ b}
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        candidates["oneDNN's linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    if dtype != torch.float32:
-        candidates["mm in float32"] = lambda: (a.float() @ b.float()).to(dtype)
-    rates: dict[str, float] = {}
-    for name, candidate in candidates.items():
-        try:
-            rates[name] = 2 * n**3 / _best_seconds(candidate, budget)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            print(f"limit of {dtype_name(dtype)} products: measured without {name}: {reason}", file=sys.stderr)
-    best = max(rates, key=rates.__getitem__)
-    return rates[best], best
+
+    def __init__(self) -> None:
+        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+
+    def seconds(self, run: Callable[[], object]) -> dict[str, float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self._flushed.zero_()
+        start.record()
+        outputs = run()
+        end.record()
+        torch.cuda.synchronize()
+        del outputs
+        return {"device": start.elapsed_time(end) / 1e3}
+
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
 
-def _read_bandwidth(budget: float) -> float:
-    """Bytes per second of reading memory that no cache holds."""
-    big = torch.ones(1 << 27)
-    return max(
-        big.nbytes / _best_seconds(reader, budget) for reader in (big.sum, big.amax, lambda: torch.dot(big, big))
-    )
+@dataclass(frozen=True)
+class Work:
+    """What any implementation has to do."""
+
+    dtype: torch.dtype
+    flops: float = 0.0
+    bytes_read: float = 0.0
+
+
+NO_WORK = Work(torch.float32)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Measured rates of this machine with so many threads."""
+    """Measured rates of this machine, by number of threads or device."""
 
-    threads: int
-    matrix_flops: dict[str, float]
+    matrix_flops: dict[str, float | None]
+    """Of the best matrix product in each type; None where torch has none."""
+    matrix_by: dict[str, str]
+    """The product that reached it."""
     read_bytes: float
-    matrix_by: dict[str, str] = field(default_factory=dict)
-    """The product that reached `matrix_flops`."""
 
-    def seconds(self, work: Work) -> float:
-        """The least time in which ``work`` can be done."""
+    def seconds(self, work: Work) -> float | None:
+        """The least time in which `work` can be done, the slower of arithmetic and reads; None where its rate is not
+        known.
+        """
         flops = self.matrix_flops[dtype_name(work.dtype)]
-        return max(work.flops / flops, work.bytes_read / self.read_bytes)
+        if work.flops and flops is None:
+            return None
+        return max(work.flops / (flops or 1), work.bytes_read / self.read_bytes)
 
 
-def measure_limits(threads: int, *, seconds: float = 0.6) -> Limits:
-    """Each probe runs for ``seconds``; its best run counts."""
-    torch.set_num_threads(threads)
-    peaks = {dtype_name(dtype): _matrix_peak(dtype, seconds) for dtype in (torch.float32, torch.bfloat16)}
-    flops = {name: rate for name, (rate, _) in peaks.items()}
-    return Limits(threads, flops, _read_bandwidth(seconds), {name: product for name, (_, product) in peaks.items()})
+def _best_seconds(function: Callable[[], object], meter: Meter, budget: float) -> float:
+    function()
+    times: list[float] = []
+    while sum(times) < budget:
+        times.append(next(iter(meter.seconds(function).values())))
+    return min(times)
 
 
-def describe() -> dict[str, object]:
+def _products(dtype: torch.dtype, n: int) -> dict[str, Callable[[], object]]:
+    """The ways in which torch multiplies two n x n matrices.
+
+    oneDNN's linear beats the default mm on some processors, and is missing for 16-bit types on others, whose way to a
+    16-bit product is the float32 one.
+    """
+    a, b = torch.randn(2, n, n).to(dtype).unbind()
+    products: dict[str, Callable[[], object]] = {"mm": lambda: a @ b}
+    if a.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        products["oneDNN's linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    if dtype != torch.float32:
+        products["mm in float32"] = lambda: (a.float() @ b.float()).to(dtype)
+    return products
+
+
+def measure_limits(meter: Meter, *, budget: float, n: int = 1024) -> Limits:
+    """Each probe runs for `budget` seconds; its best run counts. A product that torch lacks here is left out, and said
+    to be.
+    """
+    flops: dict[str, float | None] = {}
+    by: dict[str, str] = {}
+    for name, dtype in DTYPES.items():
+        rates: dict[str, float] = {}
+        for product, call in _products(dtype, n).items():
+            try:
+                rates[product] = 2 * n**3 / _best_seconds(call, meter, budget)
+            except (RuntimeError, AttributeError) as error:
+                reason = str(error).splitlines()[0]
+                print(f"limit of {name} products: measured without {product}: {reason}", file=sys.stderr)
+        flops[name] = max(rates.values(), default=None)
+        if rates:
+            by[name] = max(rates, key=rates.__getitem__)
+    big = torch.ones(1 << 27)
+    readers = (big.sum, big.amax, lambda: torch.dot(big, big))
+    return Limits(flops, by, big.nbytes / min(_best_seconds(reader, meter, budget) for reader in readers))
+
+
+@cache
+def cpu_name() -> str:
+    """The processor, with family and model where the vendor's string says little."""
+    import cpuinfo  # comes with pytest-benchmark
+
+    info = cpuinfo.get_cpu_info()
+    name = info.get("brand_raw") or platform.processor() or platform.machine()
+    return f"{name} (family {info['family']}, model {info['model']})" if "family" in info else name
+
+
+def path_part(name: str) -> str:
+    """A name as part of a path."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def slug(device: str = "cpu") -> str:
+    """The machine's name as part of a path."""
+    if device == "cpu":
+        return f"{path_part(cpu_name())}-{os.cpu_count()}cpu"
+    return path_part(torch.cuda.get_device_properties().name)
+
+
+def clocks() -> dict[str, str]:
+    """The GPU driver's version, clocks, power limit and temperature now; empty where nvidia-smi is missing or fails."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    device = torch.cuda.get_device_properties().uuid
+    command = [program, f"--id=GPU-{device}", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    values = [value.strip() for value in answer.stdout.strip().split(",")]
+    return dict(zip(_CLOCKS, values, strict=True)) if len(values) == len(_CLOCKS) else {}
+
+
+def versions() -> dict[str, str]:
+    """Of the other libraries, as far as they are installed."""
+    return {found.name: found.version for found in importlib.metadata.distributions() if found.name in _PACKAGES}
+
+
+def describe(device: str = "cpu") -> dict[str, object]:
     """Name and versions, for the head of a report."""
     from moduleformer_ext import _extension
 
     info = _extension.build_info()
-    return {
+    about: dict[str, object] = {
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -176,4 +251,15 @@ def describe() -> dict[str, object]:
         "torch": torch.__version__,
         "moduleformer_ext": info.get("version"),
         "cpu_isa": info.get("cpu_isa"),
+        "packages": versions(),
     }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties()
+        about |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
+    return about

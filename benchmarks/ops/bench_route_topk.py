@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -11,134 +13,83 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moduleformer_ext import ops
-from moduleformer_ext.types import RouteTopK
 
-from ..cells import (
-    NOT_SLOWER,
-    OURS,
-    REFERENCE,
-    Cell,
-    Contestant,
-    Goal,
-    Outputs,
-    Race,
-    Tolerance,
-    Work,
-    dtype_name,
-)
-from ..inputs import layer_shape, normal
+from ..inputs import LayerShape, normal
+from ..machine import DTYPES, Work
 from ..peers import jetmoe
-from ..peers.routers import Routing, mlp_logits, mutual_information_loss, route, sorted_layout
-from ..pytest_cells import run_cell
+from ..peers.experts import mlp_logits, mutual_information_loss, route, sorted_layout
+from ..race import LIMIT, MEMORY, OURS, REFERENCE, Backward, Contestant, Outputs, Race, Run, Tolerance, contestant
 
-SECTION = "router"
-JETMOE = "JetMoE (no losses)"
+pytestmark = pytest.mark.benchmark(group="Router and layout")
 # In bf16 the sequence rounds its logits: tokens near a tie choose other experts.
-TOLERANCES = {torch.float32: Tolerance(1e-3, quantile=0.99), torch.bfloat16: Tolerance(0.1, quantile=0.9)}
+TOLERANCES = {"fp32": Tolerance(1e-3, quantile=0.99), "bf16": Tolerance(0.1, quantile=0.9)}
+CASES = (["mlp gate", "linear gate"], DTYPES, ["forward", "forward+backward"])
 
 
-def _outputs(routing: RouteTopK | Routing, counts: Tensor) -> Outputs:
-    return {"gates": routing.gates, "prob_sum": routing.prob_sum, "counts": counts.float()}
-
-
-def race(tokens: int, dtype: torch.dtype, *, quick: bool, gate: str, backward: bool) -> Race:
-    shape = layer_shape(quick)
-    experts, k = shape.ffn_experts, shape.k
-    width = shape.gating_size if gate == "mlp" else shape.d
-    x = normal(tokens, shape.d, dtype=dtype)
-    weight = normal(experts, width, dtype=dtype, std=3 * width**-0.5, seed=1)
-    hidden_weight = normal(shape.gating_size, shape.d, dtype=dtype, std=shape.d**-0.5, seed=2)
-    hidden_bias = normal(shape.gating_size, dtype=dtype, std=0.1, seed=3)
-    leaves = {"x": x, "weight": weight}
-    if gate == "mlp":
-        leaves |= {"hidden_weight": hidden_weight, "hidden_bias": hidden_bias}
+@pytest.mark.cases(
+    "threads gate dtype direction tokens",
+    cpu=[*product([2], *CASES, [512, 2048, 4096]), *product([1], *CASES, [2048])],
+    cuda=[*product([0], *CASES, [4096, 16384]), *product([0], *CASES[:2], ["forward"], [1])],
+)
+def test_route_topk(
+    run: Run, shape: LayerShape, threads: int, gate: str, dtype: str, direction: str, tokens: int
+) -> None:
+    experts, k, kind, backward = shape.ffn_experts, shape.k, DTYPES[dtype], direction != "forward"
+    x = normal(tokens, shape.d, dtype=kind)
     d_gates = normal(tokens, k, seed=4)
-    if backward:
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-
-    def our_route() -> RouteTopK:
-        if gate == "mlp":
-            return ops.route_topk_mlp(x, hidden_weight, hidden_bias, weight, k)
-        return ops.route_topk_linear(x, weight, k)
-
-    def plain_route() -> Routing:
-        logits = mlp_logits(x, hidden_weight, hidden_bias, weight) if gate == "mlp" else F.linear(x, weight)
-        return route(logits, k)
-
-    def forward_ours() -> Outputs:
-        with torch.no_grad():
-            routing = our_route()
-            return _outputs(routing, ops.expert_layout(routing.expert_ids, experts).counts)
-
-    def forward_plain() -> Outputs:
-        with torch.no_grad():
-            routing = plain_route()
-            return _outputs(routing, sorted_layout(routing.expert_ids, experts).counts)
-
-    def clear() -> None:
-        for leaf in leaves.values():
-            leaf.grad = None
-
-    def gradients() -> Outputs:
-        return {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-
-    def train_ours(d_gates: Tensor) -> Outputs:
-        routing = our_route()
-        layout = ops.expert_layout(routing.expert_ids, experts)
-        loss = ops.losses.mutual_information_loss(routing)
-        torch.autograd.backward([routing.gates, loss], [d_gates, torch.ones_like(loss)])
-        return {**_outputs(routing, layout.counts), **gradients()}
-
-    def train_plain(d_gates: Tensor) -> Outputs:
-        routing = plain_route()
-        layout = sorted_layout(routing.expert_ids, experts)
-        loss = mutual_information_loss(routing, tokens)
-        torch.autograd.backward([routing.gates, loss], [d_gates, torch.ones_like(loss)])
-        return {**_outputs(routing, layout.counts), **gradients()}
-
-    if backward:
-        # In bf16 some tokens tie and their gates' gradients go to other experts: there, check the loss's gradient only.
-        checked = d_gates if dtype == torch.float32 else torch.zeros_like(d_gates)
-        contestants = [
-            Contestant(name, partial(train, d_gates), clear, check=partial(train, checked))
-            for name, train in ((OURS, train_ours), (REFERENCE, train_plain))
-        ]
+    if gate == "mlp gate":
+        weights = {
+            "hidden_weight": normal(shape.gating_size, shape.d, dtype=kind, std=shape.d**-0.5, seed=2),
+            "hidden_bias": normal(shape.gating_size, dtype=kind, std=0.1, seed=3),
+            "weight": normal(experts, shape.gating_size, dtype=kind, std=3 * shape.gating_size**-0.5, seed=1),
+        }
+        our_route, plain_logits = ops.route_topk_mlp, mlp_logits
     else:
-        contestants = [Contestant(OURS, forward_ours), Contestant(REFERENCE, forward_plain)]
-        if gate == "linear" and jetmoe.AVAILABLE:
-            jetmoe_gate = jetmoe.gate(weight, k)
+        weights = {"weight": normal(experts, shape.d, dtype=kind, std=3 * shape.d**-0.5, seed=1)}
+        our_route, plain_logits = ops.route_topk_linear, F.linear
+    inputs = x, *weights.values()
 
-            def forward_jetmoe() -> Outputs:
-                with torch.no_grad():
-                    return {"gates": jetmoe_gate(x)[2]}
+    def ours() -> tuple[Any, Any, Callable[[], Tensor]]:
+        routing = our_route(*inputs, k)
+        layout = ops.expert_layout(routing.expert_ids, experts)
+        return routing, layout, lambda: ops.losses.mutual_information_loss(routing)
 
-            contestants.append(Contestant(JETMOE, forward_jetmoe, comparable=False))
-    matrices = [weight] if gate == "linear" else [hidden_weight, weight]
+    def plain() -> tuple[Any, Any, Callable[[], Tensor]]:
+        routing = route(plain_logits(*inputs), k)
+        layout = sorted_layout(routing.expert_ids, experts)
+        return routing, layout, lambda: mutual_information_loss(routing, tokens)
+
+    train = Backward({"x": x, **weights}, d_gates) if backward else None
+
+    def outputs(way: Callable[[], tuple[Any, Any, Callable[[], Tensor]]], d_gates: Tensor) -> Outputs:
+        with torch.set_grad_enabled(backward):
+            routing, layout, loss = way()
+            found = {"gates": routing.gates, "prob_sum": routing.prob_sum, "counts": layout.counts.float()}
+            if train is None:
+                return found
+            value = loss()
+            torch.autograd.backward([routing.gates, value], [d_gates, torch.ones_like(value)])
+            return {**found, **train.gradients()}
+
+    # In bf16 some tokens tie and their gates' gradients go to other experts: there, check the loss's gradient only.
+    checked = d_gates if dtype == "fp32" else torch.zeros_like(d_gates)
+    contestants = [
+        Contestant(
+            name,
+            partial(outputs, way, d_gates),
+            prepare=train.prepare if train else None,
+            check=partial(outputs, way, checked) if train else None,
+        )
+        for name, way in ((OURS, ours), (REFERENCE, plain))
+    ]
+    if gate == "linear gate" and not backward and jetmoe.AVAILABLE:
+        jetmoe_gate = jetmoe.gate(weights["weight"], k)
+        contestants.append(contestant("JetMoE (no losses)", lambda: jetmoe_gate(x)[2], comparable=False))
+
+    matrices = [weight for weight in weights.values() if weight.dim() == 2]
     flops = sum(2 * tokens * matrix.numel() for matrix in matrices) * (3 if backward else 1)
-    read = x.nbytes + sum(matrix.nbytes for matrix in matrices)
-    return Race(tuple(contestants), Work(dtype, flops, read))
-
-
-def cells(quick: bool = False) -> Iterator[Cell]:
-    lengths = (32,) if quick else (512, 2048, 4096)
-    for threads in (2, 1):
-        for tokens in lengths if threads == 2 else lengths[1:2]:
-            for gate in ("mlp", "linear"):
-                for dtype in (torch.float32, torch.bfloat16):
-                    for backward in (False, True):
-                        direction = "forward+backward" if backward else "forward"
-                        title = f"{gate} gate, {dtype_name(dtype)} {direction}, T {tokens}"
-                        build = partial(race, tokens, dtype, quick=quick, gate=gate, backward=backward)
-                        tags = {"dtype": dtype_name(dtype), "tokens": tokens, "direction": direction, "kind": gate}
-                        goals: tuple[Goal, ...] = (NOT_SLOWER, Goal("memory", 1.0, REFERENCE))
-                        if not backward and gate == "mlp" and dtype == torch.float32:
-                            goals = (Goal("roofline", 1.25), *goals)
-                        elif not backward:
-                            goals = (Goal("speedup", 2.0, REFERENCE), *goals)
-                        yield Cell(SECTION, title, threads, build, TOLERANCES[dtype], goals, tags)
-
-
-@pytest.mark.parametrize("cell", list(cells()), ids=lambda cell: cell.key)
-def test_route_topk(cell: Cell, benchmark: object) -> None:
-    run_cell(cell, benchmark)
+    goals = {MEMORY + REFERENCE: 1.0} if threads else {}
+    if threads and not backward:
+        goals |= {LIMIT: 1.25} if (gate, dtype) == ("mlp gate", "fp32") else {REFERENCE: 2.0}
+    work = Work(kind, flops, x.nbytes + sum(matrix.nbytes for matrix in matrices))
+    run(Race(contestants, TOLERANCES[dtype], work, goals))

@@ -2,62 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 
 from moduleformer_ext import ops, reference
 
-from ..cells import NOT_SLOWER, OURS, REFERENCE, Cell, Goal, Race, Tolerance, Work, dtype_name, forward_only
-from ..inputs import layer_shape, normal
-from ..live_tiles import live_keys
-from ..pytest_cells import run_cell
+from ..inputs import ONE_HEAD, TWO_QUERIES, LayerShape, live_keys, normal
+from ..machine import DTYPES, Work
+from ..peers.attention import SDPA
+from ..race import OURS, REFERENCE, Race, Run, Tolerance, contestant
 
-SECTION = "attention-decode"
-SDPA = "SDPA (softmax)"
-TOLERANCES = {torch.float32: Tolerance(1e-3), torch.bfloat16: Tolerance(2e-2)}
+pytestmark = pytest.mark.benchmark(group="One query against a cache")
+TOLERANCES = {"fp32": Tolerance(1e-3), "bf16": Tolerance(2e-2)}
+CASES = (DTYPES, [512, 8192], [ONE_HEAD, TWO_QUERIES], ["exact", "early exit"])
 
 
-def race(cached: int, dtype: torch.dtype, *, k: int, heads: int, head_dim: int, epsilon: float | None) -> Race:
-    """K queries per key head. One head: the keys are the values, as in the published models."""
-    q = normal(1, 1, heads, k, head_dim, dtype=dtype)
-    keys = normal(1, cached, heads, head_dim, dtype=dtype, seed=2)
-    values = None if heads == 1 else normal(1, cached, heads, head_dim, dtype=dtype, seed=3)
-    lengths = torch.tensor([cached], dtype=torch.int32)
+@pytest.mark.cases("threads dtype tokens heads sticks", cpu=[*product([1, 2], *CASES)], cuda=[*product([0], *CASES)])
+def test_stick_attention_decode(
+    run: Run, shape: LayerShape, threads: int, dtype: str, tokens: int, heads: str, sticks: str
+) -> None:
+    """`tokens` are those in the cache."""
+    sizes, kind = shape.attention(heads), DTYPES[dtype]
+    q = normal(1, 1, sizes["heads"], sizes["k"], sizes["head_dim"], dtype=kind)
+    keys, values = (normal(1, tokens, sizes["heads"], sizes["head_dim"], dtype=kind, seed=seed) for seed in (2, 3))
+    cache = (keys, None if heads == ONE_HEAD else values, torch.tensor([tokens], dtype=torch.int32))
     softmax_k = keys.transpose(1, 2)
-    softmax_v = softmax_k if values is None else values.transpose(1, 2)
+    softmax_v = softmax_k if heads == ONE_HEAD else values.transpose(1, 2)
     softmax = partial(torch.nn.functional.scaled_dot_product_attention, q[0], softmax_k, softmax_v)
-
-    contestants = (
-        forward_only(OURS, partial(ops.stick_attention_decode, q, keys, values, lengths, stick_epsilon=epsilon)),
-        forward_only(REFERENCE, partial(reference.stick_attention_decode, q, keys, values, lengths)),
-        forward_only(SDPA, softmax, comparable=False),
-    )
+    epsilon = 0.0 if sticks == "exact" else None
+    contestants = [
+        contestant(OURS, partial(ops.stick_attention_decode, q, *cache, stick_epsilon=epsilon)),
+        contestant(REFERENCE, partial(reference.stick_attention_decode, q, *cache)),
+        contestant(SDPA, softmax, comparable=False),
+    ]
     live = live_keys(q[0, 0].transpose(0, 1), keys[0], 2.0**-24 if epsilon is None else epsilon)
-    read = live * heads * head_dim * dtype.itemsize * (1 if values is None else 2)
-    return Race(contestants, Work(dtype, bytes_read=read), {"live keys": live})
-
-
-def cells(quick: bool = False) -> Iterator[Cell]:
-    shape = layer_shape(quick)
-    heads = {
-        f"one head of {shape.att_hidden}, V is K": {"heads": 1, "head_dim": shape.att_hidden},
-        f"{shape.heads} heads of {shape.head_dim}": {"heads": shape.heads, "head_dim": shape.head_dim},
-    }
-    for threads in (1, 2):
-        for cached in (64,) if quick else (512, 8192):
-            for dtype in (torch.float32, torch.bfloat16):
-                for name, sizes in heads.items():
-                    for case, epsilon in (("ε = 0", 0.0), ("early exit", None)):
-                        title = f"{dtype_name(dtype)}, cache {cached}, {name}, {case}"
-                        build = partial(race, cached, dtype, k=shape.k, epsilon=epsilon, **sizes)
-                        tags = {"dtype": dtype_name(dtype), "tokens": cached, "direction": "decode", "kind": case}
-                        goals = (NOT_SLOWER, Goal("speedup", 1.0, SDPA))
-                        yield Cell(SECTION, title, threads, build, TOLERANCES[dtype], goals, tags)
-
-
-@pytest.mark.parametrize("cell", list(cells()), ids=lambda cell: cell.key)
-def test_stick_attention_decode(cell: Cell, benchmark: object) -> None:
-    run_cell(cell, benchmark)
+    read = live * keys[0, 0].nbytes * (1 if heads == ONE_HEAD else 2)
+    work = Work(kind, bytes_read=read)
+    run(Race(contestants, TOLERANCES[dtype], work, {SDPA: 1.0} if threads else {}, {"live keys": live}))

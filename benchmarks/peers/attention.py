@@ -6,9 +6,15 @@ S - T + i. Results are [B, T, K, H, D].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..race import Peer
+
+SDPA = "SDPA (softmax)"
 
 
 class DenseStickAttention:
@@ -58,3 +64,36 @@ def softmax_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's fused softmax attention on :func:`softmax_inputs`: a yardstick, not the same function."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def attention_peers(k: int) -> dict[str, Peer]:
+    """Other libraries' kernels, where they are installed; they have one query per key (K = 1)."""
+    peers: dict[str, Peer] = {}
+    if k != 1:
+        return peers
+    try:
+        from stickbreaking_attention.sb_attn import sb_attn
+    except ImportError:
+        pass
+    else:
+
+        def triton(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+            def call() -> Tensor:
+                heads_first = (t.transpose(1, 2) for t in (q.squeeze(2), k, v))
+                output, _ = sb_attn(*heads_first, attend_current=True)
+                return output.transpose(1, 2).unsqueeze(2)
+
+            return call
+
+        peers["stickbreaking-attention (Triton)"] = Peer(triton)
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        pass
+    else:
+
+        def flash(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+            return lambda: flash_attn_func(q.squeeze(2), k, v, causal=True).unsqueeze(2)
+
+        peers["flash-attn (softmax)"] = Peer(flash, comparable=False)
+    return peers

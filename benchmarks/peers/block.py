@@ -13,8 +13,16 @@ from moduleformer_ext.types import ExpertLayout
 
 from ..inputs import LayerShape
 from .attention import DenseStickAttention
-from .experts import ffn, loop_product, moa_map, moa_reduce
-from .routers import mlp_logits, mutual_information_loss, route, sorted_layout
+from .experts import (
+    ffn,
+    loop_product,
+    mlp_logits,
+    moa_map,
+    moa_reduce,
+    mutual_information_loss,
+    route,
+    sorted_layout,
+)
 
 Past = tuple[Tensor, Tensor]
 """Keys and values of earlier tokens, [B, S, H, D] each."""

@@ -1,4 +1,4 @@
-"""Expert products without a kernel for them.
+"""Routing as a sequence of PyTorch calls, each one a pass over memory, and expert products without a kernel for them.
 
 Every way of multiplying is a function ``(rows [S, in], weight [E, in, out], layout) -> [S, out]`` on rows that are
 already sorted by expert; the layers around them (:func:`ffn`, :func:`moa_map`, :func:`moa_reduce`) gather, gate and
@@ -8,7 +8,8 @@ sum alike.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,58 @@ from torch import Tensor
 
 from moduleformer_ext.types import ExpertLayout
 
-from ..cells import REFERENCE
+from ..race import REFERENCE, Peer
+from . import jetmoe
 
 ExpertProduct = Callable[[Tensor, Tensor, ExpertLayout], Tensor]
+
+
+class Routing(NamedTuple):
+    """What the layers and the losses need."""
+
+    gates: Tensor
+    expert_ids: Tensor
+    prob_sum: Tensor
+    plogp_sum: Tensor
+    logsumexp_sq_sum: Tensor
+
+
+def mlp_logits(x: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor) -> Tensor:
+    """x [T, D] -> logits [T, E] in x's type."""
+    return F.linear(F.gelu(F.linear(x, hidden_weight, hidden_bias)), weight)
+
+
+def route(logits: Tensor, k: int) -> Routing:
+    """Softmax over all experts, top-k without renormalisation, and the sums of the losses."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_probs = logits.log_softmax(-1)
+    probs = log_probs.exp()
+    gates, expert_ids = probs.topk(k, dim=-1)
+    return Routing(
+        gates,
+        expert_ids,
+        probs.sum(0),
+        (probs * log_probs).sum(),
+        logits.logsumexp(-1).square().sum(),
+    )
+
+
+def sorted_layout(expert_ids: Tensor, num_experts: int) -> ExpertLayout:
+    """Slots by expert, through a stable comparison sort."""
+    slots = expert_ids.flatten()
+    slot_order = slots.argsort(stable=True)
+    position = torch.empty_like(slot_order)
+    position[slot_order] = torch.arange(len(slots), device=slots.device)
+    counts = slots.bincount(minlength=num_experts).int()
+    offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    return ExpertLayout(counts, offsets, slot_order.int(), position.int(), expert_ids.shape[1])
+
+
+def mutual_information_loss(routing: Routing, tokens: int) -> Tensor:
+    """H(e | x) - H(e)."""
+    marginal = routing.prob_sum / tokens
+    entropy = -(marginal * (marginal + 1e-8).log()).sum()
+    return -routing.plogp_sum / tokens - entropy
 
 
 class _LoopProduct(torch.autograd.Function):
@@ -71,6 +121,30 @@ PRODUCTS: dict[str, ExpertProduct] = {
     "padded bmm": padded_bmm_product,
 }
 """The peers of every expert benchmark, by the names they are reported under."""
+
+
+def ffn_peers(*, jetmoe_experts: bool = True) -> dict[str, Peer]:
+    """Of x [T, D], up [E, D, F], down [E, F, D], a layout and gates [T, K]; results are x's shape."""
+    products = {**PRODUCTS, "JetMoE": jetmoe.expert_product} if jetmoe_experts and jetmoe.AVAILABLE else PRODUCTS
+    peers = {name: Peer(partial(partial, ffn, product)) for name, product in products.items()}
+    try:
+        from scattermoe.parallel_experts import parallel_linear
+    except ImportError:
+        return peers
+
+    def scattermoe(x: Tensor, up: Tensor, down: Tensor, layout: ExpertLayout, gates: Tensor) -> Callable[[], Tensor]:
+        experts = torch.arange(layout.num_experts, device=x.device)
+        expert_of_place = experts.repeat_interleave(layout.counts, output_size=layout.num_slots)
+        routing = expert_of_place, layout.slot_order.long(), layout.offsets[1:].long()
+
+        def call() -> Tensor:
+            hidden = parallel_linear(x, up, layout.num_choices, *routing, grouped_out=True)
+            hidden = F.gelu(hidden, approximate="tanh")
+            return parallel_linear(hidden, down, 1, *routing, gates=gates.to(x.dtype), grouped_in=True)
+
+        return call
+
+    return {**peers, "scattermoe (Triton)": Peer(scattermoe)}
 
 
 def _gated_sum(y: Tensor, gates: Tensor, layout: ExpertLayout) -> Tensor:

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks.inputs import TINY, attention_inputs, expert_weights, normal, random_gates, randomize
-from benchmarks.live_tiles import live_keys, live_tile_fraction
+from benchmarks.inputs import (
+    TINY,
+    attention_inputs,
+    expert_weights,
+    live_keys,
+    live_tile_fraction,
+    normal,
+    random_gates,
+    randomize,
+)
 from benchmarks.peers import jetmoe
-from benchmarks.peers.attention import DenseStickAttention, cumsum_stick_attention, softmax_attention, softmax_inputs
+from benchmarks.peers.attention import (
+    DenseStickAttention,
+    attention_peers,
+    cumsum_stick_attention,
+    softmax_attention,
+    softmax_inputs,
+)
 from benchmarks.peers.block import ReferenceBlock, ReferenceModel
-from benchmarks.peers.experts import ffn, grouped_mm_product, loop_product, moa_map, moa_reduce, padded_bmm_product
-from benchmarks.peers.routers import mlp_logits, mutual_information_loss, route, sorted_layout
+from benchmarks.peers.experts import (
+    ffn,
+    ffn_peers,
+    grouped_mm_product,
+    loop_product,
+    mlp_logits,
+    moa_map,
+    moa_reduce,
+    mutual_information_loss,
+    padded_bmm_product,
+    route,
+    sorted_layout,
+)
+from benchmarks.race import REFERENCE
+from moduleformer_ext import ops
 from moduleformer_ext import reference as ref
 
 DTYPE = torch.float64
@@ -153,3 +183,58 @@ def test_live_tiles() -> None:
     # every key takes half of what is left: 2**-n after n keys
     zero = torch.zeros(40, 1, 8)
     assert live_keys(zero[:1], zero, 2.0**-10) == 10
+
+
+def install(monkeypatch, name: str, **functions: object) -> None:
+    """A package that has these functions."""
+    for parent in [name.rsplit(".", depth)[0] for depth in range(name.count("."), 0, -1)]:
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    module = ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_attention_peers_get_their_layouts(monkeypatch) -> None:
+    def sb_attn(q, k, v, *, attend_current):  # [B, H, T, D]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        output, remainder = ops.stick_attention(q, k, v, attend_current=attend_current, return_remainder=True)
+        return output.transpose(1, 2), remainder.transpose(1, 2)
+
+    def flash_attn_func(q, k, v, *, causal):  # [B, T, H, D]
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
+
+    install(monkeypatch, "stickbreaking_attention.sb_attn", sb_attn=sb_attn)
+    install(monkeypatch, "flash_attn", flash_attn_func=flash_attn_func)
+    found = attention_peers(1)
+    q, k, v = attention_inputs(20, 1, 3, 8, torch.float32)
+    expected = ops.stick_attention(q.transpose(2, 3), k, v).transpose(2, 3)
+    torch.testing.assert_close(found["stickbreaking-attention (Triton)"].bind(q, k, v)(), expected)
+    softmax = found["flash-attn (softmax)"]
+    assert softmax.bind(q, k, v)().shape == q.shape and not softmax.comparable
+
+
+def test_scattermoe_gets_its_routing(monkeypatch) -> None:
+    def parallel_linear(x, weight, k, experts, slots, ends, *, gates=None, grouped_in=False, grouped_out=False):
+        assert torch.equal(ends, experts.bincount(minlength=len(weight)).cumsum(0))
+        rows = x if grouped_in else x[slots // k]
+        y = torch.stack([row @ weight[expert] for row, expert in zip(rows, experts, strict=True)])
+        if grouped_out:
+            return y
+        by_slot = torch.empty_like(y)
+        by_slot[slots] = y
+        return (gates[..., None] * by_slot.unflatten(0, gates.shape)).sum(1)
+
+    install(monkeypatch, "scattermoe.parallel_experts", parallel_linear=parallel_linear)
+    peer = ffn_peers()["scattermoe (Triton)"]
+    x, up, down = normal(9, 8), expert_weights(4, 8, 6, torch.float32, 1), expert_weights(4, 6, 8, torch.float32, 2)
+    gates, expert_ids = random_gates(9, 4, 2)
+    layout = ops.expert_layout(expert_ids, 4)
+    torch.testing.assert_close(peer.bind(x, up, down, layout, gates)(), ops.expert_ffn(x, up, down, layout, gates))
+
+
+def test_absent_packages_are_no_peers(monkeypatch) -> None:
+    for name in ("stickbreaking_attention", "flash_attn", "scattermoe"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert attention_peers(1) == {}
+    assert set(ffn_peers(jetmoe_experts=False)) == {REFERENCE, "grouped_mm", "padded bmm"}

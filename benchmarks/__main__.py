@@ -1,0 +1,91 @@
+"""Measure everything and report: `python -m benchmarks [--quick] [--missing] [--budget SECONDS] [pytest's options]`.
+
+Each `bench_*.py` runs in a process of its own: neither memory nor a crash reaches the next one. Files and `-k` select,
+as in pytest; `pytest -c benchmarks/pytest.ini benchmarks --collect-only -q` lists the cells. Results go to
+`benchmarks/results/<date>-<machine>/`: a file of pytest-benchmark for each, rewritten after every cell, `table.md` and
+pictures. A run into a folder that has results replaces only the cells that it measures; `--missing` measures only those
+not there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from cyclopts import App, Parameter
+
+from .machine import slug
+from .report import write_index, write_report
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+_USAGE, _NOTHING_SELECTED = 4, 5
+"""Exit statuses of pytest."""
+
+app = App(name="python -m benchmarks", help=(__doc__ or "").split("\n\n")[0], version_flags=[])
+
+
+@app.default
+def main(
+    *pytest: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    device: Literal["cpu", "cuda"] = "cpu",
+    quick: Annotated[bool, Parameter(negative=())] = False,
+    missing: Annotated[bool, Parameter(negative=())] = False,
+    budget: float = math.inf,
+    out: Path | None = None,
+) -> int:
+    """Measure and report.
+
+    Args:
+        pytest: files, and what else pytest understands.
+        device: what to measure.
+        quick: tiny shapes: does everything run?
+        missing: only cells without results in the folder.
+        budget: seconds; no cell begins later, and a run with `--missing` goes on from there.
+        out: the folder of results.
+
+    Returns:
+        0 if everything ran and every check was passed.
+    """
+    if out is None and device == "cuda" and not torch.cuda.is_available():
+        print("python -m benchmarks: this torch sees no GPU", file=sys.stderr)
+        return _USAGE
+    deadline = time.monotonic() + budget
+    folder = out or RESULTS / f"{datetime.date.today().isoformat()}-{slug(device)}{'-quick' * quick}"
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [word for word in pytest if word.endswith(".py")]
+    options = [word for word in pytest if not word.endswith(".py")]
+    seconds, rounds = (0.02, 2) if quick else (1, 3) if device == "cpu" else (0.5, 10)  # per contestant
+    options += ["--benchmark-quiet", f"--benchmark-max-time={seconds}", f"--benchmark-min-rounds={rounds}"]
+    options += [f"--device={device}", *["--quick"] * quick, *["--missing"] * missing]
+    broken: dict[str, str] = {}
+    for file in files or sorted(HERE.rglob("bench_*.py"), key=lambda path: (path.parent == HERE, path.name)):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        name = Path(file).stem.removeprefix("bench_")
+        command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), str(file), *options]
+        command += [f"--budget={left}", f"--benchmark-json={folder / name}.json"]
+        code = subprocess.run(command).returncode
+        if code == _USAGE:
+            return code
+        if code not in (0, _NOTHING_SELECTED):
+            broken[name] = "a test failed" if code == 1 else f"ended with status {code}"
+        if any(folder.glob("*.json")):
+            write_report(folder, broken)
+    if (folder / "table.md").exists():
+        if out is None and not quick and device == "cpu":
+            write_index(RESULTS, folder)
+        print(f"\n{folder / 'table.md'}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(app(result_action="return_value"))
