@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 from moduleformer_ext.heap import keep_freed_memory
 
@@ -47,6 +48,7 @@ class Session:
         self.failures: dict[str, str] = {}
         self.limits: dict[int, Limits] = {}
         self.machine = describe(self.device)
+        self.commit = get_commit_info()
         self.before = clocks() if self.device == "cuda" else {}
 
     def meter(self, threads: int) -> Meter:
@@ -131,6 +133,10 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, o
     if not session.before:
         return session.machine
     return {**session.machine, "before": session.before, "after": clocks()}
+
+
+def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, object]:
+    return config.stash[_SESSION].commit  # asked for after every cell
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.report import write_report
+
 ROOT = Path(__file__).parent.parent.parent
+PYTEST = [sys.executable, "-m", "pytest", "-c", "benchmarks/pytest.ini"]
 FILES = {path.stem.removeprefix("bench_"): path for path in sorted((ROOT / "benchmarks").rglob("bench_*.py"))}
 
 
@@ -40,26 +43,35 @@ def rows(folder: Path, name: str) -> dict[str, dict[str, dict]]:
     return cells
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_contestants_agree(name: str, tmp_path: Path) -> None:
-    result = bench("--quick", "--out", tmp_path, FILES[name])
+def quick_pytest(file: Path, *arguments: object, plugins: str = "") -> subprocess.CompletedProcess[str]:
+    """One process for all, and no report."""
+    options = ["--quick", "--benchmark-max-time=0.01", "--benchmark-min-rounds=2", f"--benchmark-json={file}"]
+    return run([*PYTEST, *map(str, arguments), *options, "--benchmark-quiet"], plugins)
+
+
+def test_contestants_agree(tmp_path: Path) -> None:
+    result = quick_pytest(tmp_path / "all.json", "benchmarks")
     assert result.returncode == 0, result.stdout + result.stderr
+    write_report(tmp_path, {})
+    cells = rows(tmp_path, "all")
     table = (tmp_path / "table.md").read_text()
-    for contestants in rows(tmp_path, name).values():
+    assert {cell.partition("::")[0].rpartition("bench_")[2].removesuffix(".py") for cell in cells} == set(FILES)
+    for contestants in cells.values():
         assert len(contestants) > 1
         ours = contestants["ours"]
         assert ours["left_out"] == {}
         assert list(ours["seconds"]) == ["cpu", "wall"]
         assert 0 < ours["of_limit"] < 1.5
         assert ours["case"] in table
-        assert f"::test_{name}" in ours["cell"] or name == "layer"
 
 
-@pytest.mark.parametrize("name", ["stick_attention", "stick_attention_decode", "expert_ffn", "route_topk"])
-def test_the_cells_of_a_gpu_on_a_stand_in(name: str, tmp_path: Path) -> None:
-    result = bench("--quick", "--device", "cuda", "--out", tmp_path, FILES[name], plugins="-p stand_in_gpu")
+def test_the_cells_of_a_gpu_on_a_stand_in(tmp_path: Path) -> None:
+    result = quick_pytest(tmp_path / "all.json", "benchmarks/ops", "--device=cuda", plugins="-p stand_in_gpu")
     assert result.returncode == 0, result.stdout + result.stderr
-    for contestants in rows(tmp_path, name).values():
+    write_report(tmp_path, {})
+    cells = rows(tmp_path, "all")
+    assert len({contestants["ours"]["section"] for contestants in cells.values()}) == 4
+    for contestants in cells.values():
         assert len(contestants) > 1
         assert contestants["ours"]["threads"] == 0 and contestants["ours"]["left_out"] == {}
     table = (tmp_path / "table.md").read_text()
@@ -72,14 +84,15 @@ def test_selection_budget_and_going_on(tmp_path: Path) -> None:
     def measured() -> set[str]:
         return {info["case"] for cell in rows(tmp_path, "route_topk").values() for info in cell.values()}
 
-    quick = ("--quick", "--out", tmp_path, FILES["route_topk"])
-    assert bench(*quick, "--budget", 0.001).returncode == 0
+    file, options = FILES["route_topk"], ("-k", "linear and fp32 and not backward")
+    late = quick_pytest(tmp_path / "route_topk.json", file, *options, "--budget=-1")
+    assert late.returncode == 0 and "1 skipped" in late.stdout
     assert not (tmp_path / "route_topk.json").exists()
-    assert bench(*quick, "-k", "linear and fp32 and not backward").returncode == 0
+    assert quick_pytest(tmp_path / "route_topk.json", file, *options).returncode == 0
     assert measured() == {"linear gate, fp32, forward, T32"}
     before = (tmp_path / "route_topk.json").read_text()
-    result = bench(*quick, "-k", "linear and fp32", "--missing")
-    assert "1 passed" in result.stdout
+    result = bench("--quick", "--out", tmp_path, file, "-k", "linear and fp32", "--missing")
+    assert result.returncode == 0 and "1 passed" in result.stdout
     assert measured() == {"linear gate, fp32, forward, T32", "linear gate, fp32, forward+backward, T32"}
     kept = json.loads(before)["benchmarks"]
     assert json.loads((tmp_path / "route_topk.json").read_text())["benchmarks"][: len(kept)] == kept
@@ -88,6 +101,8 @@ def test_selection_budget_and_going_on(tmp_path: Path) -> None:
 WRONG = """
 import pytest
 import torch
+
+from benchmarks.report import write_report
 from benchmarks.race import Contestant, Race, Tolerance
 
 
@@ -100,17 +115,18 @@ def test_wrong(run, value):
 """
 
 
-@pytest.mark.parametrize("selected", ["2.0", "test_wrong"])
-def test_a_wrong_result_is_reported_in_place_of_times(selected: str, tmp_path: Path) -> None:
+def test_a_wrong_result_is_reported_in_place_of_times(tmp_path: Path) -> None:
     file = tmp_path / "bench_wrong.py"
     file.write_text(WRONG)
-    result = bench("--quick", "--out", tmp_path, file, "-k", selected, plugins="-p benchmarks.conftest")
-    assert result.returncode == 1, result.stdout + result.stderr
-    data = json.loads((tmp_path / "wrong.json").read_text())
-    (why,) = data["failures"].values()
-    assert why.endswith("CheckFailed: reference: y deviates by 1, allowed 0.001")
-    assert len(data["benchmarks"]) == (0 if selected == "2.0" else 2)
-    table = (tmp_path / "table.md").read_text()
+    alone = quick_pytest(tmp_path / "alone.json", file, "-k", "2.0", plugins="-p benchmarks.conftest")
+    both = bench("--quick", "--out", tmp_path / "both", file, plugins="-p benchmarks.conftest")
+    for result, saved, count in (alone, "alone.json", 0), (both, "both/wrong.json", 2):
+        assert result.returncode == 1, result.stdout + result.stderr
+        data = json.loads((tmp_path / saved).read_text())
+        (why,) = data["failures"].values()
+        assert why.endswith("CheckFailed: reference: y deviates by 1, allowed 0.001")
+        assert len(data["benchmarks"]) == count
+    table = (tmp_path / "both" / "table.md").read_text()
     assert "reference: y deviates by 1" in table and "- wrong: a test failed" in table
 
 
@@ -118,17 +134,7 @@ def test_a_wrong_result_is_reported_in_place_of_times(selected: str, tmp_path: P
 def test_full_cells(device: str, cells: int) -> None:
     """Nothing is there twice (conftest.py refuses it), and a run ends in reasonable time."""
     plugins = "-p stand_in_gpu" if device == "cuda" else ""
-    collect = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        "benchmarks/pytest.ini",
-        "benchmarks",
-        "--collect-only",
-        "-qq",
-    ]  # quiet, but for names
-    result = run([*collect, f"--device={device}"], plugins)
+    result = run([*PYTEST, "benchmarks", "--collect-only", "-qq", f"--device={device}"], plugins)
     assert result.returncode == 0, result.stdout + result.stderr
     assert cells - 20 < sum("::" in line for line in result.stdout.splitlines()) <= cells
 
@@ -136,6 +142,5 @@ def test_full_cells(device: str, cells: int) -> None:
 def test_mistakes_in_the_command_are_named(tmp_path: Path) -> None:
     assert "--devise" in (result := bench("--devise", "cpu", "--out", tmp_path)).stderr and result.returncode != 0
     if not torch.cuda.is_available():
-        for where in ((), ("--out", tmp_path)):
-            result = bench("--device", "cuda", *where)
-            assert result.returncode != 0 and "sees no GPU" in result.stderr
+        result = bench("--device", "cuda")
+        assert result.returncode != 0 and "sees no GPU" in result.stderr
