@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -24,6 +29,12 @@ from moduleformer_ext.hf import requirements
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 
 TEXT = "the cat sat on the mat and the dog sat on the cat "
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a program beside this one."""
+    package = str(Path(moduleformer_ext.__file__).parents[1])
+    return os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "PYTHONPATH": package}
 
 
 @pytest.fixture
@@ -47,6 +58,8 @@ def test_model_and_tokenizer(source: Path, tmp_path: Path, capsys: pytest.Captur
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == tokenizer.bos_token_id == end
     assert model.config.eos_token_id == model.generation_config.eos_token_id == end
     assert model.generation_config.pad_token_id == end
+    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "the cat\nsat\n"
     batch = tokenizer([TEXT, "the cat"], return_tensors="pt", padding=True)
     assert tokenizer.decode(batch["input_ids"][0]) == TEXT
     assert torch.equal(model(batch["input_ids"]).logits, native(batch["input_ids"]).uncast_logits)
@@ -70,10 +83,8 @@ assert AutoConfig.from_pretrained({str(target)!r}, **options).n_mlp_experts == [
 model = AutoModelForCausalLM.from_pretrained({str(target)!r}, **options)
 print(model(torch.arange(9)[None]).logits.sum().item())
 """
-    package = str(Path(moduleformer_ext.__file__).parents[1])
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": package}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment(tmp_path)
     )
     assert done.returncode == 0, done.stderr
     expected = MoLMForCausalLM.from_pretrained(source)(torch.arange(9)[None]).uncast_logits.sum().item()
@@ -110,3 +121,58 @@ def test_without_transformers_the_command_says_what_to_install(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "needs transformers >= 5.17, found 4.57.1; install it with: pip install" in error
     assert not (tmp_path / "target").exists()
+
+
+def test_the_server(source: Path, tmp_path: Path) -> None:
+    """`python -m moduleformer_ext.hf serve DIRECTORY` answers completions and chats."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    target = tmp_path / "target"
+    assert main(["convert", str(source), str(target), "--to", "hf"]) == 0
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "moduleformer_ext.hf",
+        "serve",
+        str(target),
+        "--device",
+        "cpu",
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(tmp_path))
+    try:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
+        for path, body, prompt in (
+            ("completions", {"prompt": "the cat"}, "the cat"),
+            ("chat/completions", {"messages": [{"role": "user", "content": "the cat"}]}, "the cat\n"),
+        ):
+            body |= {"model": str(target), "max_tokens": 6, "temperature": 0, "stream": False}
+            answer = ask(f"http://localhost:{port}/v1/{path}", body)["choices"][0]
+            ids = tokenizer(prompt, return_tensors="pt")
+            written = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+            found = answer["text"] if "text" in answer else answer["message"]["content"]
+            assert found == tokenizer.decode(written, skip_special_tokens=True)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def ask(url: str, body: dict[str, Any], patience: float = 60.0) -> Any:
+    """The answer, as soon as the server listens."""
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with urlopen(request, timeout=patience) as answer:
+                return json.load(answer)
+        except ConnectionError:
+            pass
+        except URLError as error:
+            if not isinstance(error.reason, ConnectionError):
+                raise
+        assert time.monotonic() < deadline, "the server does not listen"
+        time.sleep(0.2)

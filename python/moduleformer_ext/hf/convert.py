@@ -22,6 +22,10 @@ _CLASSES = {
     "AutoModelForCausalLM": "ModuleFormerForCausalLM",
     "AutoModelForSequenceClassification": "ModuleFormerForSequenceClassification",
 }
+CHAT_TEMPLATE = (
+    "{{ messages | map(attribute='content') | join('\n') }}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+)
+"""A MoLM was trained on text alone: to it, a chat is its messages, one a line."""
 
 
 def from_native(model: MoLMForCausalLM, **fields: object) -> ModuleFormerForCausalLM:
@@ -63,7 +67,8 @@ def save_directory(model: MoLMForCausalLM, directory: str | Path, tokenizer: str
     is installed, or without ``trust_remote_code`` after ``import moduleformer_ext.hf``.
 
     Args:
-        tokenizer: a ``tokenizer.json``, to become ``AutoTokenizer.from_pretrained(directory)``.
+        tokenizer: a ``tokenizer.json``, to become ``AutoTokenizer.from_pretrained(directory)``, with
+            :data:`CHAT_TEMPLATE`.
 
     Raises:
         ValueError: as :func:`from_native`.
@@ -79,7 +84,7 @@ def save_directory(model: MoLMForCausalLM, directory: str | Path, tokenizer: str
 
 
 def _save_tokenizer(file: Path, directory: Path, model: ModuleFormerForCausalLM) -> None:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), chat_template=CHAT_TEMPLATE)
     if (end := tokenizer.convert_tokens_to_ids(END_OF_TEXT)) is not None:
         tokenizer.eos_token = tokenizer.bos_token = tokenizer.pad_token = END_OF_TEXT
         for fields in (model.config, model.generation_config):
