@@ -16,6 +16,9 @@ SAYS = {
     "extend": "new text: ",
     "compare": "only in the second: 4",
     "merge": "only in the second: 4, 5",
+    "hf_generate": "beam search: ",
+    "hf_train": "new text: ",
+    "hf_lora": "new text: ",
 }
 
 
@@ -34,6 +37,8 @@ def test_every_example_is_known() -> None:
 def test_example_runs(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for package in ("transformers", "peft") if name.startswith("hf_") else ():
+        pytest.importorskip(package)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")

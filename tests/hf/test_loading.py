@@ -217,6 +217,11 @@ class TestBadInput:
         with pytest.raises((OSError, ValueError), match="/model'" if missing == "everything" else missing):
             AutoModelForCausalLM.from_pretrained(folder)
 
+    def test_parallel_plans(self, tmp_path: Path) -> None:
+        write_published(tmp_path, "one safetensors")
+        with pytest.raises(ValueError, match="tp_plan must be None for a MoLM; use fully_shard"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, tp_plan="auto")
+
     def test_an_unknown_model_type(self, tmp_path: Path) -> None:
         write_published(tmp_path, "one safetensors")
         (tmp_path / "config.json").write_text(json.dumps(PUBLISHED | {"model_type": "sparsetron"}))

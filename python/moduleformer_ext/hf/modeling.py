@@ -74,8 +74,12 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
         """As in transformers, except that a checkpoint without some of the weights is an error.
 
         Raises:
-            ValueError: weights are missing; the message lists them.
+            ValueError: weights are missing; the message lists them. Or parallel plans are asked for, which a MoLM has
+                none of.
         """
+        for option in ("tp_plan", "distributed_config"):
+            if options.get(option) is not None:
+                raise ValueError(f"{cls.__name__}.from_pretrained: {option} must be None for a MoLM; use fully_shard")
         model, info = super().from_pretrained(*args, output_loading_info=True, **options)
         if missing := sorted(set(info["missing_keys"]) - set(cls._new_heads)):
             source = args[0] if args else options.get("pretrained_model_name_or_path")
