@@ -76,3 +76,18 @@ def test_counts(device):
     useful = 2 * 2 * 1024 * 2 * (256 * 257 // 2)
     assert launch["mma_flops"] <= 1.25 * useful
     assert launch["shared_excess_wavefronts"] <= 0.02 * launch["shared_wavefronts"]
+
+
+@pytest.mark.skipif(not EMULATED, reason="counts are the emulator's")
+def test_instructions_per_score(device):
+    """Upper bounds, a regression fails. As above, 128 positions."""
+    import cudasim
+
+    q, k, _ = inputs(1, 128, 128, 1, 2, 1024, torch.bfloat16, shared=True)
+    leaves = [q.to(device).requires_grad_(), k.to(device).requires_grad_()]
+    cudasim.reset_stats()
+    stick_attention(*leaves, None, stick_epsilon=0.0).sum().backward()
+    scores = 2 * (128 * 129 // 2)
+    counts = {stats["kernel"].split("_bf16")[0]: stats["thread_instructions"] / scores for stats in cudasim.stats()}
+    for kernel, most in {"stick_fwd": 410, "stick_bwd_query": 700, "stick_bwd_key": 740}.items():
+        assert counts[kernel] <= most, kernel
