@@ -117,6 +117,7 @@ class SpanMask {
         group_(static_cast<int>(p.group)) {
     padding_.load(first_key);
     kept_ = padding_.bits();
+    device::pin_in_register(first_row_);
   }
 
   // Whether one of the warp's rows, from `row` on, is there and sees one of the keys.
@@ -153,7 +154,7 @@ class SpanMask {
   KeyPadding<kSpan> padding_;
   typename KeyPadding<kSpan>::Bits kept_;
   const int first_key_;
-  const int first_row_;  // that sees it
+  std::int32_t first_row_;  // that sees it
   const int group_;
 };
 
