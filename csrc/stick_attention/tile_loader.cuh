@@ -45,7 +45,7 @@ struct TileLoader {
         bytes(column < head_dim ? 16 : 0),
         offset(device::swizzled_offset<kRowBytes>(row, thread % kChunks)),
         key_offset(key_chunk_offset<kRowBytes>(row, thread % kChunks)) {
-    if constexpr (kThreads > 32) {
+    if constexpr (kThreads > 32) {  // that of a warp is made where it is used
       device::pin_in_register(bytes);
       pin_if_16bit<T>(offset, key_offset);
     }

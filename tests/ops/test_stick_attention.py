@@ -52,6 +52,7 @@ def test_long_rows(device, dtype, mean):
     # reach the thousand keys behind the end of the stick.
     # At 6 every gradient has a factor of 1/400, but rounding is relative to the sums it is the difference of.
     if on_cuda(device) and mean == -4.0 and dtype == torch.float32:
+        # What 3xTF32 leaves out of o and of dP, 1.2e-6 of dq each, stays in delta less the sum of newer G.
         pytest.xfail("dq of the CUDA kernels is 4.7e-6 off here, 1.04 times the bound")
     t_q, t_k = (70, 1100) if on_cuda(device) else (96, 1500)
     q, k, v = inputs(1, t_q, t_k, 1, 1, 64, dtype, mean=mean, gain=0.5)
