@@ -9,16 +9,16 @@ not there.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import math
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from cyclopts import App, Parameter
 
 from .machine import slug
 from .report import write_index, write_report
@@ -28,35 +28,34 @@ RESULTS = HERE / "results"
 _USAGE, _NOTHING_SELECTED = 4, 5
 """Exit statuses of pytest."""
 
-app = App(name="python -m benchmarks", help=(__doc__ or "").split("\n\n")[0], version_flags=[])
+
+def options_of(words: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the words that are pytest's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
+    parser.add_argument("--missing", action="store_true", help="only cells without results in the folder")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="no cell begins later, and a run with --missing goes on from there",
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results")
+    return parser.parse_known_args(words)
 
 
-@app.default
-def main(
-    *pytest: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    device: Literal["cpu", "cuda"] = "cpu",
-    quick: Annotated[bool, Parameter(negative=())] = False,
-    missing: Annotated[bool, Parameter(negative=())] = False,
-    budget: float = math.inf,
-    out: Path | None = None,
-) -> int:
-    """Measure and report.
-
-    Args:
-        pytest: files, and what else pytest understands.
-        device: what to measure.
-        quick: tiny shapes: does everything run?
-        missing: only cells without results in the folder.
-        budget: seconds; no cell begins later, and a run with `--missing` goes on from there.
-        out: the folder of results.
-
-    Returns:
-        0 if everything ran and every check was passed.
-    """
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure and report. Returns 0 if everything ran and every check was passed."""
+    chosen, pytest = options_of(words)
+    device, quick, out = chosen.device, chosen.quick, chosen.out
     if out is None and device == "cuda" and not torch.cuda.is_available():
         print("python -m benchmarks: this torch sees no GPU", file=sys.stderr)
         return _USAGE
-    deadline = time.monotonic() + budget
+    deadline = time.monotonic() + chosen.budget
     folder = out or RESULTS / f"{datetime.date.today().isoformat()}-{slug(device)}{'-quick' * quick}"
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +63,7 @@ def main(
     options = [word for word in pytest if not word.endswith(".py")]
     seconds, rounds = (0.02, 2) if quick else (1, 3) if device == "cpu" else (0.5, 10)  # per contestant
     options += ["--benchmark-quiet", f"--benchmark-max-time={seconds}", f"--benchmark-min-rounds={rounds}"]
-    options += [f"--device={device}", *["--quick"] * quick, *["--missing"] * missing]
+    options += [f"--device={device}", *["--quick"] * quick, *["--missing"] * chosen.missing]
     broken: dict[str, str] = {}
     for file in files or sorted(HERE.rglob("bench_*.py"), key=lambda path: (path.parent == HERE, path.name)):
         left = deadline - time.monotonic()
@@ -88,4 +87,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(app(result_action="return_value"))
+    sys.exit(main())

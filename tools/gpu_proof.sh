@@ -16,6 +16,8 @@ out=$(cd "$2" && pwd)
 cd "$(dirname "$0")/.."
 build=$PWD/build/gpu-proof
 PATH="$(dirname "$python"):$PATH"
+BENCHMARKS='benchmarks/ops/bench_stick_attention.py benchmarks/ops/bench_expert_ffn.py benchmarks/ops/bench_route_topk.py
+benchmarks/ops/bench_stick_attention_decode.py benchmarks/ops/bench_grouped_gemm.py' # those that need no model, by weight
 failed=0
 
 # stage NAME SECONDS COMMAND...: runs it within its limit, and writes down how it went.
@@ -52,14 +54,14 @@ case ${MFX_PROOF_DEVICE:-cuda} in
     OMP_NUM_THREADS=2 stage tests 150 "$python" -m pytest -p no:cacheprovider @tests/cuda_tests.args \
       $([ "$jobs" -eq 0 ] || echo "-n $jobs") --junitxml "$out/tests.xml"
     stage sanitizer 90 tools/sanitize_gpu.sh "$python" --once
-    stage benchmarks 120 "$python" -m benchmarks.gpu --out "$out/benchmarks"
+    stage benchmarks 120 "$python" -m benchmarks --device cuda --budget 100 --out "$out/benchmarks" $BENCHMARKS
     ;;
   emulated)
     stage build 1200 make -s extension PY="$python"
     [ $failed -eq 0 ] || exit 1
     stage tests 1200 tools/emulated.sh "$python" --junitxml "$out/tests.xml" tests/cuda/test_graph_capture_cuda.py
     stage sanitizer 300 tools/emulated.sh "$python" --run tests/cuda/steps.py cpu
-    PYTHONPATH="$PWD/python" stage benchmarks 300 "$python" -m benchmarks.gpu --quick --device cpu --out "$out/benchmarks"
+    PYTHONPATH="$PWD/python" stage benchmarks 300 "$python" -m benchmarks --quick --out "$out/benchmarks" $BENCHMARKS
     ;;
   *)
     echo "gpu-proof: MFX_PROOF_DEVICE must be cuda or emulated, got '$MFX_PROOF_DEVICE'" >&2

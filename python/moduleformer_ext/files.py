@@ -1,6 +1,7 @@
 """Files and folders, written durably and all or nothing: what a reader finds under a final name is complete.
 
-What is read is checked: a damaged file is one line with its name. Modes follow the umask.
+What is read is checked: a damaged file is one line with its name. Modes follow the umask. Files are written without
+pydantic, which the benchmarks on a bare machine with a GPU do not have.
 """
 
 import json
@@ -11,10 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
-
-from moduleformer_ext.records import Record, complaint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,6 +171,10 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
 
 def parse_json(text: str, kind: type[Kind], source: str) -> Kind:
     """Like `read_json`, from a text; errors begin with `source`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from moduleformer_ext.records import complaint
+
     try:
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
@@ -183,4 +184,6 @@ def parse_json(text: str, kind: type[Kind], source: str) -> Kind:
 
 def to_json(record: Any) -> str:
     """A record, or plain values, as the text of a JSON file."""
+    from moduleformer_ext.records import Record
+
     return json.dumps(record.model_dump(mode="json") if isinstance(record, Record) else record, indent=2) + "\n"
