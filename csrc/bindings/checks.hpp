@@ -16,6 +16,11 @@ namespace mfx {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Undefined tensors stand for none where autograd keeps tensors and hands out gradients.
+inline OptionalTensor if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
 // Turns a launcher's status into an exception.
 inline void check_status(const char* op, const Status& status) {
   if (status.ok()) return;

@@ -23,9 +23,10 @@ std::vector<CudaKernel> cuda_kernels();
 
 }  // namespace mfx
 
-// A launcher of the CUDA library, with the type that its header declares: MFX_CUDA_FUNCTION(mfx_<op>_cuda).
+// A function of the CUDA library, with the type that its header declares: MFX_CUDA_FUNCTION(mfx_<op>_cuda)() is its
+// address. The library is opened by this call and not before.
 #define MFX_CUDA_FUNCTION(name)                                                              \
-  ([]() -> decltype(&name) {                                                                 \
+  [] {                                                                                       \
     static const auto function = reinterpret_cast<decltype(&name)>(mfx::cuda_symbol(#name)); \
     return function;                                                                         \
-  }())
+  }

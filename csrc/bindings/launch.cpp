@@ -83,7 +83,7 @@ Stream current_stream(c10::Device device) {
 }
 
 void check_earlier_launches() {
-  const std::int64_t id = MFX_CUDA_FUNCTION(mfx_expert_layout_cuda_take_bad_id)();
+  const std::int64_t id = MFX_CUDA_FUNCTION(mfx_expert_layout_cuda_take_bad_id)()();
   MFX_CHECK_ARG(
       id == 0, "expert_layout", "expert_ids", "lie in [0, num_experts)", id,
       " (found on the GPU by an earlier call, whose layout has these slots with the first or the last expert)");

@@ -7,6 +7,7 @@
 
 #include <concepts>
 
+#include "bindings/checks.hpp"
 #include "bindings/cuda_library.hpp"
 #include "moduleformer_ext/common.hpp"
 
@@ -44,25 +45,22 @@ concept HasWorkspace = requires(Params params) {
   { params.workspace } -> std::convertible_to<void*>;
 };
 
-// Launches on the device and current stream of inputs[0].
-template <typename Params>
-  requires(!HasWorkspace<Params>)
-void launch_cuda(const char* op, at::TensorList inputs, const Params& params,
-                 Status (*launcher)(const Params&, Stream)) {
+// Runs the kernels of a backend: on the CPU `cpu`, otherwise the function that `cuda` names (MFX_CUDA_FUNCTION), on the
+// device and current stream of inputs[0]; workspace_bytes names the one that says how much workspace it needs.
+template <typename Params, typename... Workspace>
+  requires(HasWorkspace<Params> == (sizeof...(Workspace) == 1))
+void launch(const char* op, Backend backend, at::TensorList inputs, Params params, Status (*cpu)(const Params&),
+            auto cuda, Workspace... workspace_bytes) {
+  if (backend == Backend::kCpu) return check_status(op, cpu(params));
   check_earlier_launches();
-  const c10::DeviceGuard guard(inputs[0].device());
-  check_launch(op, launcher(params, current_stream(inputs[0].device())), inputs);
-}
-
-template <HasWorkspace Params>
-void launch_cuda(const char* op, at::TensorList inputs, Params params, Status (*launcher)(const Params&, Stream),
-                 std::int64_t (*workspace_bytes)(const Params&)) {
-  check_earlier_launches();
-  const c10::DeviceGuard guard(inputs[0].device());
-  // Freed when this returns: the allocator hands the memory out again in the order of the stream.
-  const at::Tensor workspace = at::empty({workspace_bytes(params)}, inputs[0].options().dtype(at::kByte));
-  params.workspace = workspace.mutable_data_ptr();
-  check_launch(op, launcher(params, current_stream(inputs[0].device())), inputs);
+  const c10::Device device = inputs[0].device();
+  const c10::DeviceGuard guard(device);
+  at::Tensor workspace;  // freed when this returns: the allocator hands the memory out again in the order of the stream
+  if constexpr (HasWorkspace<Params>) {
+    workspace = at::empty({workspace_bytes()(params)...}, inputs[0].options().dtype(at::kByte));
+    params.workspace = workspace.mutable_data_ptr();
+  }
+  check_launch(op, cuda()(params, current_stream(device)), inputs);
 }
 
 }  // namespace mfx

@@ -1,22 +1,27 @@
 #include "moduleformer_ext/linear_decode.hpp"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <optional>
 
 #include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
+#include "bindings/op.hpp"
 
 namespace mfx {
 namespace {
 
 constexpr const char* kOp = "linear_decode";
 
-void check_arguments(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+struct Args {
+  at::Tensor x, weight;
+  OptionalTensor bias;
+};
+
+void check_arguments(const Args& a) {
+  const auto& [x, weight, bias] = a;
   MFX_CHECK_ARG(x.dim() >= 1, kOp, "x", "be [..., in]", "shape ", x.sym_sizes());
   check_float_dtype(kOp, "x", x);
   check_dim(kOp, "weight", weight, 2);
@@ -40,13 +45,11 @@ at::Tensor allocate(const at::Tensor& x, const at::Tensor& weight) {
   return at::empty_symint(sizes, x.options());
 }
 
-at::Tensor linear_decode_meta(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-  check_arguments(x, weight, bias);
-  return allocate(x, weight);
-}
-
-at::Tensor linear_decode(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-  check_arguments(x, weight, bias);
+template <bool kMeta>
+at::Tensor linear_decode(const Args& a) {
+  const auto& [x, weight, bias] = a;
+  check_arguments(a);
+  if constexpr (kMeta) return allocate(x, weight);
   check_cpu(kOp, "x", x);
   const at::Tensor rows = x.contiguous(), addend = bias ? bias->contiguous() : at::Tensor();
   at::Tensor y = allocate(x, weight);
@@ -64,31 +67,23 @@ at::Tensor linear_decode(const at::Tensor& x, const at::Tensor& weight, const Op
   return y;
 }
 
-at::Tensor linear_decode_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+at::Tensor autograd(const Args& a) {
   constexpr const char* kInstead = "torch.nn.functional.linear";
-  refuse_gradient(kOp, "x", x, kInstead);
-  refuse_gradient(kOp, "weight", weight, kInstead);
-  refuse_gradient(kOp, "bias", bias, kInstead);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("moduleformer_ext::linear_decode", "")
-                             .typed<decltype(linear_decode)>();
+  refuse_gradient(kOp, "x", a.x, kInstead);
+  refuse_gradient(kOp, "weight", a.weight, kInstead);
+  refuse_gradient(kOp, "bias", a.bias, kInstead);
   const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, weight, bias);
+  return call<"linear_decode", &autograd>(a);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
-  m.def("linear_decode(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", {at::Tag::pt2_compliant_tag});
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, CPU, m) {
-  m.impl("linear_decode", &linear_decode);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
-  m.impl("linear_decode", &linear_decode_meta);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
-  m.impl("linear_decode", &linear_decode_autograd);
+  using enum c10::DispatchKey;
+  Definition(m, "linear_decode(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
+      .kernel<&linear_decode<false>>({CPU})
+      .kernel<&linear_decode<true>>({Meta})
+      .kernel<&autograd>({Autograd});
 }
 
 }  // namespace mfx

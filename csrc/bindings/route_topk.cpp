@@ -3,10 +3,7 @@
 // route_topk_backward the gradients that are wanted, in the order x, hidden_weight, hidden_bias, segments of weight
 #include "moduleformer_ext/route_topk.hpp"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <limits>
 #include <string>
@@ -16,6 +13,7 @@
 #include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
+#include "bindings/op.hpp"
 #include "bindings/router_network.hpp"
 
 namespace mfx {
@@ -26,28 +24,52 @@ using at::Tensor;
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ResultsAndHidden = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+struct Args {
+  Network network;
+  int64_t k;
+  std::string order;
+  OptionalTensor noise;
+  int64_t num_sampled;
+};
+struct ForwardArgs {
+  Args args;
+  bool save_hidden;
+};
+struct Saved {
+  Tensor expert_ids, logits, hidden;
+};
+struct BackwardArgs {
+  OptionalTensor grad_gates, grad_prob_sum, grad_plogp_sum, grad_logsumexp_sq_sum, grad_logits;
+  Network network;
+  std::string order;
+  Saved saved;
+  c10::List<bool> wanted;  // a flag for x, hidden_weight, hidden_bias and each segment of weight
+};
+
 RouterOrder parse_order(const char* op, std::string_view order) {
   if (order == "softmax_topk") return RouterOrder::kSoftmaxTopK;
   if (order == "topk_softmax") return RouterOrder::kTopKSoftmax;
   MFX_CHECK_ARG(false, op, "order", "be 'softmax_topk' or 'topk_softmax'", "'", order, "'");
 }
 
-void check_choice(const Network& network, int64_t k, std::string_view order, const OptionalTensor& noise,
-                  int64_t num_sampled) {
+void check_arguments(const Args& a) {
+  const auto& [network, k, order, noise, num_sampled] = a;
+  network.check();
+  const char* op = network.op();
   const auto num_experts = network.num_experts();
-  MFX_CHECK_ARG(k >= 1 && num_experts >= k, network.op, "k",
-                c10::str("be in [1, ", num_experts, "] (the number of experts)"), k);
-  parse_order(network.op, order);
-  MFX_CHECK_ARG(num_sampled >= 0 && num_sampled <= k, network.op, "num_sampled", c10::str("be in [0, ", k, "] (k)"),
+  MFX_CHECK_ARG(k >= 1 && num_experts >= k, op, "k", c10::str("be in [1, ", num_experts, "] (the number of experts)"),
+                k);
+  parse_order(op, order);
+  MFX_CHECK_ARG(num_sampled >= 0 && num_sampled <= k, op, "num_sampled", c10::str("be in [0, ", k, "] (k)"),
                 num_sampled);
-  MFX_CHECK_ARG(noise.has_value() == (num_sampled > 0), network.op, "noise",
+  MFX_CHECK_ARG(noise.has_value() == (num_sampled > 0), op, "noise",
                 c10::str("be given if and only if num_sampled > 0 (it is ", num_sampled, ")"),
                 noise.has_value() ? "one" : "none");
   if (!noise.has_value()) return;
-  check_dim(network.op, "noise", *noise, 2);
-  check_float_dtype(network.op, "noise", *noise);
-  check_same_device(network.op, "noise", *noise, "x", network.x);
-  MFX_CHECK_ARG(noise->sym_size(0) == network.x.sym_size(0) && noise->sym_size(1) == num_experts, network.op, "noise",
+  check_dim(op, "noise", *noise, 2);
+  check_float_dtype(op, "noise", *noise);
+  check_same_device(op, "noise", *noise, "x", network.x);
+  MFX_CHECK_ARG(noise->sym_size(0) == network.x.sym_size(0) && noise->sym_size(1) == num_experts, op, "noise",
                 c10::str("have shape [T, E] = [", network.x.sym_size(0), ", ", num_experts, "]"), "shape ",
                 noise->sym_sizes());
 }
@@ -56,7 +78,7 @@ ResultsAndHidden allocate(const Network& network, int64_t k, bool save_hidden) {
   const auto real = network.x.options().dtype(result_type(network.x));
   const auto integer = network.x.options().dtype(at::kInt);
   const auto tokens = network.x.sym_size(0), experts = network.num_experts();
-  const bool hidden = save_hidden && has_hidden_layer(network.gate);
+  const bool hidden = save_hidden && has_hidden_layer(network.kind());
   return {at::empty_symint({tokens, k}, real),
           at::empty_symint({tokens, k}, integer),
           at::empty_symint({experts}, real),
@@ -67,31 +89,25 @@ ResultsAndHidden allocate(const Network& network, int64_t k, bool save_hidden) {
           hidden ? at::empty_symint({tokens, network.hidden_dim()}, real) : at::empty({0}, real)};
 }
 
-ResultsAndHidden forward_meta(const Tensor& x, std::string_view gate, const OptionalTensor& hidden_weight,
-                              const OptionalTensor& hidden_bias, at::TensorList weight, int64_t k,
-                              std::string_view order, const OptionalTensor& noise, int64_t num_sampled,
-                              bool save_hidden) {
-  const Network network(x, gate, hidden_weight, hidden_bias, weight);
-  check_choice(network, k, order, noise, num_sampled);
-  return allocate(network, k, save_hidden);
-}
-
-ResultsAndHidden forward(const Tensor& x, std::string_view gate, const OptionalTensor& hidden_weight,
-                         const OptionalTensor& hidden_bias, at::TensorList weight, int64_t k, std::string_view order,
-                         const OptionalTensor& noise, int64_t num_sampled, bool save_hidden) {
-  const Network network(x, gate, hidden_weight, hidden_bias, weight);
-  check_choice(network, k, order, noise, num_sampled);
-  const Backend backend = backend_of(network.op, "x", x);
-  MFX_CHECK_ARG(x.size(0) <= std::numeric_limits<int32_t>::max() / k, network.op, "x",
+template <bool kMeta>
+ResultsAndHidden forward(const ForwardArgs& f) {
+  const auto& [args, save_hidden] = f;
+  const auto& [network, k, order, noise, num_sampled] = args;
+  check_arguments(args);
+  if constexpr (kMeta) return allocate(network, k, save_hidden);
+  const Tensor& x = network.x;
+  const char* op = network.op();
+  const Backend backend = backend_of(op, "x", x);
+  MFX_CHECK_ARG(x.size(0) <= std::numeric_limits<int32_t>::max() / k, op, "x",
                 "have fewer than 2^31 slots (tokens times k)", "shape ", x.sizes());
-  const NetworkParams params(network);
+  const NetworkParams network_params(network);
   const Tensor noise_values = noise.has_value() ? noise->to(result_type(x)).contiguous() : Tensor();
   ResultsAndHidden results = allocate(network, k, save_hidden);
   auto& [gates, expert_ids, prob_sum, plogp_sum, logsumexp_sq_sum, counts, logits, hidden] = results;
-  const RouteTopKParams call = {
-      .network = params.get(),
+  const RouteTopKParams params = {
+      .network = network_params.get(),
       .k = k,
-      .order = parse_order(network.op, order),
+      .order = parse_order(op, order),
       .num_sampled = num_sampled,
       .noise = noise.has_value() ? noise_values.const_data_ptr() : nullptr,
       .gates = gates.mutable_data_ptr(),
@@ -101,15 +117,10 @@ ResultsAndHidden forward(const Tensor& x, std::string_view gate, const OptionalT
       .logsumexp_sq_sum = logsumexp_sq_sum.mutable_data_ptr(),
       .counts = counts.mutable_data_ptr<int32_t>(),
       .logits = logits.mutable_data_ptr(),
-      .hidden = save_hidden && has_hidden_layer(network.gate) ? hidden.mutable_data_ptr() : nullptr,
+      .hidden = save_hidden && has_hidden_layer(network.kind()) ? hidden.mutable_data_ptr() : nullptr,
   };
-  switch (backend) {
-    case Backend::kCpu: check_status(network.op, route_topk_cpu(call)); break;
-    case Backend::kCuda:
-      launch_cuda(network.op, {x, logits, gates}, call, MFX_CUDA_FUNCTION(mfx_route_topk_cuda),
-                  MFX_CUDA_FUNCTION(mfx_route_topk_cuda_workspace));
-      break;
-  }
+  launch(op, backend, {x, logits, gates}, params, route_topk_cpu, MFX_CUDA_FUNCTION(mfx_route_topk_cuda),
+         MFX_CUDA_FUNCTION(mfx_route_topk_cuda_workspace));
   return results;
 }
 
@@ -118,89 +129,74 @@ Results without_hidden(ResultsAndHidden results) {
   return {gates, expert_ids, prob_sum, plogp_sum, logsumexp_sq_sum, counts, logits};
 }
 
-template <auto kForward>
-Results route_topk(const Tensor& x, std::string_view gate, const OptionalTensor& hidden_weight,
-                   const OptionalTensor& hidden_bias, at::TensorList weight, int64_t k, std::string_view order,
-                   const OptionalTensor& noise, int64_t num_sampled) {
-  return without_hidden(
-      kForward(x, gate, hidden_weight, hidden_bias, weight, k, order, noise, num_sampled, /*save_hidden=*/false));
+template <bool kMeta>
+Results route_topk(const Args& a) {
+  return without_hidden(forward<kMeta>({a, /*save_hidden=*/false}));
 }
 
-// What the forward pass returned, and gradients of that.
-struct Saved {
-  const OptionalTensor &grad_gates, &grad_prob_sum, &grad_plogp_sum, &grad_logsumexp_sq_sum, &grad_logits;
-  const Tensor &expert_ids, &logits, &hidden;
-
-  void check(const Network& network) const {
-    check_dim(network.op, "expert_ids", expert_ids, 2);
-    const auto tokens = network.x.sym_size(0), experts = network.num_experts(), k = expert_ids.sym_size(1);
-    MFX_CHECK_ARG(expert_ids.sym_size(0) == tokens && k >= 1 && k <= experts, network.op, "expert_ids",
-                  c10::str("have shape [T, k] with T = ", tokens, " and k in [1, ", experts, "]"), "shape ",
-                  expert_ids.sym_sizes());
-    check_dtype(network.op, "expert_ids", expert_ids, at::kInt);
-    check_same_device(network.op, "expert_ids", expert_ids, "x", network.x);
-    const auto check_result = [&](const char* name, const OptionalTensor& tensor, at::SymIntArrayRef shape) {
-      if (!tensor.has_value()) return;
-      check_tensor(network.op, name, *tensor, shape, result_type(network.x), "x", network.x);
-    };
-    check_result("logits", logits, {tokens, experts});
-    if (has_hidden_layer(network.gate)) {
-      check_result("hidden", hidden, {tokens, network.hidden_dim()});
-    } else {
-      check_result("hidden", hidden, {0});
-    }
-    check_result("grad_gates", grad_gates, {tokens, k});
-    check_result("grad_prob_sum", grad_prob_sum, {experts});
-    check_result("grad_plogp_sum", grad_plogp_sum, {});
-    check_result("grad_logsumexp_sq_sum", grad_logsumexp_sq_sum, {});
-    check_result("grad_logits", grad_logits, {tokens, experts});
+void check_backward(const BackwardArgs& b) {
+  const Network& network = b.network;
+  network.check();
+  const char* op = network.op();
+  const auto& [expert_ids, logits, hidden] = b.saved;
+  check_dim(op, "expert_ids", expert_ids, 2);
+  const auto tokens = network.x.sym_size(0), experts = network.num_experts(), k = expert_ids.sym_size(1);
+  MFX_CHECK_ARG(expert_ids.sym_size(0) == tokens && k >= 1 && k <= experts, op, "expert_ids",
+                c10::str("have shape [T, k] with T = ", tokens, " and k in [1, ", experts, "]"), "shape ",
+                expert_ids.sym_sizes());
+  check_dtype(op, "expert_ids", expert_ids, at::kInt);
+  check_same_device(op, "expert_ids", expert_ids, "x", network.x);
+  const auto check_result = [&](const char* name, const OptionalTensor& tensor, at::SymIntArrayRef shape) {
+    if (!tensor.has_value()) return;
+    check_tensor(op, name, *tensor, shape, result_type(network.x), "x", network.x);
+  };
+  check_result("logits", logits, {tokens, experts});
+  if (has_hidden_layer(network.kind())) {
+    check_result("hidden", hidden, {tokens, network.hidden_dim()});
+  } else {
+    check_result("hidden", hidden, {0});
   }
-};
+  check_result("grad_gates", b.grad_gates, {tokens, k});
+  check_result("grad_prob_sum", b.grad_prob_sum, {experts});
+  check_result("grad_plogp_sum", b.grad_plogp_sum, {});
+  check_result("grad_logsumexp_sq_sum", b.grad_logsumexp_sq_sum, {});
+  check_result("grad_logits", b.grad_logits, {tokens, experts});
+  parse_order(op, b.order);
+}
 
-// One per wanted input, in order; `wanted` has a flag for x, hidden_weight, hidden_bias and each segment.
+// What may require grad, in the order of `wanted`; undefined tensors for what the gate does not have.
+std::vector<Tensor> differentiable(const Network& network) {
+  return tensor_list(network.x, network.hidden_weight, network.hidden_bias, network.weight);
+}
+
+// One per wanted input, in order.
 std::vector<Tensor> allocate_gradients(const Network& network, const c10::List<bool>& wanted) {
-  MFX_CHECK_ARG(wanted.size() == 3 + network.weight.size(), network.op, "wanted",
-                c10::str("have ", 3 + network.weight.size(), " flags"), wanted.size());
-  std::vector<Tensor> inputs = {network.x, network.hidden_weight.value_or(Tensor()),
-                                network.hidden_bias.value_or(Tensor())};
-  inputs.insert(inputs.end(), network.weight.begin(), network.weight.end());
+  const std::vector<Tensor> inputs = differentiable(network);
+  MFX_CHECK_ARG(wanted.size() == inputs.size(), network.op(), "wanted", c10::str("have ", inputs.size(), " flags"),
+                wanted.size());
   std::vector<Tensor> gradients;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    MFX_CHECK_ARG(!wanted[i] || inputs[i].defined(), network.op, "wanted", "be true for inputs that are there alone",
+    MFX_CHECK_ARG(!wanted[i] || inputs[i].defined(), network.op(), "wanted", "be true for inputs that are there alone",
                   "true for input ", i);
     if (wanted[i]) gradients.push_back(at::empty_symint(inputs[i].sym_sizes(), inputs[i].options()));
   }
   return gradients;
 }
 
-std::vector<Tensor> backward_meta(const OptionalTensor& grad_gates, const OptionalTensor& grad_prob_sum,
-                                  const OptionalTensor& grad_plogp_sum, const OptionalTensor& grad_logsumexp_sq_sum,
-                                  const OptionalTensor& grad_logits, const Tensor& x, std::string_view gate,
-                                  const OptionalTensor& hidden_weight, const OptionalTensor& hidden_bias,
-                                  at::TensorList weight, std::string_view order, const Tensor& expert_ids,
-                                  const Tensor& logits, const Tensor& hidden, const c10::List<bool>& wanted) {
-  const Network network(x, gate, hidden_weight, hidden_bias, weight);
-  Saved{grad_gates, grad_prob_sum, grad_plogp_sum, grad_logsumexp_sq_sum, grad_logits, expert_ids, logits, hidden}
-      .check(network);
-  parse_order(network.op, order);
-  return allocate_gradients(network, wanted);
-}
-
-std::vector<Tensor> backward(const OptionalTensor& grad_gates, const OptionalTensor& grad_prob_sum,
-                             const OptionalTensor& grad_plogp_sum, const OptionalTensor& grad_logsumexp_sq_sum,
-                             const OptionalTensor& grad_logits, const Tensor& x, std::string_view gate,
-                             const OptionalTensor& hidden_weight, const OptionalTensor& hidden_bias,
-                             at::TensorList weight, std::string_view order, const Tensor& expert_ids,
-                             const Tensor& logits, const Tensor& hidden, const c10::List<bool>& wanted) {
-  const Network network(x, gate, hidden_weight, hidden_bias, weight);
-  Saved{grad_gates, grad_prob_sum, grad_plogp_sum, grad_logsumexp_sq_sum, grad_logits, expert_ids, logits, hidden}
-      .check(network);
-  const RouterOrder parsed_order = parse_order(network.op, order);
-  const Backend backend = backend_of(network.op, "x", x);
-  const NetworkParams params(network);
-  std::vector<Tensor> kept;
+template <bool kMeta>
+std::vector<Tensor> backward(const BackwardArgs& b) {
+  check_backward(b);
+  const Network& network = b.network;
+  const Saved& saved = b.saved;
+  const c10::List<bool>& wanted = b.wanted;
+  if constexpr (kMeta) return allocate_gradients(network, wanted);
+  const Tensor& x = network.x;
+  const OptionalTensor& hidden_bias = network.hidden_bias;
+  const Backend backend = backend_of(network.op(), "x", x);
+  const NetworkParams network_params(network);
+  std::vector<Tensor> copies;
   const auto pointer = [&](const OptionalTensor& tensor) -> const void* {
-    return tensor.has_value() ? kept.emplace_back(tensor->contiguous()).const_data_ptr() : nullptr;
+    return tensor.has_value() ? copies.emplace_back(tensor->contiguous()).const_data_ptr() : nullptr;
   };
   std::vector<Tensor> gradients = allocate_gradients(network, wanted);
   auto gradient = gradients.begin();
@@ -217,158 +213,93 @@ std::vector<Tensor> backward(const OptionalTensor& grad_gates, const OptionalTen
     ++gradient;
   }
   std::vector<void*> grad_segments;
-  for (std::size_t i = 0; i < weight.size(); ++i) grad_segments.push_back(target(3 + i));
-  const RouteTopKBackwardParams call = {
-      .network = params.get(),
-      .k = expert_ids.size(1),
-      .order = parsed_order,
-      .logits = pointer(logits),
-      .hidden = pointer(hidden),
-      .expert_ids = kept.emplace_back(expert_ids.contiguous()).const_data_ptr<int32_t>(),
-      .grad_gates = pointer(grad_gates),
-      .grad_prob_sum = pointer(grad_prob_sum),
-      .grad_plogp_sum = pointer(grad_plogp_sum),
-      .grad_logsumexp_sq_sum = pointer(grad_logsumexp_sq_sum),
-      .grad_logits = pointer(grad_logits),
+  for (std::size_t i = 0; i < network.weight.size(); ++i) grad_segments.push_back(target(3 + i));
+  const RouteTopKBackwardParams params = {
+      .network = network_params.get(),
+      .k = saved.expert_ids.size(1),
+      .order = parse_order(network.op(), b.order),
+      .logits = pointer(saved.logits),
+      .hidden = pointer(saved.hidden),
+      .expert_ids = copies.emplace_back(saved.expert_ids.contiguous()).const_data_ptr<int32_t>(),
+      .grad_gates = pointer(b.grad_gates),
+      .grad_prob_sum = pointer(b.grad_prob_sum),
+      .grad_plogp_sum = pointer(b.grad_plogp_sum),
+      .grad_logsumexp_sq_sum = pointer(b.grad_logsumexp_sq_sum),
+      .grad_logits = pointer(b.grad_logits),
       .grad_x = grad_x,
       .grad_hidden_weight = grad_hidden_weight,
       .grad_hidden_bias = grad_hidden_bias,
       .grad_segments = grad_segments.data(),
   };
-  switch (backend) {
-    case Backend::kCpu: check_status(network.op, route_topk_backward_cpu(call)); break;
-    case Backend::kCuda:
-      launch_cuda(network.op, {x, logits, expert_ids}, call, MFX_CUDA_FUNCTION(mfx_route_topk_backward_cuda),
-                  MFX_CUDA_FUNCTION(mfx_route_topk_backward_cuda_workspace));
-      break;
-  }
+  launch(network.op(), backend, {x, saved.logits, saved.expert_ids}, params, route_topk_backward_cpu,
+         MFX_CUDA_FUNCTION(mfx_route_topk_backward_cuda), MFX_CUDA_FUNCTION(mfx_route_topk_backward_cuda_workspace));
   if (wanted[2]) *bias_gradient = bias.to(hidden_bias->scalar_type());
   return gradients;
 }
 
-const auto& forward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("moduleformer_ext::route_topk_forward", "")
-                             .typed<decltype(forward)>();
-  return op;
-}
-const auto& results_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("moduleformer_ext::route_topk", "")
-                             .typed<decltype(route_topk<forward>)>();
-  return op;
-}
-const auto& backward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("moduleformer_ext::route_topk_backward", "")
-                             .typed<decltype(backward)>();
-  return op;
-}
-
-class RouteTopKFunction : public torch::autograd::Function<RouteTopKFunction> {
- public:
-  static std::vector<Tensor> forward(torch::autograd::AutogradContext* ctx, const Tensor& x, std::string_view gate,
-                                     const OptionalTensor& hidden_weight, const OptionalTensor& hidden_bias,
-                                     at::TensorList weight, int64_t k, std::string_view order,
-                                     const OptionalTensor& noise, int64_t num_sampled) {
+struct RouteTopK : torch::autograd::Function<RouteTopK> {
+  static std::vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList /*inputs*/, const Args& a) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [gates, expert_ids, prob_sum, plogp_sum, logsumexp_sq_sum, counts, logits, hidden] = forward_op().call(
-        x, gate, hidden_weight, hidden_bias, weight, k, order, noise, num_sampled, /*save_hidden=*/true);
+    auto [gates, expert_ids, prob_sum, plogp_sum, logsumexp_sq_sum, counts, logits, hidden] =
+        call<"route_topk_forward", &mfx::forward<false>>({a, /*save_hidden=*/true});
     ctx->mark_non_differentiable({expert_ids, counts});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["gate"] = std::string(gate);
-    ctx->saved_data["order"] = std::string(order);
-    std::vector<Tensor> saved = {
-        x, hidden_weight.value_or(Tensor()), hidden_bias.value_or(Tensor()), expert_ids, logits, hidden};
-    saved.insert(saved.end(), weight.begin(), weight.end());
-    ctx->save_for_backward(std::move(saved));
+    save_args(ctx, a.network, a.order, Saved{expert_ids, logits, hidden});
     return {gates, expert_ids, prob_sum, plogp_sum, logsumexp_sq_sum, counts, logits};
   }
 
   static std::vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const std::vector<Tensor>& grads) {
-    const std::vector<Tensor> saved = ctx->get_saved_variables();
-    const std::vector<Tensor> weight(saved.begin() + kWeight, saved.end());
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-    const std::string gate = ctx->saved_data["gate"].toStringRef(), order = ctx->saved_data["order"].toStringRef();
-    // needs_input_grad counts the tensors that were there.
-    c10::List<bool> wanted;
-    std::size_t input = 0;
-    for (const std::size_t i : {kX, kHiddenWeight, kHiddenBias}) {
-      wanted.push_back(saved[i].defined() && ctx->needs_input_grad(input++));
-    }
-    for (std::size_t i = 0; i < weight.size(); ++i) wanted.push_back(ctx->needs_input_grad(input++));
-
-    const std::vector<Tensor> gradients = backward_op().call(
-        optional(grads[0]), optional(grads[2]), optional(grads[3]), optional(grads[4]), optional(grads[6]), saved[kX],
-        gate, optional(saved[kHiddenWeight]), optional(saved[kHiddenBias]), weight, order, saved[kExpertIds],
-        saved[kLogits], saved[kHidden], wanted);
-    // Gradients of x, gate, hidden_weight, hidden_bias, weight..., k, order, noise, num_sampled.
+    const auto [network, order, saved] = saved_args<Network, std::string, Saved>(ctx);
+    const std::vector<Tensor> inputs = differentiable(network);
+    const c10::List<bool> wanted = needed_gradients(ctx, inputs);
+    const std::vector<Tensor> gradients = call<"route_topk_backward", &mfx::backward<false>>(
+        {if_defined(grads[0]), if_defined(grads[2]), if_defined(grads[3]), if_defined(grads[4]), if_defined(grads[6]),
+         network, order, saved, wanted});
     auto next = gradients.begin();
-    const auto gradient = [&](std::size_t i) { return wanted[i] ? *next++ : Tensor(); };
-    std::vector<Tensor> all = {gradient(0), Tensor(), gradient(1), gradient(2)};
-    for (std::size_t i = 0; i < weight.size(); ++i) all.push_back(gradient(3 + i));
-    all.resize(all.size() + 4);
-    return all;
+    std::vector<Tensor> all(inputs.size());
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (wanted[i]) all[i] = *next++;
+    }
+    return gradients_of_defined(inputs, all);
   }
-
- private:
-  static constexpr std::size_t kX = 0, kHiddenWeight = 1, kHiddenBias = 2, kExpertIds = 3, kLogits = 4, kHidden = 5,
-                               kWeight = 6;
 };
 
-Results route_topk_autograd(const Tensor& x, std::string_view gate, const OptionalTensor& hidden_weight,
-                            const OptionalTensor& hidden_bias, at::TensorList weight, int64_t k, std::string_view order,
-                            const OptionalTensor& noise, int64_t num_sampled) {
-  refuse_forward_mode(op_name(parse_gate(gate)), x, hidden_weight, hidden_bias, weight, noise);
-  if (!records_grad(x, hidden_weight, hidden_bias, weight)) {
+Results autograd(const Args& a) {
+  const std::vector<Tensor> inputs = differentiable(a.network);
+  refuse_forward_mode(a.network.op(), at::TensorList(inputs), a.noise);
+  if (!records_grad(at::TensorList(inputs))) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return results_op().call(x, gate, hidden_weight, hidden_bias, weight, k, order, noise, num_sampled);
+    return call<"route_topk", &autograd>(a);
   }
-  const std::vector<Tensor> r =
-      RouteTopKFunction::apply(x, gate, hidden_weight, hidden_bias, weight, k, order, noise, num_sampled);
+  const std::vector<Tensor> r = apply<RouteTopK>(inputs, a);
   return {r[0], r[1], r[2], r[3], r[4], r[5], r[6]};
 }
 
-#define MFX_ROUTER_NETWORK "Tensor x, str gate, Tensor? hidden_weight, Tensor? hidden_bias, Tensor[] weight, "
-#define MFX_ROUTER_CHOICE "int k, str order, Tensor? noise, int num_sampled"
-#define MFX_ROUTER_RESULTS                                                                                       \
-  "Tensor gates, Tensor expert_ids, Tensor prob_sum, Tensor plogp_sum, Tensor logsumexp_sq_sum, Tensor counts, " \
-  "Tensor logits"
-
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
-  m.def("route_topk(" MFX_ROUTER_NETWORK MFX_ROUTER_CHOICE ") -> (" MFX_ROUTER_RESULTS ")",
-        {at::Tag::pt2_compliant_tag});
-  m.def("route_topk_forward(" MFX_ROUTER_NETWORK MFX_ROUTER_CHOICE ", bool save_hidden) -> (" MFX_ROUTER_RESULTS
-        ", Tensor hidden)",
-        {at::Tag::pt2_compliant_tag});
-  m.def(
-      "route_topk_backward(Tensor? grad_gates, Tensor? grad_prob_sum, Tensor? grad_plogp_sum, Tensor? "
-      "grad_logsumexp_sq_sum, Tensor? grad_logits, " MFX_ROUTER_NETWORK
-      "str order, Tensor expert_ids, Tensor logits, Tensor hidden, bool[] wanted) -> Tensor[]",
-      {at::Tag::pt2_compliant_tag});
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, CPU, m) {
-  m.impl("route_topk", &route_topk<forward>);
-  m.impl("route_topk_forward", &forward);
-  m.impl("route_topk_backward", &backward);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, CUDA, m) {
-  m.impl("route_topk", &route_topk<forward>);
-  m.impl("route_topk_forward", &forward);
-  m.impl("route_topk_backward", &backward);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
-  m.impl("route_topk", &route_topk<forward_meta>);
-  m.impl("route_topk_forward", &forward_meta);
-  m.impl("route_topk_backward", &backward_meta);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
-  m.impl("route_topk", &route_topk_autograd);
-  m.impl("route_topk_forward", not_differentiable());
-  m.impl("route_topk_backward", not_differentiable());
-}
 // Autocast falls through: whatever the types, products are summed and everything after them is computed in float.
+TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
+  using enum c10::DispatchKey;
+  const std::string network = "Tensor x, str gate, Tensor? hidden_weight, Tensor? hidden_bias, Tensor[] weight, ";
+  const std::string args = network + "int k, str order, Tensor? noise, int num_sampled";
+  const std::string results =
+      "Tensor gates, Tensor expert_ids, Tensor prob_sum, Tensor plogp_sum, Tensor logsumexp_sq_sum, Tensor counts, "
+      "Tensor logits";
+  Definition(m, "route_topk(" + args + ") -> (" + results + ")")
+      .kernel<&route_topk<false>>({CPU, CUDA})
+      .kernel<&route_topk<true>>({Meta})
+      .kernel<&autograd>({Autograd});
+  Definition(m, "route_topk_forward(" + args + ", bool save_hidden) -> (" + results + ", Tensor hidden)")
+      .kernel<&forward<false>>({CPU, CUDA})
+      .kernel<&forward<true>>({Meta})
+      .kernel(Autograd, not_differentiable());
+  Definition(m,
+             "route_topk_backward(Tensor? grad_gates, Tensor? grad_prob_sum, Tensor? grad_plogp_sum, Tensor? "
+             "grad_logsumexp_sq_sum, Tensor? grad_logits, " +
+                 network + "str order, Tensor expert_ids, Tensor logits, Tensor hidden, bool[] wanted) -> Tensor[]")
+      .kernel<&backward<false>>({CPU, CUDA})
+      .kernel<&backward<true>>({Meta})
+      .kernel(Autograd, not_differentiable());
+}
 
 }  // namespace mfx

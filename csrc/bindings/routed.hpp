@@ -2,15 +2,17 @@
 // matrices in segments.
 #pragma once
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 
+#include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
+#include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
+#include "bindings/op.hpp"
 #include "core/scratch.hpp"
 #include "moduleformer_ext/grouped_gemm.hpp"
 
@@ -18,9 +20,7 @@ namespace mfx {
 
 // The arguments that stand for an ExpertLayout in a schema.
 struct LayoutTensors {
-  const at::Tensor& offsets;
-  const at::Tensor& slot_order;
-  const at::Tensor& position;
+  at::Tensor offsets, slot_order, position;
   int64_t num_choices;
 
   c10::SymInt num_experts() const { return offsets.sym_size(0) - 1; }
@@ -137,6 +137,16 @@ inline void check_gates(const char* op, const at::Tensor& gates, const LayoutTen
   check_same_device(op, "gates", gates, "x", x);
 }
 
+// The gradient of rows in the output's order.
+inline void check_grad(const char* op, const at::Tensor& grad, const LayoutTensors& layout, RowOrder order,
+                       const c10::SymInt& columns, const at::Tensor& x) {
+  check_rows(op, "grad", grad, layout, order);
+  check_same_dtype(op, "grad", grad, "x", x);
+  check_same_device(op, "grad", grad, "x", x);
+  MFX_CHECK_ARG(grad.sym_size(-1) == columns, op, "grad", c10::str("have ", columns, " columns like the output"),
+                grad.sym_size(-1));
+}
+
 // The pre-activation that the forward pass saved.
 inline void check_hidden(const char* op, const at::Tensor& hidden, at::SymIntArrayRef shape, const at::Tensor& x) {
   check_tensor(op, "hidden", hidden, shape, x.scalar_type(), "x", x);
@@ -177,27 +187,95 @@ inline at::Tensor no_tensor(const at::Tensor& like) {
 inline void* data_or_null(const at::Tensor& tensor) {
   return tensor.numel() > 0 ? tensor.data_ptr() : nullptr;
 }
-inline at::Tensor gradient_or_undefined(bool wanted, const at::Tensor& gradient) {
-  return wanted ? gradient : at::Tensor();
-}
 
-// Under autocast x and the matrices take its dtype; gates stay float32, as the router made them.
-struct AutocastOperands {
-  at::ScalarType dtype;
-  c10::DeviceType device;
+// ---- Two ops of one kind: X for callers, X_forward and X_backward below it ----
 
-  explicit AutocastOperands(c10::DeviceType device) : dtype(at::autocast::get_autocast_dtype(device)), device(device) {}
-
-  at::Tensor lower(const at::Tensor& tensor) const { return at::autocast::cached_cast(dtype, tensor, device); }
-  std::vector<at::Tensor> lower(at::TensorList tensors) const {
-    return at::autocast::cached_cast(dtype, tensors, device);
-  }
-  at::Tensor gates(const at::Tensor& tensor) const { return at::autocast::cached_cast(at::kFloat, tensor, device); }
+template <typename Args>
+struct RoutedForwardArgs {
+  Args args;
+  bool save_hidden;  // the pre-activation
+};
+template <typename Args, typename Needs>
+struct RoutedBackwardArgs {
+  at::Tensor grad;
+  Args args;
+  at::Tensor hidden;
+  Needs needs;
 };
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+// A gradient for each segment of an argument; an empty tensor for those not needed.
+inline void add_gradients(std::vector<at::Tensor>& gradients, const char* op, const char* needs_name,
+                          at::TensorList segments, const c10::List<bool>& needs) {
+  MFX_CHECK_ARG(needs.size() == segments.size(), op, needs_name,
+                c10::str("have one entry per segment (", segments.size(), ")"), needs.size());
+  for (size_t i = 0; i < segments.size(); ++i) {
+    gradients.push_back(needs[i] ? empty_rows(segments[i].sym_sizes(), segments[i].options()) : no_tensor(segments[i]));
+  }
+}
+
+inline c10::List<bool> slice(const c10::List<bool>& flags, size_t begin, size_t end) {
+  c10::List<bool> part;
+  for (size_t i = begin; i < end; ++i) part.push_back(flags[i]);
+  return part;
+}
+
+// Routed describes an op: its Args; kernel_forward and kernel_backward, for meta tensors and others; forward and
+// backward, which call them through the dispatcher; inputs, which lists what may require grad, undefined tensors
+// included; and autocast. Backward returns a gradient for each input.
+template <typename Routed>
+struct RoutedFunction : torch::autograd::Function<RoutedFunction<Routed>> {
+  using Args = typename Routed::Args;
+
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList /*inputs*/, const Args& a) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [out, hidden] = Routed::forward(a, /*save_hidden=*/true);
+    save_args(ctx, a, hidden);
+    return out;
+  }
+
+  static std::vector<at::Tensor> backward(torch::autograd::AutogradContext* ctx, const std::vector<at::Tensor>& grads) {
+    const auto [a, hidden] = saved_args<Args, at::Tensor>(ctx);
+    const std::vector<at::Tensor> inputs = Routed::inputs(a);
+    const c10::List<bool> needs = needed_gradients(ctx, inputs);
+    std::vector<at::Tensor> gradients = Routed::backward(grads[0], a, hidden, needs);
+    for (size_t i = 0; i < needs.size(); ++i) {
+      if (!needs[i]) gradients[i] = at::Tensor();
+    }
+    return gradients_of_defined(inputs, gradients);
+  }
+};
+
+template <typename Routed>
+at::Tensor below_autograd(const typename Routed::Args& a) {
+  return std::get<0>(Routed::forward(a, /*save_hidden=*/false));
+}
+
+template <typename Routed>
+at::Tensor autograd(const typename Routed::Args& a) {
+  const std::vector<at::Tensor> inputs = Routed::inputs(a);
+  refuse_forward_mode(Routed::kOp, at::TensorList(inputs));
+  if (records_grad(at::TensorList(inputs))) return apply<RoutedFunction<Routed>>(inputs, a);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return below_autograd<Routed>(a);
+}
+
+template <typename Routed>
+void define(torch::Library& library, const std::string& args, const std::string& needs) {
+  using enum c10::DispatchKey;
+  const std::string name = Routed::kOp;
+  Definition(library, name + "(" + args + ") -> Tensor")
+      .template kernel<&below_autograd<Routed>>({CPU, CUDA, Meta})
+      .template kernel<&autograd<Routed>>({Autograd})
+      .template kernel<&Routed::autocast>({AutocastCPU, AutocastCUDA});
+  Definition(library, name + "_forward(" + args + ", bool save_hidden) -> (Tensor out, Tensor hidden)")
+      .template kernel<Routed::template kernel_forward<false>>({CPU, CUDA})
+      .template kernel<Routed::template kernel_forward<true>>({Meta})
+      .kernel(Autograd, not_differentiable());
+  Definition(library, name + "_backward(Tensor grad, " + args + ", Tensor hidden, bool needs_x, bool needs_gates, " +
+                          needs + ") -> Tensor[]")
+      .template kernel<Routed::template kernel_backward<false>>({CPU, CUDA})
+      .template kernel<Routed::template kernel_backward<true>>({Meta})
+      .kernel(Autograd, not_differentiable());
 }
 
 }  // namespace mfx

@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -34,30 +34,25 @@ inline at::ScalarType result_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// The tensors of a gate network, checked; sizes may be symbolic.
+// What every op of the router takes for its gate network. Sizes may be symbolic.
 struct Network {
-  RouterGate gate;
-  const char* op;
-  const at::Tensor& x;
-  const OptionalTensor& hidden_weight;
-  const OptionalTensor& hidden_bias;
-  at::TensorList weight;
+  at::Tensor x;
+  std::string gate;
+  OptionalTensor hidden_weight, hidden_bias;
+  std::vector<at::Tensor> weight;
 
-  Network(const at::Tensor& x, std::string_view gate_name, const OptionalTensor& hidden_weight,
-          const OptionalTensor& hidden_bias, at::TensorList weight)
-      : gate(parse_gate(gate_name)),
-        op(op_name(gate)),
-        x(x),
-        hidden_weight(hidden_weight),
-        hidden_bias(hidden_bias),
-        weight(weight) {
-    const char* x_name = gate == RouterGate::kLogits ? "logits" : "x";
+  RouterGate kind() const { return parse_gate(gate); }
+  const char* op() const { return op_name(kind()); }
+
+  void check() const {
+    const char* op = this->op();
+    const char* x_name = kind() == RouterGate::kLogits ? "logits" : "x";
     check_dim(op, x_name, x, 2);
     check_float_dtype(op, x_name, x);
     MFX_CHECK_ARG(x.sym_size(1) >= 1, op, x_name, "have at least one column", "shape ", x.sym_sizes());
-    MFX_CHECK_ARG(hidden_weight.has_value() == has_hidden_layer(gate), op, "hidden_weight",
+    MFX_CHECK_ARG(hidden_weight.has_value() == has_hidden_layer(kind()), op, "hidden_weight",
                   "be given with the mlp and gmm gates alone", hidden_weight.has_value() ? "one" : "none");
-    MFX_CHECK_ARG(hidden_bias.has_value() == (gate == RouterGate::kMlp), op, "hidden_bias",
+    MFX_CHECK_ARG(hidden_bias.has_value() == (kind() == RouterGate::kMlp), op, "hidden_bias",
                   "be given with the mlp gate alone", hidden_bias.has_value() ? "one" : "none");
     if (hidden_weight.has_value()) {
       check_parameter("hidden_weight", *hidden_weight, 2);
@@ -71,11 +66,11 @@ struct Network {
                     c10::str("have shape [G] with G = ", hidden_dim(), " rows of hidden_weight"), "shape ",
                     hidden_bias->sym_sizes());
     }
-    if (gate == RouterGate::kLogits) {
+    if (kind() == RouterGate::kLogits) {
       MFX_CHECK_ARG(weight.empty(), op, "weight", "be empty for logits", weight.size(), " segments");
       return;
     }
-    const char* weight_name = gate == RouterGate::kGmm ? "centroids" : "weight";
+    const char* weight_name = kind() == RouterGate::kGmm ? "centroids" : "weight";
     MFX_CHECK_ARG(!weight.empty(), op, weight_name, "have at least one segment", "none");
     for (const at::Tensor& segment : weight) {
       check_parameter(weight_name, segment, 2);
@@ -88,22 +83,21 @@ struct Network {
 
   c10::SymInt hidden_dim() const { return hidden_weight.has_value() ? hidden_weight->sym_size(0) : c10::SymInt(0); }
   c10::SymInt num_experts() const {
-    if (gate == RouterGate::kLogits) return x.sym_size(1);
+    if (kind() == RouterGate::kLogits) return x.sym_size(1);
     c10::SymInt rows = 0;
     for (const at::Tensor& segment : weight) rows += segment.sym_size(0);
     return rows;
   }
 
- private:
   void check_parameter(const char* name, const at::Tensor& tensor, int64_t dim) const {
-    check_dim(op, name, tensor, dim);
-    check_same_device(op, name, tensor, "x", x);
-    check_float_dtype(op, name, tensor);
-    MFX_CHECK_ARG((tensor.scalar_type() == at::kDouble) == (x.scalar_type() == at::kDouble), op, name,
+    check_dim(op(), name, tensor, dim);
+    check_same_device(op(), name, tensor, "x", x);
+    check_float_dtype(op(), name, tensor);
+    MFX_CHECK_ARG((tensor.scalar_type() == at::kDouble) == (x.scalar_type() == at::kDouble), op(), name,
                   c10::str("be float64 if and only if x is (", x.scalar_type(), ")"), tensor.scalar_type());
   }
   void check_columns(const char* name, const at::Tensor& tensor, const char* letter, const c10::SymInt& columns) const {
-    MFX_CHECK_ARG(tensor.sym_size(1) == columns, op, name, c10::str("have ", letter, " = ", columns, " columns"),
+    MFX_CHECK_ARG(tensor.sym_size(1) == columns, op(), name, c10::str("have ", letter, " = ", columns, " columns"),
                   "shape ", tensor.sym_sizes());
   }
 };
@@ -113,16 +107,16 @@ class NetworkParams {
  public:
   explicit NetworkParams(const Network& network) {
     const auto keep = [this](const at::Tensor& tensor) { return kept_.emplace_back(tensor).const_data_ptr(); };
-    params_.gate = network.gate;
+    params_.gate = network.kind();
     params_.num_tokens = network.x.size(0);
     params_.dim = network.x.size(1);
     params_.num_experts = network.num_experts().expect_int();
     params_.x = keep(network.x.contiguous());
-    params_.x_dtype = check_float_dtype(network.op, "x", network.x);
+    params_.x_dtype = check_float_dtype(network.op(), "x", network.x);
     if (network.hidden_weight.has_value()) {
       params_.hidden_dim = network.hidden_weight->size(0);
       params_.hidden_weight = keep(network.hidden_weight->contiguous());
-      params_.hidden_weight_dtype = check_float_dtype(network.op, "hidden_weight", *network.hidden_weight);
+      params_.hidden_weight_dtype = check_float_dtype(network.op(), "hidden_weight", *network.hidden_weight);
     }
     if (network.hidden_bias.has_value()) {
       params_.hidden_bias = keep(network.hidden_bias->to(result_type(network.x)).contiguous());
@@ -130,7 +124,7 @@ class NetworkParams {
     for (const at::Tensor& segment : network.weight) {
       segments_.push_back(keep(segment.contiguous()));
       num_rows_.push_back(segment.size(0));
-      params_.weight_dtype = check_float_dtype(network.op, "weight", segment);
+      params_.weight_dtype = check_float_dtype(network.op(), "weight", segment);
     }
     params_.num_segments = static_cast<int64_t>(segments_.size());
     params_.segments = segments_.data();

@@ -1,19 +1,18 @@
 #include "moduleformer_ext/stick_attention.hpp"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "bindings/attention.hpp"
 #include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
+#include "bindings/op.hpp"
 
 namespace mfx {
 namespace {
@@ -23,6 +22,32 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // o, remainder, re
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr const char* kOp = "stick_attention";
+
+struct Inputs {
+  Tensor q, k;
+  OptionalTensor v;
+};
+struct Options {
+  std::optional<double> scale;
+  bool attend_current;
+  OptionalTensor key_padding_mask, cu_seqlens_q, cu_seqlens_k;
+};
+struct Results {
+  Tensor o, remainder, residual, first_tiles;
+};
+struct ForwardArgs {
+  Inputs inputs;
+  Options options;
+  std::optional<double> stick_epsilon;
+  bool for_backward;
+};
+struct BackwardArgs {
+  Tensor grad_o;
+  OptionalTensor grad_remainder;
+  Inputs inputs;
+  Results results;
+  Options options;
+};
 
 bool present(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined();
@@ -49,9 +74,9 @@ void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, const Tensor& 
   check_same_device(kOp, name, cu_seqlens, "q", q);
 }
 
-void check_arguments(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
-                     const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
-                     const OptionalTensor& cu_seqlens_k, std::optional<double> epsilon) {
+void check_arguments(const Inputs& inputs, const Options& options, std::optional<double> epsilon) {
+  const auto& [q, k, v] = inputs;
+  const auto& [scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k] = options;
   const bool packed = present(cu_seqlens_q);
   check_float_dtype(kOp, "q", q);
   if (packed) {
@@ -138,12 +163,11 @@ struct Problem {
   Tensor q, k, v, mask, cu_q, cu_k;
   StickAttentionProblem params;
 
-  Problem(const Tensor& q_in, const Tensor& k_in, const OptionalTensor& v_in, std::optional<double> scale,
-          bool attend_current, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
-          const OptionalTensor& cu_seqlens_k, Backend backend)
-      : q(with_contiguous_heads(q_in)),
-        k(with_contiguous_heads(k_in)),
-        v(present(v_in) ? with_contiguous_heads(*v_in) : k) {
+  Problem(const Inputs& inputs, const Options& options, Backend backend)
+      : q(with_contiguous_heads(inputs.q)),
+        k(with_contiguous_heads(inputs.k)),
+        v(present(inputs.v) ? with_contiguous_heads(*inputs.v) : k) {
+    const auto& [scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k] = options;
     const bool packed = present(cu_seqlens_q);
     if (present(key_padding_mask)) mask = key_padding_mask->contiguous();
     if (packed) cu_q = cu_seqlens_q->contiguous();
@@ -178,64 +202,45 @@ struct Problem {
 
 // ---- Forward ----
 
-Outputs forward_meta(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale, bool,
-                     const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
-                     const OptionalTensor& cu_seqlens_k, std::optional<double> stick_epsilon, bool for_backward) {
-  check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, stick_epsilon);
-  return allocate(with_contiguous_heads(q), for_backward);
-}
-
-Outputs forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
-                bool attend_current, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
-                const OptionalTensor& cu_seqlens_k, std::optional<double> stick_epsilon, bool for_backward) {
-  check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, stick_epsilon);
-  const Backend backend = backend_of(kOp, "q", q);
-  const Problem problem(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k, backend);
-  const bool packed = present(cu_seqlens_q);
+template <bool kMeta>
+Outputs forward(const ForwardArgs& a) {
+  const auto& [inputs, options, stick_epsilon, for_backward] = a;
+  check_arguments(inputs, options, stick_epsilon);
+  if constexpr (kMeta) return allocate(with_contiguous_heads(inputs.q), for_backward);
+  const Backend backend = backend_of(kOp, "q", inputs.q);
+  const Problem problem(inputs, options, backend);
+  const bool packed = present(options.cu_seqlens_q);
   Outputs outputs = allocate(problem.q, for_backward);
   auto& [o, remainder, residual, first_tiles] = outputs;
   const StickAttentionForwardParams params = {
       .problem = problem.params,
-      .stick_epsilon = stick_epsilon_or_default(stick_epsilon, q),
+      .stick_epsilon = stick_epsilon_or_default(stick_epsilon, problem.q),
       .o = o.mutable_data_ptr(),
       .o_strides = query_strides(o, packed, problem.params.group),
       .residual = residual.numel() == 0 ? nullptr : residual.mutable_data_ptr(),
       .remainder = remainder.mutable_data_ptr(),
       .first_tiles = first_tiles.mutable_data_ptr<int32_t>(),
   };
-  switch (backend) {
-    case Backend::kCpu: check_status(kOp, stick_attention_forward_cpu(params)); break;
-    case Backend::kCuda:
-      launch_cuda(kOp, {problem.q, problem.k, problem.v}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_forward_cuda));
-      break;
-  }
+  launch(kOp, backend, {problem.q, problem.k, problem.v}, params, stick_attention_forward_cpu,
+         MFX_CUDA_FUNCTION(mfx_stick_attention_forward_cuda));
   return outputs;
-}
-
-Outputs call_forward(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
-                     bool attend_current, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
-                     const OptionalTensor& cu_seqlens_k, std::optional<double> stick_epsilon, bool for_backward) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("moduleformer_ext::stick_attention_forward", "")
-                             .typed<decltype(forward)>();
-  return op.call(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k, stick_epsilon,
-                 for_backward);
 }
 
 // ---- Backward ----
 
-void check_backward_arguments(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q,
-                              const Tensor& o, const Tensor& remainder, const Tensor& residual,
-                              const Tensor& first_tiles) {
+void check_backward_arguments(const BackwardArgs& a) {
+  const auto& [grad_o, grad_remainder, inputs, results, options] = a;
+  check_arguments(inputs, options, std::nullopt);
+  const Tensor& q = inputs.q;
   const auto rows = q.sym_sizes().slice(0, q.dim() - 1);
   const auto check = [&](const char* name, const Tensor& tensor, at::SymIntArrayRef shape, at::ScalarType dtype) {
     check_tensor(kOp, name, tensor, shape, dtype, "q", q);
   };
   check("grad_o", grad_o, q.sym_sizes(), q.scalar_type());
-  check("o", o, q.sym_sizes(), q.scalar_type());
-  check("residual", residual, is_rounded(q) ? q.sym_sizes() : c10::SymIntArrayRef{0}, q.scalar_type());
-  check("remainder", remainder, rows, stick_type(q));
-  check("first_tiles", first_tiles, rows, at::kInt);
+  check("o", results.o, q.sym_sizes(), q.scalar_type());
+  check("residual", results.residual, is_rounded(q) ? q.sym_sizes() : c10::SymIntArrayRef{0}, q.scalar_type());
+  check("remainder", results.remainder, rows, stick_type(q));
+  check("first_tiles", results.first_tiles, rows, at::kInt);
   if (present(grad_remainder)) check("grad_remainder", *grad_remainder, rows, stick_type(q));
 }
 
@@ -244,26 +249,16 @@ Grads allocate_grads(const Tensor& q, const Tensor& k, const OptionalTensor& v) 
           present(v) ? empty_in_order_of(with_contiguous_heads(*v)) : at::empty({0}, k.options())};
 }
 
-Grads backward_meta(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q, const Tensor& k,
-                    const OptionalTensor& v, const Tensor& o, const Tensor& remainder, const Tensor& residual,
-                    const Tensor& first_tiles, std::optional<double> scale, bool,
-                    const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
-                    const OptionalTensor& cu_seqlens_k) {
-  check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, std::nullopt);
-  check_backward_arguments(grad_o, grad_remainder, q, o, remainder, residual, first_tiles);
-  return allocate_grads(with_contiguous_heads(q), with_contiguous_heads(k), v);
-}
-
-Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q, const Tensor& k,
-               const OptionalTensor& v, const Tensor& o, const Tensor& remainder, const Tensor& residual,
-               const Tensor& first_tiles, std::optional<double> scale, bool attend_current,
-               const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
-               const OptionalTensor& cu_seqlens_k) {
-  check_arguments(q, k, v, scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k, std::nullopt);
-  check_backward_arguments(grad_o, grad_remainder, q, o, remainder, residual, first_tiles);
+template <bool kMeta>
+Grads backward(const BackwardArgs& a) {
+  check_backward_arguments(a);
+  const auto& [grad_o, grad_remainder, inputs, results, options] = a;
+  const auto& [q, k, v] = inputs;
+  const auto& [o, remainder, residual, first_tiles] = results;
+  if constexpr (kMeta) return allocate_grads(with_contiguous_heads(q), with_contiguous_heads(k), v);
   const Backend backend = backend_of(kOp, "q", q);
-  const Problem problem(q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k, backend);
-  const bool packed = present(cu_seqlens_q);
+  const Problem problem(inputs, options, backend);
+  const bool packed = present(options.cu_seqlens_q);
   const int64_t group = problem.params.group;
   // The kernels read both in o's strides.
   const bool alike = !is_rounded(q) || residual.strides() == o.strides();
@@ -291,135 +286,82 @@ Grads backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const
       .grad_v = present(v) ? grad_v.mutable_data_ptr() : nullptr,
       .grad_v_strides = present(v) ? key_strides(grad_v, packed) : StickKeyStrides{},
   };
-  switch (backend) {
-    case Backend::kCpu: check_status(kOp, stick_attention_backward_cpu(params)); break;
-    case Backend::kCuda:
-      launch_cuda(kOp, {problem.q, problem.k, problem.v}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda),
-                  MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda_workspace));
-      break;
-  }
+  launch(kOp, backend, {problem.q, problem.k, problem.v}, params, stick_attention_backward_cpu,
+         MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda),
+         MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda_workspace));
   return grads;
 }
 
-Grads call_backward(const Tensor& grad_o, const OptionalTensor& grad_remainder, const Tensor& q, const Tensor& k,
-                    const OptionalTensor& v, const Tensor& o, const Tensor& remainder, const Tensor& residual,
-                    const Tensor& first_tiles, std::optional<double> scale, bool attend_current,
-                    const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens_q,
-                    const OptionalTensor& cu_seqlens_k) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("moduleformer_ext::stick_attention_backward", "")
-                             .typed<decltype(backward)>();
-  return op.call(grad_o, grad_remainder, q, k, v, o, remainder, residual, first_tiles, scale, attend_current,
-                 key_padding_mask, cu_seqlens_q, cu_seqlens_k);
-}
+// ---- Autograd and autocast ----
 
-// ---- Autograd ----
+Outputs call_forward(const ForwardArgs& a) {
+  return call<"stick_attention_forward", &forward<false>>(a);
+}
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-OptionalTensor optional(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
-Tensor or_undefined(const OptionalTensor& tensor) {
-  return tensor.value_or(Tensor());
-}
-
 struct StickAttention : torch::autograd::Function<StickAttention> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const OptionalTensor& v,
-                               std::optional<double> scale, bool attend_current, const OptionalTensor& mask,
-                               const OptionalTensor& cu_q, const OptionalTensor& cu_k, std::optional<double> epsilon) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList /*inputs*/, const ForwardArgs& a) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [o, remainder, residual, first_tiles] =
-        call_forward(q, k, v, scale, attend_current, mask, cu_q, cu_k, epsilon, /*for_backward=*/true);
+        call_forward({a.inputs, a.options, a.stick_epsilon, /*for_backward=*/true});
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({residual, first_tiles});
-    ctx->save_for_backward({q, k, or_undefined(v), o, remainder, residual, first_tiles, or_undefined(mask),
-                            or_undefined(cu_q), or_undefined(cu_k)});
-    ctx->saved_data["scale"] = scale;
-    ctx->saved_data["attend_current"] = attend_current;
+    save_args(ctx, a.inputs, a.options, Results{o, remainder, residual, first_tiles});
     return {o, remainder, residual, first_tiles};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &o = saved[3];
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(9);
-    const auto [grad_q, grad_k, grad_v] = call_backward(
-        grads[0].defined() ? grads[0] : at::zeros_like(o), optional(grads[1]), q, k, optional(v), o, saved[4], saved[5],
-        saved[6], ctx->saved_data["scale"].toOptional<double>(), ctx->saved_data["attend_current"].toBool(),
-        optional(saved[7]), optional(saved[8]), optional(saved[9]));
-    variable_list result(9);
-    result[0] = grad_q;
-    result[1] = grad_k;
-    if (v.defined()) result[2] = grad_v;
-    return result;
+    const auto [inputs, options, results] = saved_args<Inputs, Options, Results>(ctx);
+    const auto qkv = tensor_list(inputs.q, inputs.k, inputs.v);
+    if (!grads[0].defined() && !grads[1].defined()) return gradients_of_defined(qkv, variable_list(3));
+    const auto [grad_q, grad_k, grad_v] = call<"stick_attention_backward", &mfx::backward<false>>(
+        {grads[0].defined() ? grads[0] : at::zeros_like(results.o), if_defined(grads[1]), inputs, results, options});
+    return gradients_of_defined(qkv, {grad_q, grad_k, grad_v});
   }
 };
 
-Outputs forward_autograd(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
-                         bool attend_current, const OptionalTensor& mask, const OptionalTensor& cu_q,
-                         const OptionalTensor& cu_k, std::optional<double> epsilon, bool for_backward) {
+Outputs forward_autograd(const ForwardArgs& a) {
+  const auto& [q, k, v] = a.inputs;
   refuse_forward_mode(kOp, q, k, v);
   if (!records_grad(q, k, v)) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return call_forward(q, k, v, scale, attend_current, mask, cu_q, cu_k, epsilon, for_backward);
+    return call_forward(a);
   }
-  const auto out = StickAttention::apply(q, k, v, scale, attend_current, mask, cu_q, cu_k, epsilon);
+  const auto out = apply<StickAttention>(tensor_list(q, k, v), a);
   return {out[0], out[1], out[2], out[3]};
 }
 
-// ---- Autocast: q, k, v in the autocast type; the sticks are float32 whatever that is ----
-
-template <at::DeviceType kDevice, c10::DispatchKey kKey>
-Outputs forward_autocast(const Tensor& q, const Tensor& k, const OptionalTensor& v, std::optional<double> scale,
-                         bool attend_current, const OptionalTensor& mask, const OptionalTensor& cu_q,
-                         const OptionalTensor& cu_k, std::optional<double> epsilon, bool for_backward) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
-  const auto cast = [type = at::autocast::get_autocast_dtype(kDevice)](const Tensor& tensor) {
-    return at::autocast::cached_cast(type, tensor, kDevice);
-  };
-  return call_forward(cast(q), cast(k), present(v) ? OptionalTensor(cast(*v)) : std::nullopt, scale, attend_current,
-                      mask, cu_q, cu_k, epsilon, for_backward);
+// q, k, v in the autocast type; the sticks are float32 whatever that is.
+Outputs forward_autocast(ForwardArgs a) {
+  auto& [q, k, v] = a.inputs;
+  const Autocast cast(q);
+  cast(q);
+  cast(k);
+  cast(v);
+  return call_forward(a);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
-  m.def(
-      "stick_attention_forward(Tensor q, Tensor k, Tensor? v, float? scale, bool attend_current, "
-      "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float? stick_epsilon, bool for_backward) "
-      "-> (Tensor o, Tensor remainder, Tensor residual, Tensor first_tiles)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "stick_attention_backward(Tensor grad_o, Tensor? grad_remainder, Tensor q, Tensor k, Tensor? v, Tensor o, "
-      "Tensor remainder, Tensor residual, Tensor first_tiles, float? scale, bool attend_current, "
-      "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k) "
-      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
-      {at::Tag::pt2_compliant_tag});
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, CPU, m) {
-  m.impl("stick_attention_forward", &forward);
-  m.impl("stick_attention_backward", &backward);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, CUDA, m) {
-  m.impl("stick_attention_forward", &forward);
-  m.impl("stick_attention_backward", &backward);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
-  m.impl("stick_attention_forward", &forward_meta);
-  m.impl("stick_attention_backward", &backward_meta);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
-  m.impl("stick_attention_forward", &forward_autograd);
-  m.impl("stick_attention_backward", not_differentiable());
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCPU, m) {
-  m.impl("stick_attention_forward", &forward_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCUDA, m) {
-  m.impl("stick_attention_forward", &forward_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  using enum c10::DispatchKey;
+  const std::string inputs = "Tensor q, Tensor k, Tensor? v, ";
+  const std::string options =
+      "float? scale, bool attend_current, Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k";
+  const std::string results = "Tensor o, Tensor remainder, Tensor residual, Tensor first_tiles";
+  Definition(m, "stick_attention_forward(" + inputs + options + ", float? stick_epsilon, bool for_backward) -> (" +
+                    results + ")")
+      .kernel<&forward<false>>({CPU, CUDA})
+      .kernel<&forward<true>>({Meta})
+      .kernel<&forward_autograd>({Autograd})
+      .kernel<&forward_autocast>({AutocastCPU, AutocastCUDA});
+  Definition(m, "stick_attention_backward(Tensor grad_o, Tensor? grad_remainder, " + inputs + results + ", " + options +
+                    ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)")
+      .kernel<&backward<false>>({CPU, CUDA})
+      .kernel<&backward<true>>({Meta})
+      .kernel(Autograd, not_differentiable());
 }
 
 }  // namespace mfx

@@ -1,8 +1,6 @@
 #include "moduleformer_ext/stick_attention_decode.hpp"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <optional>
@@ -12,12 +10,23 @@
 #include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
+#include "bindings/op.hpp"
 
 namespace mfx {
 namespace {
 
 constexpr const char* kOp = "stick_attention_decode";
 using Outputs = std::tuple<at::Tensor, at::Tensor>;
+
+struct Args {
+  at::Tensor q, k_cache;
+  OptionalTensor v_cache;
+  at::Tensor cache_lengths;
+  std::optional<double> scale;
+  bool attend_current;
+  OptionalTensor key_padding_mask;
+  std::optional<double> stick_epsilon;
+};
 
 void check_cache(const char* name, const at::Tensor& cache, const at::Tensor& q) {
   check_dim(kOp, name, cache, 4);
@@ -31,9 +40,8 @@ void check_cache(const char* name, const at::Tensor& cache, const at::Tensor& q)
                 cache.sym_strides());
 }
 
-void check_arguments(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
-                     const at::Tensor& cache_lengths, std::optional<double> scale,
-                     const OptionalTensor& key_padding_mask, std::optional<double> stick_epsilon) {
+void check_arguments(const Args& a) {
+  const auto& [q, k_cache, v_cache, cache_lengths, scale, attend_current, key_padding_mask, stick_epsilon] = a;
   MFX_CHECK_ARG(q.dim() == 4 || q.dim() == 5, kOp, "q", "be [B, T, H_q, D] or [B, T, H_kv, G, D]", "shape ",
                 q.sym_sizes());
   check_float_dtype(kOp, "q", q);
@@ -83,13 +91,6 @@ Outputs allocate(const at::Tensor& q) {
   return {empty_in_order_of(q), at::empty_symint(q.sym_sizes().slice(0, q.dim() - 1), q.options().dtype(dtype))};
 }
 
-Outputs stick_attention_decode_meta(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
-                                    const at::Tensor& cache_lengths, std::optional<double> scale, bool,
-                                    const OptionalTensor& key_padding_mask, std::optional<double> stick_epsilon) {
-  check_arguments(q, k_cache, v_cache, cache_lengths, scale, key_padding_mask, stick_epsilon);
-  return allocate(q);
-}
-
 // Strides of the token, K/V head and group dimensions, whichever of the two forms q has.
 struct QueryStrides {
   int64_t batch, token, head, group;
@@ -100,10 +101,11 @@ struct QueryStrides {
         group(q.dim() == 5 ? q.stride(3) : q.stride(2)) {}
 };
 
-Outputs stick_attention_decode(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
-                               const at::Tensor& cache_lengths, std::optional<double> scale, bool attend_current,
-                               const OptionalTensor& key_padding_mask, std::optional<double> stick_epsilon) {
-  check_arguments(q, k_cache, v_cache, cache_lengths, scale, key_padding_mask, stick_epsilon);
+template <bool kMeta>
+Outputs decode(const Args& a) {
+  const auto& [q, k_cache, v_cache, cache_lengths, scale, attend_current, key_padding_mask, stick_epsilon] = a;
+  check_arguments(a);
+  if constexpr (kMeta) return allocate(q);
   const Backend backend = backend_of(kOp, "q", q);
   const at::Tensor lengths = cache_lengths.contiguous();
   const int64_t max_keys = k_cache.size(1);
@@ -149,73 +151,44 @@ Outputs stick_attention_decode(const at::Tensor& q, const at::Tensor& k_cache, c
       .stick_epsilon = stick_epsilon_or_default(stick_epsilon, q),
       .attend_current = attend_current,
   };
-  switch (backend) {
-    case Backend::kCpu: check_status(kOp, stick_attention_decode_cpu(params)); break;
-    case Backend::kCuda:
-      launch_cuda(kOp, {q, k_cache}, params, MFX_CUDA_FUNCTION(mfx_stick_attention_decode_cuda),
-                  MFX_CUDA_FUNCTION(mfx_stick_attention_decode_cuda_workspace));
-      break;
-  }
+  launch(kOp, backend, {q, k_cache}, params, stick_attention_decode_cpu,
+         MFX_CUDA_FUNCTION(mfx_stick_attention_decode_cuda),
+         MFX_CUDA_FUNCTION(mfx_stick_attention_decode_cuda_workspace));
   return outputs;
 }
 
-Outputs redispatch(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
-                   const at::Tensor& cache_lengths, std::optional<double> scale, bool attend_current,
-                   const OptionalTensor& key_padding_mask, std::optional<double> stick_epsilon) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("moduleformer_ext::stick_attention_decode", "")
-                             .typed<decltype(stick_attention_decode)>();
-  return op.call(q, k_cache, v_cache, cache_lengths, scale, attend_current, key_padding_mask, stick_epsilon);
+Outputs redispatch(const Args& a) {
+  return call<"stick_attention_decode", &decode<false>>(a);
 }
 
-Outputs stick_attention_decode_autograd(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
-                                        const at::Tensor& cache_lengths, std::optional<double> scale,
-                                        bool attend_current, const OptionalTensor& key_padding_mask,
-                                        std::optional<double> stick_epsilon) {
+Outputs autograd(const Args& a) {
   constexpr const char* kInstead = "stick_attention";
-  refuse_gradient(kOp, "q", q, kInstead);
-  refuse_gradient(kOp, "k_cache", k_cache, kInstead);
-  refuse_gradient(kOp, "v_cache", v_cache, kInstead);
+  refuse_gradient(kOp, "q", a.q, kInstead);
+  refuse_gradient(kOp, "k_cache", a.k_cache, kInstead);
+  refuse_gradient(kOp, "v_cache", a.v_cache, kInstead);
   const at::AutoDispatchBelowADInplaceOrView below;
-  return redispatch(q, k_cache, v_cache, cache_lengths, scale, attend_current, key_padding_mask, stick_epsilon);
+  return redispatch(a);
 }
 
 // The cache decides: converting the few queries costs nothing, converting the cache would be a copy of it.
-Outputs stick_attention_decode_autocast(const at::Tensor& q, const at::Tensor& k_cache, const OptionalTensor& v_cache,
-                                        const at::Tensor& cache_lengths, std::optional<double> scale,
-                                        bool attend_current, const OptionalTensor& key_padding_mask,
-                                        std::optional<double> stick_epsilon) {
+Outputs autocast(Args a) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return redispatch(q.to(k_cache.scalar_type()), k_cache, v_cache, cache_lengths, scale, attend_current,
-                    key_padding_mask, stick_epsilon);
+  a.q = a.q.to(a.k_cache.scalar_type());
+  return redispatch(a);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
-  m.def(
-      "stick_attention_decode(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor cache_lengths, float? scale=None, bool "
-      "attend_current=True, Tensor? key_padding_mask=None, float? stick_epsilon=None) -> (Tensor out, Tensor "
-      "remainder)",
-      {at::Tag::pt2_compliant_tag});
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, CPU, m) {
-  m.impl("stick_attention_decode", &stick_attention_decode);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, CUDA, m) {
-  m.impl("stick_attention_decode", &stick_attention_decode);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, Meta, m) {
-  m.impl("stick_attention_decode", &stick_attention_decode_meta);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, Autograd, m) {
-  m.impl("stick_attention_decode", &stick_attention_decode_autograd);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCPU, m) {
-  m.impl("stick_attention_decode", &stick_attention_decode_autocast);
-}
-TORCH_LIBRARY_IMPL(moduleformer_ext, AutocastCUDA, m) {
-  m.impl("stick_attention_decode", &stick_attention_decode_autocast);
+  using enum c10::DispatchKey;
+  Definition(m,
+             "stick_attention_decode(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor cache_lengths, float? "
+             "scale=None, bool attend_current=True, Tensor? key_padding_mask=None, float? stick_epsilon=None) -> "
+             "(Tensor out, Tensor remainder)")
+      .kernel<&decode<false>>({CPU, CUDA})
+      .kernel<&decode<true>>({Meta})
+      .kernel<&autograd>({Autograd})
+      .kernel<&autocast>({AutocastCPU, AutocastCUDA});
 }
 
 }  // namespace mfx
