@@ -15,6 +15,7 @@
 
 #include "core/aligned_buffer.hpp"
 #include "core/parallel.hpp"
+#include "stick_attention/stick_exhausted.hpp"
 
 namespace mfx {
 namespace {
@@ -59,7 +60,7 @@ class HeadWalk {
   void walk_newest() {
     const std::int64_t length = p_.lengths[batch_];
     walk(p_, {batch_, kv_head_, std::max<std::int64_t>(0, length - kFirstSplitKeys), length}, total_.view());
-    ended_ = sticks_ended();
+    ended_ = all_exhausted();
   }
 
   // Splits older than the newest one, still to be walked.
@@ -76,17 +77,17 @@ class HeadWalk {
     for (; !ended_ && next_ < pending_.size() && pending_[next_]; ++next_) {
       combine(p_, total_.view(), pending_[next_]->view());
       pending_[next_].reset();
-      ended_ = sticks_ended();
+      ended_ = all_exhausted();
     }
   }
 
   void write() { store(p_, batch_, kv_head_, total_.view()); }
 
  private:
-  bool sticks_ended() {
+  bool all_exhausted() {
     const double* remainder = total_.view().remainder;
-    return p_.stick_epsilon > 0 && std::all_of(remainder, remainder + p_.num_new * p_.group_size,
-                                               [this](double r) { return r <= p_.stick_epsilon; });
+    return std::all_of(remainder, remainder + p_.num_new * p_.group_size,
+                       [this](double rem) { return exhausted(rem, p_.stick_epsilon); });
   }
 
   const StickAttentionDecodeParams& p_;
@@ -100,7 +101,9 @@ class HeadWalk {
 
 }  // namespace
 
-Status stick_attention_decode_cpu(const StickAttentionDecodeParams& p) {
+Status stick_attention_decode_cpu(const StickAttentionDecodeParams& params) {
+  StickAttentionDecodeParams p = params;
+  p.stick_epsilon = exit_epsilon(params.stick_epsilon);  // what the walks compare with
   for (std::int64_t b = 0; b < p.batch; ++b) {
     if (p.lengths[b] < 0 || p.lengths[b] > p.max_keys) {
       return {.message = "cache_lengths must lie in [0, S_max]", .got = p.lengths[b], .index = b};

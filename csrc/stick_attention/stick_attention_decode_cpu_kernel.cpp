@@ -4,10 +4,13 @@
 // on the [rows, tile] scores in the linear domain; the V rows, which are the K rows still in cache where K is V, are
 // summed over strips of the head dimension in registers. Whatever is read next is prefetched by the loop before it, in
 // step with its own reads: hardware prefetchers do not follow a walk that turns back after each tile.
+#include <algorithm>
+
 #include "core/aligned_buffer.hpp"
 #include "core/denormals.hpp"
 #include "core/simd.hpp"
 #include "stick_attention/stick_attention_decode_cpu.hpp"
+#include "stick_attention/stick_exhausted.hpp"
 #include "stick_attention/stick_scan.hpp"
 
 namespace mfx::MFX_ISA {
@@ -69,7 +72,7 @@ class SplitWalk {
       const std::int64_t begin = end - keys;
       if (any_kept(begin, end)) {
         tile(begin, keys);
-        if (exhausted()) return;
+        if (all_exhausted()) return;
       }
       end = begin;
     }
@@ -86,11 +89,9 @@ class SplitWalk {
     }
     return false;
   }
-  bool exhausted() const {
-    for (std::int64_t row = 0; row < rows; ++row) {
-      if (!(remainder[row] <= p.stick_epsilon)) return false;
-    }
-    return p.stick_epsilon > 0;
+
+  bool all_exhausted() const {
+    return std::all_of(remainder, remainder + rows, [this](double rem) { return exhausted(rem, p.stick_epsilon); });
   }
 
   // A vector of head dimensions beyond the pairs; zeros beyond the head.

@@ -13,6 +13,7 @@
 #include "core/aligned_buffer.hpp"
 #include "core/denormals.hpp"
 #include "core/parallel.hpp"
+#include "stick_attention/stick_exhausted.hpp"
 #include "stick_attention/stick_non_finite.hpp"
 #include "stick_attention/stick_scan.hpp"
 #include "stick_attention/stick_tiles.hpp"
@@ -132,7 +133,7 @@ class StickForward {
     StickSight sight(g_, task);
     pack_rows_transposed(q, dim, m, x.queries);
     for (std::int64_t row = 0; row < m; ++row) x.rem[row] = row < q.count ? 1 : 0;
-    const Real epsilon = static_cast<Real>(params_.stick_epsilon);
+    const Real epsilon = static_cast<Real>(exit_epsilon(params_.stick_epsilon));
 
     bool started = false;
     std::int64_t first_tile = sight.key_tiles();
@@ -161,8 +162,7 @@ class StickForward {
                                                 : x.weights[key * m + row];
           },
           [&](std::int64_t row, std::int64_t d) -> Real& { return x.out[d * m + row]; });
-      // A row that has met a NaN stays NaN however far it walks.
-      if (epsilon > 0 && std::none_of(x.rem, x.rem + m, [&](Real r) { return r > epsilon; })) break;
+      if (std::all_of(x.rem, x.rem + m, [&](Real rem) { return exhausted(rem, epsilon); })) break;
     }
     if (!started) std::fill_n(x.out, dim * m, Real(0));
     finish(task, x.out, x.rem, first_tile);

@@ -227,6 +227,17 @@ def test_nothing_to_do(device):
     assert stick_attention(nothing, nothing, cu_seqlens_q=empty).shape == (0, 2, 8)
 
 
+@pytest.mark.parametrize("stick_epsilon", [None, 0.0, 0.5])
+def test_a_stick_that_is_nan_has_not_ended(device, stick_epsilon):
+    # The walk goes on: the gradient of every key and value that the row sees says so, whatever the early exit.
+    q, k, v = inputs(1, 1, 300, 1, 1, 16, torch.float32)
+    k[0, -1] = math.nan
+    for name, value in zip(
+        NAMES, run(stick_attention, q, k, v, device=device, stick_epsilon=stick_epsilon), strict=True
+    ):
+        assert value.isnan().all(), name
+
+
 def test_not_a_number_is_not_hidden(device):
     q, k, v = inputs(1, 8, 8, 1, 1, 8, torch.float32)
     q[0, 4] = math.nan
