@@ -1,7 +1,7 @@
 """Settings for all tests."""
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 
 import hypothesis
 import pytest
@@ -27,6 +27,25 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU; `make test-emulated` runs the CUDA kernels without one")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads for the time of a test."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def new_memory_is_nan() -> Iterator[None]:
+    """What an op leaves out of its outputs shows: torch fills new tensors with NaN, or the largest integer."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stick_cases import check, inputs, relative_error, run
+from stick_cases import check, inputs, relative_error, run, strided_inputs
 from tf32_settings import SETTINGS, tf32
 
 from moduleformer_ext import reference
@@ -28,23 +28,15 @@ def test_walks_through_several_windows(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_strides(dtype, device):
-    batch, t, heads, group, dim = 2, 70, 3, 2, 16
-    generator = torch.Generator().manual_seed(5)
-    routed = torch.randn(batch, t, group, heads, dim, generator=generator).to(dtype)
-    q = routed.transpose(2, 3)  # [B, T, H, G, D]
-    packed_kv = torch.randn(batch, t, 2, heads, dim, generator=generator).to(dtype)
-    k, v = packed_kv.unbind(2)
+    q, k, v = strided_inputs(dtype)
     plain = stick_attention(*(x.contiguous().to(device) for x in (q, k, v)))
-    there = routed.to(device).transpose(2, 3)
-    o = stick_attention(there, *packed_kv.to(device).unbind(2))
-    assert o.stride() == there.stride()
+    there = strided_inputs(dtype, device)
+    o = stick_attention(*there)
+    assert o.stride() == there[0].stride()
     assert torch.equal(o, plain)
-    one_head = k[:, :, :1].to(device).expand(-1, -1, heads, -1)
-    check(device, q, one_head.cpu(), v)
+    check(device, q, k[:, :, :1].expand_as(k), v)
     # Rows at addresses that are multiples of an element only.
-    odd = torch.randn(batch, t, heads, dim + 1, generator=generator).to(dtype)
-    value = torch.randn(batch, t, heads, dim + 3, generator=generator).to(dtype)
-    wide_q = torch.randn(batch, t, heads, dim + 5, generator=generator).to(dtype)
+    odd, value, wide_q = (torch.randn(2, 70, 3, dim).to(dtype) for dim in (17, 19, 21))
     check(device, wide_q[..., 1:-4], odd[..., 1:], value[..., 2:-1])
     views = [wide_q.to(device)[..., 1:-4], odd.to(device)[..., 1:], value.to(device)[..., 2:-1]]
     assert torch.equal(stick_attention(*views), stick_attention(*(x.contiguous() for x in views)))

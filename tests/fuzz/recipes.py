@@ -159,15 +159,19 @@ def attention_sizes(m: Maker) -> tuple[int, int, int]:
     return m.random.randint(1, 3), m.random.randint(1, 3), 8 * m.random.choice((1, 1, 2, 3, 8, 33))
 
 
-def stick_attention(m: Maker) -> Call:
-    heads, group, dim = attention_sizes(m)
-    query_heads = (heads, group) if m.chance() else (heads * group,)
-    options: dict[str, Any] = {
+def attention_options(m: Maker) -> dict[str, Any]:
+    return {
         "scale": m.random.choice((None, 0.3, -0.1)),
         "attend_current": m.chance(0.7),
         "stick_epsilon": m.random.choice((None, 0.0, 1e-3)),
         "return_remainder": m.chance(),
     }
+
+
+def stick_attention(m: Maker) -> Call:
+    heads, group, dim = attention_sizes(m)
+    query_heads = (heads, group) if m.chance() else (heads * group,)
+    options = attention_options(m)
     if m.chance(0.3):
         counts = [m.size() for _ in range(m.random.randint(0, 3))]
         history = [m.size() if m.chance(0.3) else 0 for _ in counts]
@@ -200,12 +204,7 @@ def stick_attention_decode(m: Maker) -> Call:
         m.normal(batch, keys, heads, dim, last=True) if m.chance(0.7) else None,
         m.strided(torch.randint(0, keys + 1, (batch,), generator=m.generator).int()),
     ]
-    options: dict[str, Any] = {
-        "scale": m.random.choice((None, 0.3, -0.1)),
-        "attend_current": m.chance(0.7),
-        "stick_epsilon": m.random.choice((None, 0.0, 1e-3)),
-        "return_remainder": m.chance(),
-    }
+    options = attention_options(m)
     if m.chance(0.3):
         options["key_padding_mask"] = m.strided(torch.rand(batch, keys, generator=m.generator) < 0.7)
     name = "stick_attention_decode"

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
 from small_models import IDENTITY_KV, random_model
 
 from moduleformer_ext.models import MoLMForCausalLM
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(set_threads: Callable[[int], None]) -> None:
     """Starting threads takes longer than these models."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    set_threads(1)
 
 
 @pytest.fixture

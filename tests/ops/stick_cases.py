@@ -39,6 +39,13 @@ def inputs(batch, t_q, t_k, heads, group, dim, dtype, *, shared=False, mean=0.0,
     return q.to(dtype), k.to(dtype), None if shared else v.to(dtype)
 
 
+def strided_inputs(dtype, device=CPU):
+    """q [B, T, H, G, D], k and v, none of them contiguous: views of a router's rows and of packed keys and values."""
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randn(2, 70, 2, 3, 16, generator=generator).to(device, dtype).transpose(2, 3)
+    return q, *torch.randn(2, 70, 2, 3, 16, generator=generator).to(device, dtype).unbind(2)
+
+
 def run(function, q, k, v, *, dtype=None, device=CPU, **options):
     """Outputs and gradients of a fixed random functional of them."""
     options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}

@@ -44,16 +44,12 @@ def test_ffn_of_a_few_tokens(tokens, activation, dtype):
     assert_as_accurate("y", ours, plain, exact, dtype)
 
 
-def test_threads_and_repetition_change_no_bit():
+def test_threads_and_repetition_change_no_bit(set_threads):
     x, weight = randn(6, 1500), randn(3, 1500, 900)
     layout = expert_layout(torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [1, 0], [0, 2]], dtype=torch.int32), 3)
     gates = torch.rand(6, 2)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results += [grouped_gemm(x, weight, layout, out_order="token", gates=gates) for _ in range(10)]
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        set_threads(count)
+        results += [grouped_gemm(x, weight, layout, out_order="token", gates=gates) for _ in range(10)]
     assert all(torch.equal(result, results[0]) for result in results)

@@ -54,17 +54,13 @@ def test_empty():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neither_rows_nor_threads_show_in_the_bits(dtype):
+def test_neither_rows_nor_threads_show_in_the_bits(dtype, set_threads):
     x, weight, bias = inputs(8, size=300, out=1000, dtype=dtype)
     together = linear_decode(x, weight, bias)
     assert torch.equal(torch.stack([linear_decode(row, weight, bias) for row in x]), together)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(linear_decode(x, weight, bias), together)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        assert torch.equal(linear_decode(x, weight, bias), together)
 
 
 def test_extreme_values():

@@ -14,6 +14,7 @@ from stick_cases import (
     inputs,
     relative_error,
     run,
+    strided_inputs,
 )
 
 from moduleformer_ext import reference
@@ -135,16 +136,11 @@ def test_history_equals_one_long_pass():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts_need_no_copy_and_come_back(dtype):
-    batch, t, heads, group, dim = 2, 70, 3, 2, 16
-    generator = torch.Generator().manual_seed(5)
-    routed = torch.randn(batch, t, group, heads, dim, generator=generator).to(dtype)
-    q = routed.transpose(2, 3)  # [B, T, H, G, D]
-    packed_kv = torch.randn(batch, t, 2, heads, dim, generator=generator).to(dtype)
-    k, v = packed_kv.unbind(2)
+    q, k, v = strided_inputs(dtype)
     o, remainder = stick_attention(q, k, v, return_remainder=True)
     assert o.shape == q.shape
     assert o.stride() == q.stride()
-    assert remainder.shape == (batch, t, heads, group)
+    assert remainder.shape == q.shape[:-1]
     plain, left = stick_attention(q.flatten(2, 3).contiguous(), k.contiguous(), v.contiguous(), return_remainder=True)
     assert torch.equal(o.flatten(2, 3), plain)
     assert torch.equal(remainder.flatten(2, 3), left)
@@ -152,7 +148,7 @@ def test_layouts_need_no_copy_and_come_back(dtype):
     major = q.flatten(2, 3).transpose(1, 2).contiguous().transpose(1, 2)
     assert stick_attention(major, k, v).stride() == major.stride()
     assert torch.equal(stick_attention(major, k, v), plain)
-    one_head = k[:, :, :1].expand(-1, -1, heads, -1)
+    one_head = k[:, :, :1].expand_as(k)
     assert torch.equal(stick_attention(q, one_head, v), stick_attention(q, one_head.contiguous(), v))
     odd = q.flatten(2, 3).transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(stick_attention(odd, k, v), plain)

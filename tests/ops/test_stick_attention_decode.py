@@ -161,18 +161,14 @@ def test_early_exit_leaves_the_rest_of_the_cache_alone(device):
 
 
 @pytest.mark.parametrize("tail", [2.0, 0.5, -1.0, -2.0, -5.0])
-def test_threads_and_repetition_change_no_bit(device, tail):
+def test_threads_and_repetition_change_no_bit(device, tail, set_threads):
     """From sticks that end in the first split to sticks that never end; which split ends them must not matter."""
     q, k, v, lengths = case(batch=3, dim=64, cache=3000, lengths=[3000, 1, 1700])
     q[..., 0], k[..., 0] = 1.0, 8 * tail
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3) if not on_cuda(device) else (threads,):
-            torch.set_num_threads(count)
-            results += [decode(device, q, k, v, lengths) for _ in range(6 if on_cuda(device) else 20)]
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3) if not on_cuda(device) else (torch.get_num_threads(),):
+        set_threads(count)
+        results += [decode(device, q, k, v, lengths) for _ in range(6 if on_cuda(device) else 20)]
     for out, remainder in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(remainder, results[0][1])

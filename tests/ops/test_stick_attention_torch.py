@@ -117,41 +117,30 @@ def test_gradients_where_some_are_not_wanted():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "group", "dim"), [(1, 2, 32), (4, 1, 16)])
-def test_same_bits_for_every_number_of_threads_and_every_time(dtype, heads, group, dim):
+def test_same_bits_for_every_number_of_threads_and_every_time(dtype, heads, group, dim, set_threads):
     q, k, v = inputs(1, 400, 450, heads, group, dim, dtype)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        first = gradients(q, k, v, stick_epsilon=0.0)
-        for count in (1, 2, 3, 2, 3):
-            torch.set_num_threads(count)
-            for ours, theirs in zip(gradients(q, k, v, stick_epsilon=0.0), first, strict=True):
-                assert torch.equal(ours, theirs)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    first = gradients(q, k, v, stick_epsilon=0.0)
+    for count in (1, 2, 3, 2, 3):
+        set_threads(count)
+        for ours, theirs in zip(gradients(q, k, v, stick_epsilon=0.0), first, strict=True):
+            assert torch.equal(ours, theirs)
 
 
+@pytest.mark.usefixtures("new_memory_is_nan")
 def test_every_output_is_written():
-    # torch fills new tensors with NaN here, so that an element that is left out shows.
     q, k, v = inputs(2, 90, 150, 2, 3, 24)
     keep = torch.rand(2, 150) < 0.5
     cu = torch.tensor([0, 0, 70, 90], dtype=torch.int32)
     packed = [t[0, :90].contiguous() for t in (q, k, v)]
-    old = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        for args, options in [
-            ((q, k, v), {}),
-            ((q, k, v), {"attend_current": False, "key_padding_mask": keep}),
-            (packed, {"cu_seqlens_q": cu, "attend_current": False}),
-            ((q[:, :0], k, v), {}),
-        ]:
-            for tensor in gradients(*args, **options):
-                assert tensor.isfinite().all()
-    finally:
-        torch.use_deterministic_algorithms(old[0])
-        torch.utils.deterministic.fill_uninitialized_memory = old[1]
+    for args, options in [
+        ((q, k, v), {}),
+        ((q, k, v), {"attend_current": False, "key_padding_mask": keep}),
+        (packed, {"cu_seqlens_q": cu, "attend_current": False}),
+        ((q[:, :0], k, v), {}),
+    ]:
+        for tensor in gradients(*args, **options):
+            assert tensor.isfinite().all()
 
 
 def test_inputs_are_left_alone_and_autograd_notices_changes():
