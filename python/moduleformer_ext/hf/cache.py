@@ -125,7 +125,14 @@ class ModuleFormerStaticLayer(_Layer):
 
     def store(self, present: Past) -> None:
         """Take what a pass over the first tokens returned; later ones wrote into the storage themselves."""
-        self.past = StaticLayerCache.of(present, self.capacity) if isinstance(present, LayerCache) else present
+        if not isinstance(present, LayerCache):
+            self.past = present
+            return
+        self.past = StaticLayerCache.of(present, self.capacity)
+        if not torch.compiler.is_compiling():  # CUDA graphs then write into this storage instead of being left out
+            for tensor in (self.past.keys, self.past.values, self.past.lengths):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys = key_states.transpose(1, 2)
