@@ -227,6 +227,10 @@ class TestBadInput:
         (tmp_path / "config.json").write_text(json.dumps(PUBLISHED | {"model_type": "sparsetron"}))
         with pytest.raises(ValueError, match="sparsetron"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="model_type must be 'moduleformer', got 'sparsetron'"):
+            hf.ModuleFormerForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="model_type must be 'moduleformer', got 'sparsetron'"):
+            MoLMForCausalLM.from_pretrained(tmp_path)
 
     def test_fields_that_contradict_one_another(self) -> None:
         with pytest.raises(ValueError, match="MoLMConfig: k_mlp must be at most n_mlp_experts"):

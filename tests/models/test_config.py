@@ -79,6 +79,20 @@ def test_published_format() -> None:
     assert MoLMConfig.from_reference(config.to_reference()) == config
 
 
+def test_our_own_files() -> None:
+    """They say which model they are of, and that every field means what it means here."""
+    config = MoLMConfig(router_order="topk_softmax", layer_norm_epsilon=1e-3, n_layer=2, eos_token_id=(1, 2))
+    fields = json.loads(json.dumps(config.to_file()))
+    assert fields["model_type"] == "moduleformer" and MoLMConfig.from_reference(fields) == config
+    del fields["format"]
+    assert MoLMConfig.from_reference(fields).layer_norm_epsilon == 1e-5  # as in the published implementation
+
+
+def test_files_of_other_models() -> None:
+    with pytest.raises(ValueError, match="model_type must be 'moduleformer', got 'mixtral'"):
+        MoLMConfig.from_reference({"model_type": "mixtral", "vocab_size": 10})
+
+
 def test_what_the_published_format_cannot_say() -> None:
     for changes in (
         {"n_layer": 2, "n_mlp_experts": [4, 5]},

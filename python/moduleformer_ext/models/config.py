@@ -11,7 +11,7 @@ from typing import Any
 from moduleformer_ext.models.activations import ACTIVATIONS
 from moduleformer_ext.models.experts import PER_LAYER, PUBLISHED_NAMES, ExpertsConfig, flatten, split
 from moduleformer_ext.models.presets import PRESETS
-from moduleformer_ext.models.reference import OWN, fields_from_reference, fields_to_reference, is_own
+from moduleformer_ext.models.reference import MODEL_TYPE, OWN, fields_from_reference, fields_to_reference, is_own
 
 GATE_TYPES = ("mlp", "linear", "gmm")
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
@@ -207,7 +207,12 @@ class MoLMConfig:
     def from_reference(cls, fields: Mapping[str, Any]) -> MoLMConfig:
         """Read a config.json: of a published MoLM, see
         :func:`moduleformer_ext.models.reference.fields_from_reference`, or as :meth:`to_file` writes it.
+
+        Raises:
+            ValueError: it is another kind of model's, or a field is wrong; the message names it.
         """
+        if (kind := fields.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
+            raise ValueError(f"from_reference: model_type must be {MODEL_TYPE!r}, got {kind!r}")
         if is_own(fields):
             return cls.from_dict({name: fields[name] for name in cls().to_dict() if name in fields})
         return cls.from_dict(fields_from_reference(fields))
