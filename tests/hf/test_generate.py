@@ -197,6 +197,11 @@ class TestRefused:
         ):
             generate(model, tokens(1, 4), cache_implementation=kind)
 
+    def test_continuous_batching(self, pair: tuple[Any, Any]) -> None:
+        _, model = pair
+        with pytest.raises(NotImplementedError, match="continuous batching is not supported; use generate"):
+            model.generate_batch([[1, 2, 3]], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=0))
+
     def test_caches_of_others(self, pair: tuple[Any, Any]) -> None:
         _, model = pair
         static = StaticCache(config=model.config, max_cache_len=20)

@@ -288,6 +288,10 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
             raise ValueError(f"generate: cache_implementation must be 'dynamic' or 'static' for a MoLM, got {kind!r}")
         return None
 
+    def init_continuous_batching(self, *arguments: Any, **options: Any) -> Any:
+        """Refused: a paged cache is read by attention functions of transformers, which a MoLM does not call."""
+        raise NotImplementedError(f"{type(self).__name__}: continuous batching is not supported; use generate")
+
     def _get_resized_lm_head(self, old_lm_head: nn.Linear, *arguments: Any, **options: Any) -> nn.Linear:
         resized = super()._get_resized_lm_head(old_lm_head, *arguments, **options)
         if type(resized) is type(old_lm_head):
