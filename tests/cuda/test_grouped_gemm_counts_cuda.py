@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_grouped_gemm_cuda import ffn_values, on, random_layout
+from routed import ffn_values, on, random_layout
 
 from moduleformer_ext.ops import expert_ffn, grouped_gemm
 

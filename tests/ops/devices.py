@@ -11,3 +11,8 @@ EMULATED = build_info()["cuda_dispatch"] == "CPU"
 def on_cuda(device: torch.device) -> bool:
     """Whether the CUDA kernels serve a device, the emulated one's included."""
     return EMULATED or device.type == "cuda"
+
+
+def cases_for(device: torch.device, everywhere: list, cpu: list) -> list:
+    """What a test runs through: on the emulated device, which is slow, and on a GPU less than on the CPU."""
+    return everywhere if on_cuda(device) else everywhere + cpu

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layout_cases import assert_equals_reference, random_ids
 
 from moduleformer_ext.ops import expert_layout
 
@@ -36,16 +37,12 @@ def test_equals_a_stable_sort(tokens, choices, num_experts, dtype, seed):
         assert tensor.tolist() == expected, name
 
 
-def test_many_slots_in_chunks_do_not_depend_on_threads():
+def test_many_slots_in_chunks_do_not_depend_on_threads(set_threads):
     ids = torch.randint(37, (150_001, 2), generator=torch.Generator().manual_seed(1))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(expert_layout(ids, 37))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        set_threads(count)
+        results.append(expert_layout(ids, 37))
     order = ids.flatten().sort(stable=True).indices.int()
     for layout in results:
         assert torch.equal(layout.slot_order, order)
@@ -53,8 +50,21 @@ def test_many_slots_in_chunks_do_not_depend_on_threads():
         assert torch.equal(layout.counts, ids.flatten().bincount(minlength=37).int())
 
 
-def test_non_contiguous_ids():
-    ids = torch.randint(5, (3, 40)).t()
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("tokens", "choices", "experts"),
+    [(0, 2, 3), (1, 1, 1), (7, 3, 5), (64, 2, 1), (65, 2, 33), (200, 4, 64), (50, 2, 2500), (70_000, 2, 9)],
+)
+def test_against_the_reference(tokens, choices, experts, dtype, device):
+    assert_equals_reference(random_ids(tokens, choices, experts, dtype), experts, device)
+
+
+def test_one_expert_takes_all(device):
+    assert_equals_reference(torch.full((6000, 1), 3), 5, device)
+
+
+def test_non_contiguous_ids(device):
+    ids = torch.randint(5, (3, 40)).to(device).t()
     assert torch.equal(expert_layout(ids, 5).slot_order, expert_layout(ids.contiguous(), 5).slot_order)
 
 

@@ -7,15 +7,19 @@ import sys
 
 import pytest
 import torch
+from devices import cases_for, on_cuda
 from routed import (
+    CPU,
     DTYPES,
     as_leaves,
-    assert_as_accurate,
-    gate_dtype,
+    compare,
     gradients,
+    grouped_values,
     layout_of,
+    on,
     randn,
     random_layout,
+    relative_error,
     rows_shape,
 )
 
@@ -27,81 +31,82 @@ from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS
 ORDERS = ("token", "slot", "expert")
 
 
-def check(layout, x, weight, gates, **options):
-    """Output and every gradient against float64 and against plain PyTorch in the same dtype."""
-    inputs = as_leaves(x, weight, gates)
-    plain = as_leaves(x, weight, gates)
-    exact = as_leaves(x, weight, gates, dtype=torch.float64)
-    results = []
-    for function, (a, w, g) in (
-        (grouped_gemm, inputs),
-        (reference.grouped_gemm, plain),
-        (reference.grouped_gemm, exact),
-    ):
-        out = function(a, w, layout, gates=g, **options)
-        if not results:
-            grad = randn(*out.shape, dtype=x.dtype)
-        results.append([out, *gradients(out, [a, w, g], grad)])
-    for name, ours, theirs, truth in zip(("y", "dx", "dweight", "dgates"), *results, strict=False):
-        assert_as_accurate(name, ours, theirs, truth, x.dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("x_order", "out_order"), list(itertools.product(ORDERS, ORDERS)))
-def test_orders(x_order, out_order, dtype):
+def test_orders(x_order, out_order, dtype, device):
     torch.manual_seed(0)
-    for tokens, experts, choices, n, m in ((37, 5, 2, 24, 40), (11, 4, 3, 17, 33), (150, 2, 1, 70, 130)):
+    sizes = [(37, 5, 2, 24, 40), (11, 4, 3, 17, 33), (90, 1, 1, 40, 136)]
+    for tokens, experts, choices, n, m in cases_for(device, sizes, cpu=[(150, 2, 1, 70, 130)]):
         layout = random_layout(tokens, experts, choices)
-        x = randn(*rows_shape(x_order, layout, n), dtype=dtype)
-        weight = randn(experts, n, m, dtype=dtype, scale=n**-0.5)
-        gates = torch.rand(tokens, choices, dtype=gate_dtype(dtype)) if out_order == "token" else None
-        check(layout, x, weight, gates, x_order=x_order, out_order=out_order)
-        if gates is not None:
-            check(layout, x, weight, None, x_order=x_order, out_order=out_order)
+        for gated in {False, out_order == "token"}:
+            values = grouped_values(layout, x_order, n, m, dtype, gated)
+            compare(grouped_gemm, layout, values, device, x_order=x_order, out_order=out_order)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation, dtype):
+def test_activations(activation, dtype, device):
     torch.manual_seed(1)
-    layout = random_layout(29, 6, 2)
-    x, weight = randn(29, 20, dtype=dtype, scale=2), randn(6, 20, 2 * 35, dtype=dtype, scale=20**-0.5)
-    check(layout, x, weight, None, activation=activation)
-    check(layout, x, weight, torch.rand(29, 2, dtype=gate_dtype(dtype)), out_order="token", activation=activation)
+    cuda = [(29, 3, 24, 2 * 40, 1.0), (60, 3, 17, 2 * 21, 1.0), (90, 3, 32, 2 * 72, 1.0)]
+    for tokens, experts, n, m, scale in cuda if on_cuda(device) else [(29, 6, 20, 2 * 35, 2.0)]:
+        layout = random_layout(tokens, experts, 2)
+        for out_order, gated in (("expert", False), ("token", True)):
+            values = grouped_values(layout, "token", n, m, dtype, gated, scale)
+            compare(grouped_gemm, layout, values, device, out_order=out_order, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 64, 65, 128, 129, 300])
+def test_rows_of_an_expert_around_the_tiles_edges(rows, dtype, device):
+    torch.manual_seed(3)
+    layout = layout_of([[1]] * rows + [[2]], 3)
+    compare(grouped_gemm, layout, grouped_values(layout, "token", 72, 136, dtype), device, out_order="slot")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (8, 8), (31, 127), (33, 129), (128, 256), (520, 24), (264, 518)])
+def test_features_around_the_tiles_edges(n, m, dtype, device):
+    torch.manual_seed(4)
+    for tokens in (3, 40, 150):
+        layout = random_layout(tokens, 2, 2)
+        compare(grouped_gemm, layout, grouped_values(layout, "token", n, m, dtype, True), device, out_order="token")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_beyond_one_panel_of_depth(dtype):
     torch.manual_seed(2)
     layout = random_layout(20, 3, 2)
-    check(layout, randn(20, 2100, dtype=dtype), randn(3, 2100, 66, dtype=dtype, scale=0.02), None, activation="swiglu")
-    check(layout, randn(20, 66, dtype=dtype), randn(3, 66, 2101, dtype=dtype, scale=0.1), None, out_order="token")
+    deep = [randn(20, 2100, dtype=dtype), randn(3, 2100, 66, dtype=dtype, scale=0.02), None]
+    compare(grouped_gemm, layout, deep, CPU, activation="swiglu")
+    wide = [randn(20, 66, dtype=dtype), randn(3, 66, 2101, dtype=dtype, scale=0.1), None]
+    compare(grouped_gemm, layout, wide, CPU, out_order="token")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_expert_takes_all_and_the_others_get_zero_gradients(dtype):
+def test_one_expert_takes_all_and_the_others_get_zero_gradients(dtype, device):
     torch.manual_seed(3)
-    layout = layout_of([[2]] * 700, 4)
-    x, weight = randn(700, 33, dtype=dtype), randn(4, 33, 65, dtype=dtype, scale=0.2)
-    check(layout, x, weight, None)
-    (leaf,) = as_leaves(weight)
-    grouped_gemm(x, leaf, layout).sum().backward()
-    assert (leaf.grad[[0, 1, 3]] == 0).all()
-    assert (leaf.grad[2] != 0).any()
+    for tokens, taken, experts, n, m in cases_for(device, [(70, 34, 40, 40, 72)], cpu=[(700, 2, 4, 33, 65)]):
+        layout = layout_of([[taken]] * tokens, experts)
+        _, _, grad_weight = compare(grouped_gemm, layout, grouped_values(layout, "token", n, m, dtype), device)
+        assert (grad_weight[:taken] == 0).all()
+        assert (grad_weight[taken + 1 :] == 0).all()
+        assert (grad_weight[taken] != 0).any()
 
 
-def test_every_expert_is_chosen():
+def test_every_expert_is_chosen(device):
     torch.manual_seed(4)
     layout = random_layout(9, 4, 4)
-    check(layout, randn(9, 12), randn(4, 12, 20), torch.rand(9, 4), out_order="token")
+    compare(
+        grouped_gemm, layout, grouped_values(layout, "token", 12, 20, torch.float32, True), device, out_order="token"
+    )
 
 
 @pytest.mark.parametrize("x_order", ORDERS)
 @pytest.mark.parametrize("out_order", ORDERS)
-def test_no_tokens(x_order, out_order):
-    layout = random_layout(0, 3, 2)
-    x = torch.zeros(rows_shape(x_order, layout, 8), requires_grad=True)
-    weight = torch.randn(3, 8, 6, requires_grad=True)
+def test_no_tokens(x_order, out_order, device):
+    layout = on(random_layout(0, 3, 2), device)
+    x = torch.zeros(rows_shape(x_order, layout, 8), device=device, requires_grad=True)
+    weight = torch.randn(3, 8, 6).to(device).requires_grad_()
     out = grouped_gemm(x, weight, layout, x_order=x_order, out_order=out_order, activation="silu")
     assert out.shape == rows_shape(out_order, layout, 6)
     out.sum().backward()
@@ -128,28 +133,35 @@ def test_gradcheck(activation):
     )
 
 
+@pytest.mark.parametrize("frozen", [[], [2]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_segments_equal_one_tensor(dtype):
+def test_segments_equal_one_tensor(dtype, frozen, device):
     torch.manual_seed(6)
-    layout = random_layout(40, 6, 2)
-    x, weight = randn(40, 16, dtype=dtype), randn(6, 16, 24, dtype=dtype)
-    whole = as_leaves(x, weight)
-    parts = as_leaves(x, weight[:1], weight[1:1], weight[1:4], weight[4:])
-    out = grouped_gemm(whole[0], whole[1], layout, activation="gelu")
-    split = grouped_gemm(parts[0], tuple(parts[1:]), layout, activation="gelu")
+    layout = on(random_layout(40, 6, 2), device)
+    x, weight = randn(40, 16, dtype=dtype).to(device), randn(6, 16, 24, dtype=dtype).to(device)
+    whole, leaf = as_leaves(x, weight)
+    rows, *parts = as_leaves(x, weight[:1], weight[1:1], weight[1:4], weight[4:])
+    for i in frozen:
+        parts[i].requires_grad_(False)
+    out = grouped_gemm(whole, leaf, layout, activation="gelu")
+    split = grouped_gemm(rows, tuple(parts), layout, activation="gelu")
     assert torch.equal(out, split)
     grad = torch.randn_like(out)
     out.backward(grad)
     split.backward(grad)
-    assert torch.equal(whole[0].grad, parts[0].grad)
-    assert torch.equal(whole[1].grad, torch.cat([p.grad for p in parts[1:]]))
+    assert torch.equal(whole.grad, rows.grad)
+    for i, (part, expected) in enumerate(zip(parts, leaf.grad.split([1, 0, 3, 2]), strict=True)):
+        if i in frozen:
+            assert part.grad is None
+        else:
+            assert torch.equal(part.grad, expected)
 
 
-def test_gradients_only_where_required():
-    layout = random_layout(12, 4, 2)
-    x, frozen = torch.randn(12, 8), torch.randn(3, 8, 6)
-    new = torch.randn(1, 8, 6, requires_grad=True)
-    out = grouped_gemm(x, (frozen, new), layout, out_order="token", gates=torch.rand(12, 2))
+def test_gradients_only_where_required(device):
+    layout = on(random_layout(12, 4, 2), device)
+    x, frozen = torch.randn(12, 8).to(device), torch.randn(3, 8, 6).to(device)
+    new = torch.randn(1, 8, 6).to(device).requires_grad_()
+    out = grouped_gemm(x, (frozen, new), layout, out_order="token", gates=torch.rand(12, 2).to(device))
     out.sum().backward()
     assert new.grad is not None
     assert frozen.grad is None
@@ -159,28 +171,34 @@ def test_gradients_only_where_required():
 
     op = torch.ops.moduleformer_ext.grouped_gemm_backward
     arguments = op_arguments(layout, x, [frozen, new], "expert")
-    grads = op(torch.randn(24, 6), *arguments, x.new_empty(0), False, False, [False, True])
+    grads = op(torch.randn(24, 6).to(device), *arguments, x.new_empty(0), False, False, [False, True])
     assert [g.numel() for g in grads] == [0, 0, 0, new.numel()]
 
 
-def test_strides_need_no_contiguity():
+def test_rows_need_neither_contiguity_nor_alignment(device):
     torch.manual_seed(7)
-    layout = random_layout(10, 3, 2)
-    weight = torch.randn(3, 5, 8).transpose(1, 2)
-    slots = torch.randn(2, 10, 8).transpose(0, 1)
-    assert torch.equal(
-        grouped_gemm(slots, weight, layout, x_order="slot", out_order="slot"),
-        grouped_gemm(slots.contiguous(), weight.contiguous(), layout, x_order="slot", out_order="slot"),
-    )
-    wide = torch.randn(10, 20)
-    for x in (wide[:, 3:11], wide.t()[:8, :].t()[:, :8], torch.randn(8, 10).t()):
-        leaf = x.detach().requires_grad_()
-        out = grouped_gemm(leaf, weight, layout)
-        assert torch.equal(out, grouped_gemm(x.contiguous(), weight, layout))
+    layout = on(random_layout(10, 3, 2), device)
+    weight = torch.randn(3, 5, 16).to(device).transpose(1, 2)
+    slots = torch.randn(2, 10, 16).to(device).transpose(0, 1)
+    wide = torch.randn(10, 40).to(device)
+    same_bits = not on_cuda(device)  # whose kernels differ with the alignment of rows
+    columns = torch.randn(16, 10).to(device).t()
+    tokens = (wide[:, 4:20], wide[:, 3:19], wide.t()[:16, :].t(), columns)
+    for x, x_order, out_order in (
+        (slots, "slot", "slot"),
+        (slots, "slot", "token"),
+        *((t, "token", "token") for t in tokens),
+    ):
+        leaf, same = x.detach().requires_grad_(), x.contiguous().detach().requires_grad_()
+        out = grouped_gemm(leaf, weight, layout, x_order=x_order, out_order=out_order)
+        expected = grouped_gemm(same, weight.contiguous(), layout, x_order=x_order, out_order=out_order)
+        torch.testing.assert_close(out, expected, **({"rtol": 0, "atol": 0} if same_bits else {}))
         out.sum().backward()  # an expanded gradient
-        plain = x.detach().clone().requires_grad_()
-        reference.grouped_gemm(plain, weight, layout).sum().backward()
-        torch.testing.assert_close(leaf.grad, plain.grad)
+        plain = x.detach().cpu().clone().requires_grad_()
+        reference.grouped_gemm(
+            plain, weight.cpu(), on(layout, CPU), x_order=x_order, out_order=out_order
+        ).sum().backward()
+        torch.testing.assert_close(leaf.grad.cpu(), plain.grad)
 
 
 def run_everything(layout, dtype):
@@ -195,61 +213,61 @@ def run_everything(layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repeats_bitwise_for_any_number_of_threads(dtype):
+def test_repeats_bitwise_for_any_number_of_threads(dtype, set_threads):
     layout = layout_of([[0, 1 + t % 3] for t in range(300)], 5)
-    threads = torch.get_num_threads()
-    try:
-        runs = []
-        for count in (1, 2, 3, 2, 1):
-            torch.set_num_threads(count)
-            runs.append(run_everything(layout, dtype))
-    finally:
-        torch.set_num_threads(threads)
+    runs = []
+    for count in (1, 2, 3, 2, 1):
+        set_threads(count)
+        runs.append(run_everything(layout, dtype))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.usefixtures("new_memory_is_nan")
 def test_every_element_is_written():
-    """Fresh memory is filled with NaN under deterministic algorithms."""
     layout = layout_of([[0, 3], [3, 0], [0, 3]], 5)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        x = torch.randn(3, 7, requires_grad=True)
-        weight = torch.randn(5, 7, 66, requires_grad=True)
-        gates = torch.rand(3, 2, requires_grad=True)
-        for out_order, activation in itertools.product(ORDERS, (None, "gelu", "reglu")):
-            g = gates if out_order == "token" else None
-            out = grouped_gemm(x, weight, layout, out_order=out_order, gates=g, activation=activation)
-            results = [out, *gradients(out, [x, weight, g], torch.ones_like(out))]
-            assert all(r.isfinite().all() for r in results)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(False)
+    x = torch.randn(3, 7, requires_grad=True)
+    weight = torch.randn(5, 7, 66, requires_grad=True)
+    gates = torch.rand(3, 2, requires_grad=True)
+    for out_order, activation in itertools.product(ORDERS, (None, "gelu", "reglu")):
+        g = gates if out_order == "token" else None
+        out = grouped_gemm(x, weight, layout, out_order=out_order, gates=g, activation=activation)
+        results = [out, *gradients(out, [x, weight, g], torch.ones_like(out))]
+        assert all(r.isfinite().all() for r in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_that_is_not_finite_stays_alone(dtype):
+def test_a_row_that_is_not_finite_stays_alone(dtype, device):
     layout = layout_of([[t % 3] for t in range(31)], 3)
     x, weight = randn(31, 9, dtype=dtype), randn(3, 9, 21, dtype=dtype)
     x[4] = torch.inf
     weight[2, 0, 0] = torch.nan
-    out = grouped_gemm(x, weight, layout, out_order="slot").reshape(31, 21)
+    out = grouped_gemm(x.to(device), weight.to(device), on(layout, device), out_order="slot").reshape(31, 21).cpu()
     clean = torch.ones(31, 21, dtype=torch.bool)
     clean[4], clean[2::3, 0] = False, False
     assert out[clean].isfinite().all()
     assert not out[~clean].isfinite().any()
 
 
-def test_autocast_lowers_rows_and_matrices_but_not_gates():
-    layout = random_layout(20, 4, 2)
-    x, weight, gates = as_leaves(torch.randn(20, 16), torch.randn(4, 16, 8), torch.rand(20, 2))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_lowers_rows_and_matrices_but_not_gates(device):
+    layout = on(random_layout(20, 4, 2), device)
+    x, weight, gates = as_leaves(torch.randn(20, 16), torch.randn(4, 16, 8), torch.rand(20, 2), device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out = grouped_gemm(x, weight, layout, out_order="token", gates=gates)
     assert torch.equal(out, grouped_gemm(x.bfloat16(), weight.bfloat16(), layout, out_order="token", gates=gates))
     out.sum().backward()
     assert {t.grad.dtype for t in (x, weight, gates)} == {torch.float32}
+
+
+@pytest.mark.parametrize("depth", [256, 1024, 4096])
+def test_float32_is_as_accurate_as_sgemm(depth, device):
+    """Three TF32 products in tensor cores that truncate: no chain of them may be longer than a step of depth."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(32, depth), torch.randn(1, depth, 32)
+    layout = layout_of([[0]] * 32, 1)
+    exact = x.double() @ weight[0].double()
+    y = grouped_gemm(x.to(device), weight.to(device), on(layout, device)).cpu()
+    assert relative_error(y, exact) <= 2 * relative_error(x @ weight[0], exact)
 
 
 def op_arguments(layout, x, weights, out_order="token", gates=None, activation=None):

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from devices import on_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from router_cases import (
@@ -16,57 +17,51 @@ from router_cases import (
     GATES,
     ORDERS,
     Router,
+    assert_close,
+    check,
     random_cotangents,
     weighted_sum,
 )
-from torch import Tensor
 
 from moduleformer_ext import ops, reference
 
-# Relative to the largest entry. Results are computed in float32 from whatever is stored, so they do not care about
-# 16-bit storage; gradients are rounded to it.
-RESULT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
-GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    assert actual.shape == expected.shape, what
-    if expected.numel() == 0:
-        return
-    scale = expected.abs().max().clamp_min(1e-6)
-    error = ((actual.double() - expected).abs().max() / scale).item()
-    assert error <= tolerance, f"{what}: relative error {error}"
+# tokens, num_experts, k, order, num_sampled
+SIZES = [(1, 1, 1, "softmax_topk", 0), (37, 9, 3, "topk_softmax", 0), (65, 40, 2, "softmax_topk", 1)]
+MORE_SIZES = [
+    (tokens, num_experts, k, order, num_sampled)
+    for tokens, num_experts, k, num_sampled in [
+        (70, 9, 2, 0),
+        (130, 37, 3, 1),
+        (5, 16, 16, 0),
+        (66, 100, 20, 3),
+        (3, 1, 1, 0),
+        (2, 5, 3, 3),
+    ]
+    for order in ORDERS
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(
-    ("tokens", "num_experts", "k", "num_sampled"),
-    [(70, 9, 2, 0), (130, 37, 3, 1), (5, 16, 16, 0), (66, 100, 20, 3), (3, 1, 1, 0), (2, 5, 3, 3)],
-)
-def test_values_and_gradients(dtype, gate, order, tokens, num_experts, k, num_sampled):
-    router = Router.random(gate, tokens, num_experts, dim=33 if num_experts == 37 else 24, dtype=dtype).require_grad()
-    exact = router.double()
+@pytest.mark.parametrize("size", SIZES + MORE_SIZES)
+def test_values_and_gradients(dtype, gate, size, device):
+    if on_cuda(device) and size in MORE_SIZES:
+        pytest.skip("the emulated device is slow")
+    tokens, num_experts, k, order, num_sampled = size
+    dim = 33 if num_experts == 37 else 24
+    router = Router.random(gate, tokens, num_experts, dim=dim, dtype=dtype, device=device)
     noise = torch.rand(tokens, num_experts).double() + 0.1 if num_sampled else None
-    options = {"order": order, "noise": noise, "num_sampled": num_sampled}
-    route, expected = router(ops, k, **options), exact(reference, k, **options)
+    check(router, k, order=order, noise=noise, num_sampled=num_sampled)
 
-    assert torch.equal(route.expert_ids, expected.expert_ids)
-    assert torch.equal(route.counts, expected.counts)
-    assert route.expert_ids.dtype == route.counts.dtype == torch.int32
-    result_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    for name in DIFFERENTIABLE:
-        field = getattr(route, name)
-        assert field.dtype == result_dtype
-        assert_close(field, getattr(expected, name), RESULT_TOLERANCE[dtype], name)
 
-    cotangents = random_cotangents(route)
-    weighted_sum(route, cotangents).backward()
-    weighted_sum(expected, cotangents).backward()
-    for index, (tensor, twin) in enumerate(zip(router.leaves(), exact.leaves(), strict=True)):
-        assert tensor.grad.dtype == dtype
-        assert_close(tensor.grad, twin.grad, GRADIENT_TOLERANCE[dtype], f"gradient of input {index}")
+def test_sizes_around_the_tiles_edges(device):
+    check(Router.random("mlp", 33, 67, dim=75, hidden=71, dtype=torch.float32, device=device), 5)
+
+
+def test_many_experts(device):
+    check(Router.random("linear", 9, 300, dim=40, dtype=torch.float32, device=device), 8)
+    noise = torch.empty(5, 1000).exponential_()
+    check(Router.random("logits", 5, 1000, dtype=torch.float32, device=device), 20, noise=noise, num_sampled=3)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -84,8 +79,8 @@ def test_gradcheck(gate, order, field):
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_no_tokens(gate):
-    router = Router.random(gate, 0, 6, dtype=torch.float32).require_grad()
+def test_no_tokens(gate, device):
+    router = Router.random(gate, 0, 6, dtype=torch.float32, device=device).require_grad()
     route = router(ops, 2)
     assert route.gates.shape == route.expert_ids.shape == (0, 2)
     assert route.counts.tolist() == [0] * 6
@@ -98,30 +93,47 @@ def test_no_tokens(gate):
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 17])
-def test_lowest_index_wins_ties(k):
+def test_lowest_index_wins_ties(k, device):
     logits = torch.randint(0, 3, (50, 24), generator=torch.Generator().manual_seed(0)).float()
     logits[0] = 0.0
     logits[1] = torch.tensor([0.0, -0.0] * 12)  # equal, whatever their bits
     expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    assert torch.equal(ops.route_topk(logits, k).expert_ids, expected.int())
-    assert ops.route_topk(logits, k).expert_ids[1].tolist() == list(range(k))
+    route = ops.route_topk(logits.to(device), k)
+    assert torch.equal(route.expert_ids.cpu(), expected.int())
+    assert route.expert_ids[1].tolist() == list(range(k))
+
+
+def test_ties_masks_and_nan_in_one_row(device):
+    infinity, nan = torch.inf, torch.nan
+    rows = torch.tensor(
+        [[0.0, -0.0, 0.0, 0.0], [1.0, -infinity, 2.0, 2.0], [0.0, 1.0, nan, nan], [-1.0, -2.0, -1.0, 0.0]]
+    ).to(device)
+    result = ops.route_topk(rows, 3)
+    assert result.expert_ids.tolist() == [[0, 1, 2], [2, 3, 0], [2, 3, 1], [3, 0, 2]]
+    assert result.gates[2].isnan().all()
+    assert not result.gates[[0, 1, 3]].isnan().any()
+    masked = ops.route_topk(rows[1:2], 3)
+    assert masked.plogp_sum.isfinite()
+    assert masked.prob_sum[1] == 0
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_logits(order, dtype):
-    logits = torch.tensor([[1000.0, -1000.0, 0.0, 1000.0], [-1000.0] * 4, [0.0, 1e30, -1e30, 5.0]], dtype=dtype)
+def test_extreme_logits(order, dtype, device):
+    logits = torch.tensor(
+        [[1000.0, -1000.0, 0.0, 1000.0], [-1000.0] * 4, [0.0, 1e30, -1e30, 5.0]], dtype=dtype, device=device
+    )
     logits.requires_grad_()
-    exact = logits.detach().double().requires_grad_()
+    exact = logits.detach().cpu().double().requires_grad_()
     route, expected = ops.route_topk(logits, 2, order=order), reference.route_topk(exact, 2, order=order)
     cotangents = random_cotangents(route)
     cotangents["logsumexp_sq_sum"] *= 0  # 1e60 is not a float32
     for name in ("gates", "prob_sum", "plogp_sum"):
-        torch.testing.assert_close(getattr(route, name).double(), getattr(expected, name), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(getattr(route, name).cpu().double(), getattr(expected, name), rtol=1e-6, atol=1e-7)
     del cotangents["logsumexp_sq_sum"]
     weighted_sum(route, cotangents).backward()
     weighted_sum(expected, cotangents).backward()
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits.grad.cpu().double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_masked_experts():
@@ -142,11 +154,11 @@ def test_masked_experts():
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_sampled", [0, 1, 2])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_nan_stays_with_its_token(order, num_sampled, bad):
-    logits = torch.randn(40, 7)
+def test_nan_stays_with_its_token(order, num_sampled, bad, device):
+    logits = torch.randn(40, 7).to(device)
     logits[3, 2] = torch.nan
     logits[5] = bad
-    noise = torch.empty(40, 7).exponential_() if num_sampled else None
+    noise = torch.empty(40, 7).exponential_().to(device) if num_sampled else None
     route = ops.route_topk(logits, 2, order=order, noise=noise, num_sampled=num_sampled)
     if not (order == "topk_softmax" and num_sampled == 2):  # which may draw two experts with finite logits
         assert route.gates[3].isnan().any()
@@ -211,8 +223,8 @@ def test_sampling_follows_the_probabilities():
 
 @pytest.mark.parametrize("gate", ["linear", "mlp", "gmm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_segments_equal_one_tensor(gate, dtype):
-    whole = Router.random(gate, 90, 11, dtype=dtype).require_grad()
+def test_segments_equal_one_tensor(gate, dtype, device):
+    whole = Router.random(gate, 90, 11, dtype=dtype, device=device).require_grad()
     name = "centroids" if gate == "gmm" else "weight"
     pieces = tuple(whole.parameters[name].detach().clone().split([3, 1, 7]))
     split = Router(gate, whole.x.detach().clone(), dict(whole.parameters))
@@ -236,6 +248,19 @@ def test_segments_equal_one_tensor(gate, dtype):
             torch.testing.assert_close(split.parameters[parameter].grad, whole.parameters[parameter].grad)
 
 
+def test_segments_of_other_types_than_x(device):
+    whole = Router.random("linear", 20, 11, dim=16, dtype=torch.float32, device=device)
+    whole.x = whole.x.half()
+    exact = whole.double()
+    segments = tuple(whole.parameters["weight"].detach().clone().split([4, 1, 6]))
+    result = Router("linear", whole.x, {"weight": segments}).require_grad()(ops, 3)
+    expected = exact(reference, 3)
+    assert torch.equal(result.expert_ids.cpu(), expected.expert_ids)
+    gradients = torch.autograd.grad(result.gates.square().sum(), segments)
+    (twin,) = torch.autograd.grad(expected.gates.square().sum(), exact.parameters["weight"])
+    assert_close(torch.cat(gradients), twin, 3e-5, "weight")
+
+
 @pytest.mark.parametrize("gate", ["linear", "mlp", "gmm"])
 def test_only_wanted_gradients(gate):
     """Each input alone gets the gradient that it gets among all."""
@@ -252,13 +277,13 @@ def test_only_wanted_gradients(gate):
 @pytest.mark.parametrize("gate", ["linear", "mlp", "gmm"])
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_mixed_types(gate, x_dtype, weight_dtype):
-    router = Router.random(gate, 40, 6, dtype=torch.float32)
+def test_mixed_types(gate, x_dtype, weight_dtype, device):
+    router = Router.random(gate, 40, 6, dtype=torch.float32, device=device)
     router.x = router.x.to(x_dtype)
     router.parameters = {name: value.to(weight_dtype) for name, value in router.parameters.items()}
     exact = router.double()
     route, expected = router.require_grad()(ops, 2), exact(reference, 2)
-    assert torch.equal(route.expert_ids, expected.expert_ids)
+    assert torch.equal(route.expert_ids.cpu(), expected.expert_ids)
     assert_close(route.gates, expected.gates, 1e-5, "gates")
     cotangents = random_cotangents(route)
     weighted_sum(route, cotangents).backward()
@@ -268,8 +293,8 @@ def test_mixed_types(gate, x_dtype, weight_dtype):
         assert_close(tensor.grad, twin.grad, 1e-2 if torch.bfloat16 in (x_dtype, weight_dtype) else 1e-3, "gradient")
 
 
-def test_non_contiguous_inputs():
-    router = Router.random("mlp", 30, 6, dtype=torch.float32)
+def test_non_contiguous_inputs(device):
+    router = Router.random("mlp", 30, 6, dtype=torch.float32, device=device)
     strided = Router(
         "mlp", router.x.t().contiguous().t(), {n: torch.stack([v, v], -1)[..., 0] for n, v in router.parameters.items()}
     )
@@ -279,33 +304,25 @@ def test_non_contiguous_inputs():
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_again_and_with_other_threads(gate, dtype):
-    threads = torch.get_num_threads()
+def test_same_bits_again_and_with_other_threads(gate, dtype, set_threads):
     first = None
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            router = Router.random(gate, 333, 10, dtype=dtype).require_grad()
-            route = router(ops, 2)
-            weighted_sum(route, random_cotangents(route)).backward()
-            tensors = [*route, *(tensor.grad for tensor in router.leaves())]
-            if first is None:
-                first = tensors
-            assert all(torch.equal(one, other) for one, other in zip(first, tensors, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 2):
+        set_threads(count)
+        router = Router.random(gate, 333, 10, dtype=dtype).require_grad()
+        route = router(ops, 2)
+        weighted_sum(route, random_cotangents(route)).backward()
+        tensors = [*route, *(tensor.grad for tensor in router.leaves())]
+        if first is None:
+            first = tensors
+        assert all(torch.equal(one, other) for one, other in zip(first, tensors, strict=True))
 
 
+@pytest.mark.usefixtures("new_memory_is_nan")
 def test_every_output_is_written():
-    """torch fills new tensors with NaN (largest integers) in deterministic mode: none may remain."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        for gate, tokens in itertools.product(GATES, (0, 1, 67)):
-            router = Router.random(gate, tokens, 7, dtype=torch.float32).require_grad()
-            route = router(ops, 3)
-            weighted_sum(route, random_cotangents(route)).backward()
-            for tensor in [*route, *(tensor.grad for tensor in router.leaves())]:
-                assert tensor.isfinite().all()
-                assert (tensor.abs() < 1e9).all()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for gate, tokens in itertools.product(GATES, (0, 1, 67)):
+        router = Router.random(gate, tokens, 7, dtype=torch.float32).require_grad()
+        route = router(ops, 3)
+        weighted_sum(route, random_cotangents(route)).backward()
+        for tensor in [*route, *(tensor.grad for tensor in router.leaves())]:
+            assert tensor.isfinite().all()
+            assert (tensor.abs() < 1e9).all()
