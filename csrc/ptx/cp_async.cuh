@@ -1,6 +1,9 @@
 // Asynchronous copies from global to shared memory. PTX ISA, "Data movement and conversion instructions: non-bulk
 // copy". Of kBytes, `source_bytes` are read and the rest is filled with zeros; with 0 the source is not touched. Both
 // sides are aligned to kBytes.
+//
+// cuda_pipeline_primitives.h takes generic pointers, and the number of bytes through a switch where it is not a
+// constant; its commit and wait do not tell the compiler that they concern memory.
 #pragma once
 
 #include "ptx/shared_address.cuh"

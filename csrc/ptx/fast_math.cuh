@@ -1,5 +1,5 @@
 // Special-function unit results, relative errors around 2^-22. PTX ISA, "Floating point instructions". Subnormal inputs
-// and results are zero (.ftz), which makes each one instruction.
+// and results are zero (.ftz), which makes each one instruction; exp2f() and __log2f() are that under -ftz=true alone.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ __device__ inline float where_set(std::uint32_t bits, float x) {
   return y;
 }
 
-// NaN where one operand is NaN, unlike fminf.
+// NaN where one operand is NaN, unlike fminf(). CUDA has this for 16-bit types alone.
 __device__ inline float min_nan(float a, float b) {
   float y;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));

@@ -1,4 +1,7 @@
 // 128-bit accesses; addresses are aligned to 16 bytes. PTX ISA, "Data movement and conversion instructions: ld, st".
+//
+// Not *pointer and __ldg(): of shared memory these want 64-bit addresses, and of global memory ptxas schedules them
+// worse (0.7 % more instructions in attention's forward kernels, 0.3 % in the router's).
 #pragma once
 
 #include "ptx/shared_address.cuh"

@@ -1,4 +1,6 @@
-// Exchanges between the lanes of a warp, all of which take part, and a vote of the block.
+// Exchanges between the lanes of a warp, all of which take part, and a vote of the block. __shfl_sync() and
+// __syncthreads_and() go by way of integers: 2 % more PTX in attention's forward kernels, which tests count, and 2 to 5
+// machine instructions more in their loops.
 #pragma once
 
 namespace mfx::device {
