@@ -61,18 +61,24 @@ inline RowOrder parse_order(const char* op, const char* argument, std::string_vi
   return RowOrder::kExpert;
 }
 
+struct NamedActivation {
+  std::string_view name;
+  ActivationSpec spec;
+};
+inline constexpr NamedActivation kActivations[] = {
+    {"gelu_tanh", {Activation::kGeluTanh, false}}, {"gelu", {Activation::kGelu, false}},
+    {"silu", {Activation::kSilu, false}},          {"relu", {Activation::kRelu, false}},
+    {"geglu_tanh", {Activation::kGeluTanh, true}}, {"geglu", {Activation::kGelu, true}},
+    {"swiglu", {Activation::kSilu, true}},         {"reglu", {Activation::kRelu, true}},
+};
+
 inline ActivationSpec parse_activation(const char* op, std::string_view name) {
-  if (name == "gelu_tanh") return {Activation::kGeluTanh, false};
-  if (name == "gelu") return {Activation::kGelu, false};
-  if (name == "silu") return {Activation::kSilu, false};
-  if (name == "relu") return {Activation::kRelu, false};
-  if (name == "geglu_tanh") return {Activation::kGeluTanh, true};
-  if (name == "geglu") return {Activation::kGelu, true};
-  if (name == "swiglu") return {Activation::kSilu, true};
-  MFX_CHECK_ARG(name == "reglu", op, "activation",
-                "be one of 'gelu_tanh', 'gelu', 'silu', 'relu', 'geglu_tanh', 'geglu', 'swiglu', 'reglu'", "'", name,
-                "'");
-  return {Activation::kRelu, true};
+  std::string known;
+  for (const NamedActivation& activation : kActivations) {
+    if (activation.name == name) return activation.spec;
+    known += c10::str(known.empty() ? "'" : ", '", activation.name, "'");
+  }
+  MFX_CHECK_ARG(false, op, "activation", c10::str("be one of ", known), "'", name, "'");
 }
 
 // The shape of rows of `columns` elements in a given order.

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from routed import (
 
 from moduleformer_ext import reference
 from moduleformer_ext._extension import build_info
+from moduleformer_ext.nn.experts import GATED_ACTIVATIONS
 from moduleformer_ext.ops import expert_layout, grouped_gemm
 from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS
 
@@ -112,6 +115,22 @@ def test_no_tokens(x_order, out_order, device):
     out.sum().backward()
     assert x.grad.shape == x.shape
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_one_list_of_activations():
+    """The error names those that the parser knows; plain PyTorch, layers and documentation have the same."""
+    layout, x, weight = layout_of([[0]], 1), randn(1, 4), randn(1, 4, 4)
+    with pytest.raises(ValueError, match="activation must be one of") as raised:
+        grouped_gemm(x, weight, layout, activation="")
+    named = re.findall(r"'(\w+)'", str(raised.value))
+    assert sorted(named) == sorted(ACTIVATIONS)
+    gated = {name for name in named if grouped_gemm(x, weight, layout, activation=name).shape[-1] == 2}
+    assert gated == GATED_ACTIVATIONS
+    page = (Path(__file__).parents[2] / "docs" / "ops" / "grouped_gemm.md").read_text(encoding="utf-8")
+    listed = re.search(r"## Activations\n\n(.*?):\n", page, re.DOTALL)[1]
+    assert re.findall(r"`(\w+)`", listed) == named
+    docstring = re.search(r"\bactivation: None;(.*?), which", grouped_gemm.__doc__, re.DOTALL)[1]
+    assert re.findall(r'"(\w+)"', docstring) == named
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
