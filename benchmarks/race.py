@@ -55,7 +55,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Peer:
-    """Another library's way."""
+    """Another way to compute it: a package's, or a formulation in PyTorch."""
 
     bind: Callable[..., Callable[[], Tensor]]
     """Called once with the inputs of a race; gives the timed call."""

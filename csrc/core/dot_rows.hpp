@@ -20,7 +20,8 @@ inline void with_storage(DType dtype, F f) {
     switch (dtype) {
       case DType::kBFloat16: return f(BFloat16{});
       case DType::kFloat16: return f(Float16{});
-      default: return f(float{});
+      case DType::kFloat32:
+      case DType::kFloat64: return f(float{});
     }
   }
 }

@@ -36,6 +36,7 @@ __device__ inline ActivationValue activate_with_slope(float x) {
   } else if constexpr (kFunction == Activation::kRelu) {
     return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f};
   } else {
+    static_assert(kFunction == Activation::kNone, "an activation without a formula");
     return {x, 1.0f};
   }
 }

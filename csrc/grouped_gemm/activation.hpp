@@ -40,6 +40,7 @@ inline ActivationValue<V> activate_with_slope(V x) {
   } else if constexpr (kFunction == Activation::kRelu) {
     return {x < 0 ? V{} : x, x > 0 ? broadcast(T(1)) : V{}};
   } else {
+    static_assert(kFunction == Activation::kNone);
     return {x, broadcast(T(1))};
   }
 }

@@ -100,7 +100,7 @@ Status mfx_expert_ffn_backward_cuda(const ExpertFfnBackwardParams& p, Stream str
   through_down.dots = memory.dots;
   launches.row_product(Product::kHiddenGrad, through_down, p.grad_gates);
 
-  if (memory.gated != nullptr) {
+  if (any(p.grad_down, f.layout.num_experts)) {
     launches.weight_grad(launches.map(memory.gated, RowOrder::kExpert, f.hidden_features), grad, p.grad_down,
                          f.hidden_features, f.model_features);
   }

@@ -1,11 +1,11 @@
 // What the backward kernels of stick_attention share. Two kernels, each the owner of what it writes: no atomics, no
 // locks.
 //
-//   dQ kernel   a block per query tile walks its key tiles from the newest to the oldest, exactly those that forward
-//                  visited, and owns dQ. It leaves chunk states: per row and run of keys, the stick at the run's newer
-//                  edge and the sum of G over all keys older than the run.
-//   dK/dV kernel     a block per key tile walks the query tiles that visited it and owns dK and dV. With what the query
-//                  kernel left it scans each run on its own.
+//   dQ kernel     a block per query tile walks its key tiles from the newest to the oldest, exactly those that forward
+//                 visited, and owns dQ. It leaves chunk states: per row and run of keys, the stick at the run's newer
+//                 edge and the sum of G over all keys older than the run.
+//   dK/dV kernel  a block per key tile walks the query tiles that visited it and owns dK and dV. With what the dQ
+//                 kernel left it scans each run on its own.
 //
 // Both run once per chunk of kKvChunk keys, newest K/V chunk first, so that the workspace is linear in the number of
 // tokens; rows whose walk goes on in an older K/V chunk hand over stick, sum and dQ in binary32.

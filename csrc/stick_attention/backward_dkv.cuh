@@ -1,11 +1,10 @@
 // stick_attention backward, the dK/dV kernel (backward.cuh): a block owns kKeys keys of one K/V head and walks the
 // query rows that visited them, all query heads of the group among them, kRows at a time:
 //
-//   1. each warp, for 16 rows and one span of keys: S = Q K^T, dP = dO V^T, (weights, dS) = scan(S, dP), to shared
-//   memory
+//   1. each warp, for 16 rows and one span of keys: S = Q K^T, dP = dO V^T, (weights, dS) = scan(S, dP), exchanged
 //   2. each warp, for 16 keys and its part of D:    dV += weights^T dO, dK += dS^T Q
 //
-// Where 16 rows see none of 16 keys, step 2 leaves them out, and step 1 need not.
+// Where 16 rows see none of 16 keys, step 1 leaves the exchange tile as it was and step 2 leaves them out.
 //
 // Shared memory: K and V, kStages of Q and dO, weights and dS.
 #pragma once

@@ -1,7 +1,6 @@
 // stick_attention_decode on a GPU: bound by reading the cache, which is read once, in 128-bit pieces, newest key first.
 //
-//   beta_j = sigmoid(scale q.k_j),  A_j = beta_j prod_{m newer} (1 - beta_m),  o = sum_j A_j v_j,  r = prod (1 -
-//   beta_j)
+//   beta_j = sigmoid(scale q.k_j), A_j = beta_j prod_{m newer} (1 - beta_m), o = sum_j A_j v_j, r = prod (1 - beta_j)
 //
 // Two launches. The first walks slot 0 of every stick group (stick_attention_decode_plan.hpp); where sticks end there,
 // or there are no older keys, it writes the result. The second walks the other slots and composes, (o1, r1) with the
@@ -144,7 +143,7 @@ __device__ void climb(const StickAttentionDecodeParams& p, const StickDecodePlan
     const bool is_root = slots <= span;
     if (slot <= ended) compose<T, S>(p, plan, work, group, slot, stride, count, is_root);
     if (is_root) return;
-    counters += plan.slots() / StickDecodePlan::kRadix + 1;
+    counters += plan.counters_per_level();
   }
 }
 
@@ -167,7 +166,7 @@ struct SlotKeys {
   }
 };
 
-template <typename T, typename S, bool kShared>
+template <typename T, typename S, bool kKIsV>
 __device__ void decode(const StickAttentionDecodeParams& p, const StickDecodePlan& plan,
                        const StickDecodeWorkspace& work, bool aligned, int slot) {
   __shared__ Shared<S> shared;
@@ -183,10 +182,13 @@ __device__ void decode(const StickAttentionDecodeParams& p, const StickDecodePla
     if (slot >= keys.slots || ended == 0) return;  // 0: slot 0 was the result
     needed = slot < ended;
   }
-  if (needed && walk<T, S, kShared>(shared, p, group, aligned, keys.begin, keys.end)) {
-    const Group same_group = Group::recompute(p, plan);
-    const SlotKeys same_keys(p, plan, same_group, slot);
-    sum_row_by_row<T, S>(shared, p, same_group, same_keys.begin, same_keys.end);
+  if (needed) {
+    walk<T, S, kKIsV>(shared, p, group, aligned, keys.begin, keys.end);
+    if (any_not_finite(shared, p.head_dim)) {
+      const Group same_group = Group::recompute(p, plan);
+      const SlotKeys same_keys(p, plan, same_group, slot);
+      sum_row_by_row<T, S>(shared, p, same_group, same_keys.begin, same_keys.end);
+    }
   }
   if (slot == 0) return finish_newest<T>(shared, p, plan, work, group, keys.older_keys);
   if (needed) {

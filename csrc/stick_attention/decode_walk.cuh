@@ -140,15 +140,15 @@ __device__ inline void store_scores(Shared<S>& shared, const Place<S>& at, const
   }
 }
 
-// What a key takes of the stick that comes to it, and what it leaves, as parts.
-struct Odds {
-  float take, leave;
+// The share of the stick that comes to a key which it takes, beta, and leaves, u = 1 - beta.
+struct Shares {
+  float beta, u;
 
-  __device__ explicit Odds(float s) {
+  __device__ explicit Shares(float s) {
     s = s > kScoreBound ? kScoreBound : s < -kScoreBound ? -kScoreBound : s;  // NaN passes through
     const float e = expf(s);
-    leave = 1.0f / (1.0f + e);
-    take = e * leave;
+    u = 1.0f / (1.0f + e);
+    beta = e * u;
   }
 };
 
@@ -184,9 +184,9 @@ __device__ inline void scan_row(Shared<S>& shared, const StickAttentionDecodePar
     if (!visible || !is_kept(p, group, key)) continue;
     float s = 0;
     for (int part = 0; part < at.warps_per_key; ++part) s += shared.scores[part][row][j];
-    const Odds odds(s * static_cast<float>(p.scale));
-    take[i] = odds.take;
-    leave[i] = odds.leave;
+    const Shares shares(s * static_cast<float>(p.scale));
+    take[i] = shares.beta;
+    leave[i] = shares.u;
   }
   const LaneScan newer = lanes_later_product<kWarp>(leave[0] * leave[1]);
   const float weight1 = take[1] * newer.later, weight0 = take[0] * (newer.later * leave[1]);
@@ -219,10 +219,10 @@ __device__ void sum_row_by_row(Shared<S>& shared, const StickAttentionDecodePara
       const T* const v = cached_values<T>(p, group) + key * p.v_key_stride;
       float score = 0;
       for (int d = lane; d < p.head_dim; d += 32) score += to_float(q[d]) * to_float(k[d]);
-      const Odds odds(lanes_sum(score) * static_cast<float>(p.scale));
-      const float weight = odds.take * static_cast<float>(stick);
+      const Shares shares(lanes_sum(score) * static_cast<float>(p.scale));
+      const float weight = shares.beta * static_cast<float>(stick);
       for (int d = lane; d < p.head_dim; d += 32) sum(d) += weight * to_float(v[d]);
-      stick *= odds.leave;
+      stick *= shares.u;
     }
   }
   __syncthreads();
@@ -230,7 +230,7 @@ __device__ void sum_row_by_row(Shared<S>& shared, const StickAttentionDecodePara
 
 // This thread's chunks of the keys of a tile and of its values, which are the keys where K is V. What is read next is
 // on its way to registers while the other is used.
-template <typename T, typename S, bool kShared>
+template <typename T, typename S, bool kKIsV>
 class CachePipeline {
  public:
   // Starts with the keys end - 1 ..; there are none older than `begin`.
@@ -248,21 +248,21 @@ class CachePipeline {
 
   // The tile that begins at `first`: its keys are there, and its values, or the keys of the older one, on their way.
   __device__ void take(int first) {
-    if constexpr (kShared) {
+    if constexpr (kKIsV) {
       load(then_, keys_, key_stride_, first - at_.tile());
     } else {
       load(then_, values_, value_stride_, first);
     }
   }
   __device__ const Chunk<T>& key(int j) const { return now_[j]; }
-  __device__ const Chunk<T>& value(int j) const { return (kShared ? now_ : then_)[j]; }
+  __device__ const Chunk<T>& value(int j) const { return (kKIsV ? now_ : then_)[j]; }
 
   // After the last use of its keys, and of its values.
   __device__ void keys_read(int first) {
-    if constexpr (!kShared) load(now_, keys_, key_stride_, first - at_.tile());
+    if constexpr (!kKIsV) load(now_, keys_, key_stride_, first - at_.tile());
   }
   __device__ void values_read() {
-    if constexpr (kShared) {
+    if constexpr (kKIsV) {
 #pragma unroll
       for (int j = 0; j < S::kKeys; ++j) now_[j] = then_[j];
     }
@@ -368,14 +368,13 @@ __device__ inline bool any_not_finite(const Shared<S>& shared, std::int64_t head
 }
 
 // Walks the keys end - 1 .. begin. On return shared.sums and shared.sticks hold what they take from whole sticks.
-// Returns whether a sum is not finite.
-template <typename T, typename S, bool kShared>
-__device__ bool walk(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group, bool aligned,
+template <typename T, typename S, bool kKIsV>
+__device__ void walk(Shared<S>& shared, const StickAttentionDecodeParams& p, const Group& group, bool aligned,
                      int begin, int end) {
   constexpr int kRounds = (S::kRows + S::kWarps - 1) / S::kWarps;
   const Place<S> at(p.head_dim);
   const int newest = newest_of_first_token(p, group);
-  CachePipeline<T, S, kShared> kv(p, group, at, aligned, begin, end);
+  CachePipeline<T, S, kKIsV> kv(p, group, at, aligned, begin, end);
   float q[S::kRows][S::kVec] = {}, sum[S::kRows][S::kVec] = {};
 #pragma unroll
   for (int row = 0; row < S::kRows; ++row) {
@@ -414,7 +413,6 @@ __device__ bool walk(Shared<S>& shared, const StickAttentionDecodeParams& p, con
   for (int i = 0; i < kRounds; ++i) {
     if (at.lane == 0 && at.warp + i * S::kWarps < S::kRows) shared.sticks[at.warp + i * S::kWarps] = stick[i];
   }
-  return any_not_finite(shared, p.head_dim);
 }
 
 }  // namespace mfx::stick_decode

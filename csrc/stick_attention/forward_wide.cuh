@@ -69,7 +69,7 @@ __device__ inline void forward_wide(const ForwardLaunch& launch) {
     }
     kv.rows_read(key_tile);
     __syncthreads();  // all parts are there
-    bool done = true;
+    bool all_exhausted = true;
     if (scans) {
       float scores[1][2];
       parts.sum(row / 16, row % 16, scores);
@@ -78,9 +78,9 @@ __device__ inline void forward_wide(const ForwardLaunch& launch) {
         stick_break<masked, Wide::kLanes>(scores, exp_logit, visible, kWeightUnit<Op>, rem);
       });
       weights.put_run(row, scores);
-      done = exhausted(rem[0], launch.epsilon);
+      all_exhausted = exhausted(rem[0], launch.epsilon);
     }
-    const bool last = __syncthreads_and(done);  // and all weights
+    const bool last = __syncthreads_and(all_exhausted);  // and all weights
     const device::SharedAddress v = kv.columns();
 #pragma unroll
     for (int m = 0; m < kM; ++m) wide_gemm_ab<Op>(o[m], weights(m), v);
@@ -90,17 +90,17 @@ __device__ inline void forward_wide(const ForwardLaunch& launch) {
   device::cp_async_wait_all();
   __syncwarp();
 
-  const BlockInfo done = BlockInfo::recompute(p, kRows);
-  key_tile = max(key_tile, 0);
+  const BlockInfo same_tile = BlockInfo::recompute(p, kRows);
+  const int oldest_tile = max(key_tile, 0);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     scale(o[m], 1.0f / kWeightUnit<Op>);
-    store_output<Op>(launch, done, 16 * m, column, o[m], tiles, key_tile * kKeys);
+    store_output<Op>(launch, same_tile, 16 * m, column, o[m], tiles, oldest_tile * kKeys);
   }
-  if (scans && lane % Wide::kLanes == 0 && done.first_row + row < done.s.rows) {
-    const std::int64_t flat = flat_row(p, done.s, done.head, done.first_row + row);
+  if (scans && lane % Wide::kLanes == 0 && same_tile.first_row + row < same_tile.s.rows) {
+    const std::int64_t flat = flat_row(p, same_tile.s, same_tile.head, same_tile.first_row + row);
     static_cast<float*>(params.remainder)[flat] = rem[0];
-    params.first_tiles[flat] = key_tile;
+    params.first_tiles[flat] = oldest_tile;
   }
 }
 

@@ -242,7 +242,7 @@ class SplitWalk {
     }
     const A rem = static_cast<A>(remainder[row]);
     for (int j = 0; j < keys; ++j) weight[j] *= rem;
-    remainder[row] *= stick_rem_after(1.0, static_cast<double>(product), static_cast<double>(taken));
+    remainder[row] *= stick_rem_after(1.0, static_cast<double>(taken), static_cast<double>(product));
   }
 
   // out[row] += sum_j weights[row, first + j] v_j for a block of rows.

@@ -8,11 +8,11 @@
 
 namespace mfx::stick_decode {
 
-template <typename T, int kLanes, int kRows, bool kShared>
+template <typename T, int kLanes, int kRows, bool kKIsV>
 __global__ void __launch_bounds__(Shape<T, kLanes, kRows>::kThreads)
     stick_decode(StickAttentionDecodeParams p, StickDecodePlan plan, StickDecodeWorkspace work, bool aligned,
                  int first_slot) {
-  decode<T, Shape<T, kLanes, kRows>, kShared>(p, plan, work, aligned, first_slot + static_cast<int>(blockIdx.y));
+  decode<T, Shape<T, kLanes, kRows>, kKIsV>(p, plan, work, aligned, first_slot + static_cast<int>(blockIdx.y));
 }
 
 namespace {
@@ -32,10 +32,10 @@ bool is_aligned(const StickAttentionDecodeParams& p) {
   return true;
 }
 
-template <typename T, int kLanes, int kRows, bool kShared>
+template <typename T, int kLanes, int kRows, bool kKIsV>
 Status launch_plan(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
   constexpr int kThreads = Shape<T, kLanes, kRows>::kThreads;
-  const auto kernel = stick_decode<T, kLanes, kRows, kShared>;
+  const auto kernel = stick_decode<T, kLanes, kRows, kKIsV>;
   const auto work = StickDecodeWorkspace::in(p.workspace, plan, p.head_dim);
   const auto groups = static_cast<unsigned>(plan.groups);
   Status status = launch(kernel, groups, kThreads, 0, stream, p, plan, work, is_aligned<T>(p), 0);
@@ -103,8 +103,9 @@ Status mfx_stick_attention_decode_cuda(const StickAttentionDecodeParams& params,
     case DType::kBFloat16: return stick_decode::launch_type<BFloat16>(p, plan, stream);
     case DType::kFloat16: return stick_decode::launch_type<Float16>(p, plan, stream);
     case DType::kFloat32: return stick_decode::launch_type<float>(p, plan, stream);
-    default: return {"stick_attention_decode: q must be float32, bfloat16 or float16 on CUDA, got float64"};
+    case DType::kFloat64: break;
   }
+  return {"stick_attention_decode: q must be float32, bfloat16 or float16 on CUDA, got float64"};
 }
 
 }  // namespace mfx

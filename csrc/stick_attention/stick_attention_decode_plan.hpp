@@ -43,7 +43,8 @@ struct StickDecodePlan {
   }
 
   MFX_HOST_DEVICE constexpr int slots() const { return older_slots + 1; }
-  MFX_HOST_DEVICE constexpr int counters() const { return kLevels * (slots() / kRadix + 1); }
+  MFX_HOST_DEVICE constexpr int counters_per_level() const { return slots() / kRadix + 1; }
+  MFX_HOST_DEVICE constexpr int counters() const { return kLevels * counters_per_level(); }
 
   // Keys per older slot of a sequence that has `older` keys beyond the newest ones, and how many slots that fills.
   MFX_HOST_DEVICE constexpr int slot_keys(int older) const {

@@ -74,8 +74,9 @@ __device__ inline float lane_sum(const float (&weights)[kTiles][kOfTile], int ro
   return sum;
 }
 
-// What keys leave of a stick `rem`, `product` being that of their u: where they took less than half, the stick less
-// what they took, for a product of many factors just below 1 would lose the sum of their small differences from it.
+// What keys leave of a stick `rem`, `product` being that of their u alone: where they took less than half, the stick
+// less what they took, for a product of many factors just below 1 would lose the sum of their small differences from
+// it.
 template <typename Rem>
 __device__ inline Rem rem_after(Rem rem, Rem taken, float product) {
   return product > 0.5f ? rem - taken : rem * product;
@@ -204,7 +205,7 @@ __device__ inline void break_run(float (&scores)[kTiles][kOfTile], float (&beta)
 template <int kRows>
 struct BackwardRows {
   float rem[kRows], sum_g[kRows];       // at the tile's newer edge; of newer tiles
-  float delta[kRows], dp_bound[kRows];  // delta_and_bound()
+  float delta[kRows], dp_bound[kRows];  // DeltaAndBound
 
   // The stick at the tile's older edge; scores are weights without the shares of newer lanes and tiles.
   template <int kLanes, int kTiles, int kOfTile>

@@ -8,7 +8,7 @@
 
 namespace mfx {
 
-inline constexpr int kStickTileRows = 64;  // query rows per block of forward, and per early-exit decision
+inline constexpr int kStickTileRows = 64;  // query rows per block of the tiled forward kernel, which exits early as one
 
 // Tiles of a batch whose sequences have `tokens` each, in total where it is packed. Of packed sequences, whose lengths
 // only the device knows, sequence i takes the slots from floor(rows before it / tile_rows) + i on: they suffice, since

@@ -106,10 +106,11 @@ struct StickTile {
   Real* rem;                 // [rows], in: left at the tile's newer edge; out: left at its older edge
 };
 
-// What a tile leaves of a stick: where it took less than half, the stick less what was taken, for a product of many
-// factors just below 1 would lose the sum of their small differences from it; else the product.
+// What a tile leaves of a stick, as rem_after() on CUDA: where it took less than half, the stick less what was taken,
+// for a product of many factors just below 1 would lose the sum of their small differences from it; else `product`, of
+// the stick and all its keys' u.
 template <typename V>
-inline V stick_rem_after(V rem, V product, V taken) {
+inline V stick_rem_after(V rem, V taken, V product) {
   return taken < rem * 0.5f ? rem - taken : product;
 }
 
@@ -155,7 +156,7 @@ inline void stick_scan_forward_lanes(const StickTile<Real>& tile, std::int64_t l
       }
     }
   }
-  for (int n = 0; n < kN; ++n) store(tile.rem + lane + n * w, stick_rem_after(rem[n], product[n], taken[n]));
+  for (int n = 0; n < kN; ++n) store(tile.rem + lane + n * w, stick_rem_after(rem[n], taken[n], product[n]));
 }
 
 // Backward walks the same way with the same arithmetic, so it meets the same weights. With G = weight * dp,
@@ -223,7 +224,7 @@ inline void stick_scan_backward_lanes(const StickGradTile<Real>& grad, std::int6
   }
   V older[kN];
   for (int n = 0; n < kN; ++n) {
-    const V rem_older = stick_rem_after(rem[n], product[n], taken[n]);
+    const V rem_older = stick_rem_after(rem[n], taken[n], product[n]);
     sum_g[n] += load(grad.sum_g + lane + n * w);
     store(tile.rem + lane + n * w, rem_older);
     store(grad.sum_g + lane + n * w, sum_g[n]);

@@ -191,7 +191,7 @@ class WideKvPipeline {
   device::SharedAddress now_, other_;
 };
 
-// Parts [16 kRows16, 16] of kProducts products, of each of the eight warps.
+// Parts [16, 16] of kProducts products, of each of the eight warps.
 template <typename Op, int kProducts>
 class WideParts {
  public:

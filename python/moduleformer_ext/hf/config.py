@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from moduleformer_ext.models import MoLMConfig
-from moduleformer_ext.models.reference import FORMAT, MODEL_TYPE, is_own
+from moduleformer_ext.models.published import FORMAT, MODEL_TYPE, is_own
 
 FIELDS: tuple[str, ...] = tuple(MoLMConfig().to_dict())
 """What describes the model itself."""

@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 _fields = {field.name for field in dataclasses.fields(MoeModelOutputWithPast)}
 CACHE = "cache" if "cache" in _fields else "past_key_values"
-"""What outputs and generation call the cache; 5.24 renamed it."""
+"""What outputs and generation call the cache; transformers 5.24 renamed it."""
 
 
 @dataclass
@@ -185,7 +185,7 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
             last_hidden_state=x,
             hidden_states=(*states, x) if output_hidden_states else None,
             router_logits=tuple(route.logits for block in routes for route in block) if output_router_logits else None,
-            aux_loss=routing_loss(self.config.aux_loss_type, _on(x.device, routes)) if output_aux_loss else None,
+            aux_loss=routing_loss(self.config.aux_loss_type, _routes_on(x.device, routes)) if output_aux_loss else None,
             **{CACHE: cache},
         )
 
@@ -351,7 +351,7 @@ def _share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | 
     return here / (num_items_in_batch.to(here.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
 
 
-def _on(device: torch.device, routes: list[BlockRoutes]) -> list[BlockRoutes]:
+def _routes_on(device: torch.device, routes: list[BlockRoutes]) -> list[BlockRoutes]:
     """What the routing loss is made of, where layers are on several devices."""
     if all(route.counts.device == device for block in routes for route in block):
         return routes

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict  # pydantic reads the typing module's fr
 
 from moduleformer_ext.files import load_tensors, parse_json, read_json, replacing, save_tensors, write_file
 from moduleformer_ext.models.config import MoLMConfig
-from moduleformer_ext.models.reference import FORMAT
+from moduleformer_ext.models.published import FORMAT
 from moduleformer_ext.models.state import canonical_state
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 from moduleformer_ext.models.activations import ACTIVATIONS
 from moduleformer_ext.models.experts import PER_LAYER, PUBLISHED_NAMES, ExpertsConfig, flatten, split
 from moduleformer_ext.models.presets import PRESETS
-from moduleformer_ext.models.reference import MODEL_TYPE, OWN, fields_from_reference, fields_to_reference, is_own
+from moduleformer_ext.models.published import MODEL_TYPE, OWN, fields_from_reference, fields_to_reference, is_own
 
 GATE_TYPES = ("mlp", "linear", "gmm")
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
@@ -206,7 +206,7 @@ class MoLMConfig:
     @classmethod
     def from_reference(cls, fields: Mapping[str, Any]) -> MoLMConfig:
         """Read a config.json: of a published MoLM, see
-        :func:`moduleformer_ext.models.reference.fields_from_reference`, or as :meth:`to_file` writes it.
+        :func:`moduleformer_ext.models.published.fields_from_reference`, or as :meth:`to_file` writes it.
 
         Raises:
             ValueError: it is another kind of model's, or a field is wrong; the message names it.
@@ -222,7 +222,7 @@ class MoLMConfig:
         return {**OWN, **self.to_dict()}
 
     def to_reference(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_reference`; see :func:`moduleformer_ext.models.reference.fields_to_reference`."""
+        """The inverse of :meth:`from_reference`; see :func:`moduleformer_ext.models.published.fields_to_reference`."""
         return fields_to_reference(self)
 
 

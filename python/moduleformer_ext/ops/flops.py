@@ -28,6 +28,12 @@ def _share(segments: Sequence[Shape], wanted: Sequence[bool]) -> float:
     return sum(segment[0] for segment, wants in zip(segments, wanted, strict=True) if wants) / max(experts, 1)
 
 
+def _named(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names in the op's schema, for ops that have many."""
+    names = [argument.name for argument in op.default._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def _has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
@@ -52,8 +58,9 @@ def _route_topk(
 
 @register_flop_formula(_OPS.route_topk_backward)
 def _route_topk_backward(*args: Any, **kwargs: Any) -> int:
-    x, _, hidden_weight, _, weight = args[5:10]
-    wants_x, wants_hidden_weight, wants_hidden_bias, *wants_weight = args[14]
+    call = _named(_OPS.route_topk_backward, args, kwargs)
+    x, hidden_weight, weight = call["x"], call["hidden_weight"], call["weight"]
+    wants_x, wants_hidden_weight, wants_hidden_bias, *wants_weight = call["wanted"]
     experts = sum(map(prod, weight))
     to_weight = _share(weight, wants_weight) * experts
     if hidden_weight is None:
@@ -71,13 +78,13 @@ def _grouped_gemm(
 
 
 @register_flop_formula(_OPS.grouped_gemm_backward)
-def _grouped_gemm_backward(
-    grad: Shape, x: Shape, weight: Sequence[Shape], offsets: Shape, slot_order: Shape, *args: Any, **kwargs: Any
-) -> int:
-    gates, activation, _, wants_x, wants_gates, wants_weight = args[4:10]
+def _grouped_gemm_backward(*args: Any, **kwargs: Any) -> int:
+    call = _named(_OPS.grouped_gemm_backward, args, kwargs)
+    weight, wants_x = call["weight"], call["needs_x"]
     # Behind an activation the gradient of the gates comes from what was saved, else from x and its gradient.
-    through_weight = wants_x or (wants_gates and gates is not None and activation is None)
-    return int(2 * slot_order[0] * prod(weight[0][1:]) * (through_weight + _share(weight, wants_weight)))
+    through_weight = wants_x or (call["needs_gates"] and call["gates"] is not None and call["activation"] is None)
+    slots = call["slot_order"][0]
+    return int(2 * slots * prod(weight[0][1:]) * (through_weight + _share(weight, call["needs_weight"])))
 
 
 @register_flop_formula([_OPS.expert_ffn, _OPS.expert_ffn_forward])
@@ -88,21 +95,13 @@ def _expert_ffn(
 
 
 @register_flop_formula(_OPS.expert_ffn_backward)
-def _expert_ffn_backward(
-    grad: Shape,
-    x: Shape,
-    up: Sequence[Shape],
-    down: Sequence[Shape],
-    offsets: Shape,
-    slot_order: Shape,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    wants_x, wants_gates, wants_up, wants_down = args[5:9]
+def _expert_ffn_backward(*args: Any, **kwargs: Any) -> int:
+    call = _named(_OPS.expert_ffn_backward, args, kwargs)
+    up, down, wants_x = call["up"], call["down"], call["needs_x"]
     of_up, of_down = prod(up[0][1:]), prod(down[0][1:])
-    to_hidden = wants_x or wants_gates or any(wants_up)
-    through_down = of_down * (to_hidden + _share(down, wants_down))
-    return int(2 * slot_order[0] * (through_down + of_up * (wants_x + _share(up, wants_up))))
+    to_hidden = wants_x or call["needs_gates"] or any(call["needs_up"])
+    through_down = of_down * (to_hidden + _share(down, call["needs_down"]))
+    return int(2 * call["slot_order"][0] * (through_down + of_up * (wants_x + _share(up, call["needs_up"]))))
 
 
 def _pairs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
@@ -137,10 +136,11 @@ def _stick_attention(
 
 @register_flop_formula(_OPS.stick_attention_backward, get_raw=True)
 def _stick_attention_backward(*args: Any, **kwargs: Any) -> int:
-    q, k = args[2:4]
-    cu_seqlens_q, cu_seqlens_k = args[12:14]
+    call = _named(_OPS.stick_attention_backward, args, kwargs)
+    q, cu_seqlens_q = call["q"], call.get("cu_seqlens_q")
     # Scores and weights once more, and the gradients of weights, v, q and k.
-    return 2 * 5 * _pairs(q, k, cu_seqlens_q, cu_seqlens_k) * _heads_and_dim(q, cu_seqlens_q is not None)
+    pairs = _pairs(q, call["k"], cu_seqlens_q, call.get("cu_seqlens_k"))
+    return 2 * 5 * pairs * _heads_and_dim(q, cu_seqlens_q is not None)
 
 
 @register_flop_formula(_OPS.stick_attention_decode, get_raw=True)
