@@ -150,14 +150,14 @@ MFX_LIST_KERNELS(kListed, "expert_layout", 80, "expert_layout_one_block", "exper
                  "expert_layout_scatter");
 
 std::int64_t num_chunks(std::int64_t num_slots) {
-  const std::int64_t chunks = (num_slots + kMinSlotsPerChunk - 1) / kMinSlotsPerChunk;
+  const std::int64_t chunks = ceil_div(num_slots, kMinSlotsPerChunk);
   return chunks < 1 ? 1 : chunks > kMaxChunks ? kMaxChunks : chunks;
 }
 
 template <typename Id>
 Status launch_sort(const Sort& sort, Stream stream) {
   constexpr int kBlock = kWarpsPerBlock * kLanes;
-  const auto grid = static_cast<unsigned>((sort.num_chunks + kWarpsPerBlock - 1) / kWarpsPerBlock);
+  const auto grid = static_cast<unsigned>(ceil_div(sort.num_chunks, kWarpsPerBlock));
   if (sort.num_chunks <= kPrefixThreads / kLanes) {
     return launch(expert_layout_one_block<Id>, 1, kPrefixThreads, 0, stream, sort);
   }
@@ -206,7 +206,7 @@ Status mfx_expert_layout_cuda(const ExpertLayoutParams& p, Stream stream) {
                                             p.num_slots,
                                             p.num_experts,
                                             chunks,
-                                            (p.num_slots + chunks - 1) / chunks,
+                                            ceil_div(p.num_slots, chunks),
                                             static_cast<std::int32_t*>(p.workspace),
                                             p.counts,
                                             p.offsets,

@@ -1,24 +1,24 @@
-// Defines the product kernels of one kind of arithmetic; one file each, so that they compile side by side.
+// MFX_GROUPED_INSTANCES(type, Op) defines the product kernels of one operand type (tile/operand.cuh), and the table of
+// them; one file each, so that they compile side by side.
 #pragma once
 
-#include "grouped_gemm/cuda_instances.hpp"
 #include "grouped_gemm/row_product_kernel.cuh"
 #include "grouped_gemm/weight_grad_kernel.cuh"
 
-// X(name of the kernel, its class); `type` names the arithmetic. A row for another architecture goes here.
-#define MFX_GROUPED_PRODUCTS(X, type, Math)                                                                        \
-  X(grouped_forward_##type##_16x32_sm80, RowProduct<Math, SmallTile, Product::kForward, true>)                     \
-  X(grouped_forward_##type##_64x128_sm80, RowProduct<Math, MediumTile, Product::kForward, true>)                   \
-  X(grouped_forward_##type##_128x128_sm80, RowProduct<Math, LargeTile, Product::kForward, true>)                   \
-  X(grouped_forward_##type##_64x128_unaligned_sm80, RowProduct<Math, MediumTile, Product::kForward, false>)        \
-  X(grouped_input_grad_##type##_64x128_sm80, RowProduct<Math, MediumTile, Product::kInputGrad, true>)              \
-  X(grouped_input_grad_##type##_128x128_sm80, RowProduct<Math, LargeTile, Product::kInputGrad, true>)              \
-  X(grouped_input_grad_##type##_64x128_unaligned_sm80, RowProduct<Math, MediumTile, Product::kInputGrad, false>)   \
-  X(grouped_hidden_grad_##type##_64x128_sm80, RowProduct<Math, MediumTile, Product::kHiddenGrad, true>)            \
-  X(grouped_hidden_grad_##type##_128x128_sm80, RowProduct<Math, LargeTile, Product::kHiddenGrad, true>)            \
-  X(grouped_hidden_grad_##type##_64x128_unaligned_sm80, RowProduct<Math, MediumTile, Product::kHiddenGrad, false>) \
-  X(grouped_weight_grad_##type##_128x128_sm80, WeightGrad<Math, LargeTile, true>)                                  \
-  X(grouped_weight_grad_##type##_64x128_unaligned_sm80, WeightGrad<Math, MediumTile, false>)
+// X(name of the kernel, its class). A row for another architecture goes here.
+#define MFX_GROUPED_PRODUCTS(X, type, Op)                                                                        \
+  X(grouped_forward_##type##_16x32_sm80, RowProduct<Op, SmallTile, Product::kForward, true>)                     \
+  X(grouped_forward_##type##_64x128_sm80, RowProduct<Op, MediumTile, Product::kForward, true>)                   \
+  X(grouped_forward_##type##_128x128_sm80, RowProduct<Op, LargeTile, Product::kForward, true>)                   \
+  X(grouped_forward_##type##_64x128_unaligned_sm80, RowProduct<Op, MediumTile, Product::kForward, false>)        \
+  X(grouped_input_grad_##type##_64x128_sm80, RowProduct<Op, MediumTile, Product::kInputGrad, true>)              \
+  X(grouped_input_grad_##type##_128x128_sm80, RowProduct<Op, LargeTile, Product::kInputGrad, true>)              \
+  X(grouped_input_grad_##type##_64x128_unaligned_sm80, RowProduct<Op, MediumTile, Product::kInputGrad, false>)   \
+  X(grouped_hidden_grad_##type##_64x128_sm80, RowProduct<Op, MediumTile, Product::kHiddenGrad, true>)            \
+  X(grouped_hidden_grad_##type##_128x128_sm80, RowProduct<Op, LargeTile, Product::kHiddenGrad, true>)            \
+  X(grouped_hidden_grad_##type##_64x128_unaligned_sm80, RowProduct<Op, MediumTile, Product::kHiddenGrad, false>) \
+  X(grouped_weight_grad_##type##_128x128_sm80, WeightGrad<Op, LargeTile, true>)                                  \
+  X(grouped_weight_grad_##type##_64x128_unaligned_sm80, WeightGrad<Op, MediumTile, false>)
 
 #define MFX_GROUPED_KERNEL(name, ...)                                                                                \
   using name##_product = __VA_ARGS__;                                                                                \
@@ -29,7 +29,21 @@
 
 #define MFX_GROUPED_ROW(name, ...) describe<__VA_ARGS__>(#name, name),
 
+#define MFX_GROUPED_INSTANCES(type, Op)                                                       \
+  namespace mfx::grouped {                                                                    \
+  MFX_GROUPED_PRODUCTS(MFX_GROUPED_KERNEL, type, Op)                                          \
+  Instances product_instances_##type() {                                                      \
+    static const ProductInstance table[] = {MFX_GROUPED_PRODUCTS(MFX_GROUPED_ROW, type, Op)}; \
+    return {table, sizeof(table) / sizeof(table[0])};                                         \
+  }                                                                                           \
+  }
+
 namespace mfx::grouped {
+
+using LargeTile = device::BlockShape<128, 128, 2, 2, 1, 64, 4, 2>;
+using MediumTile = device::BlockShape<64, 128, 1, 4, 1, 128, 3, 2>;
+// Few rows per expert: the matrix streams through, and its depth is all there is to divide between the warps.
+using SmallTile = device::BlockShape<16, 32, 1, 1, 4, 256, 4, 4>;
 
 template <typename P, typename Kernel>
 ProductInstance describe(const char* name, Kernel* kernel) {

@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
-#include "grouped_gemm/kernel_params.cuh"
-
 namespace mfx::grouped {
+
+// See RowProductParams and WeightGradParams.
+enum class Product : std::uint8_t { kForward, kInputGrad, kHiddenGrad, kWeightGrad };
 
 struct ProductInstance {
   const char* name;
@@ -13,7 +14,7 @@ struct ProductInstance {
   Product product;
   int rows, columns, columns_per_warp;  // of its tiles
   bool aligned;                         // operands, and rows on the way out, lie at multiples of 16 bytes
-  int arch;                             // the first it runs on
+  int arch;                             // the first it runs on, 10 times its compute capability
   int threads, shared_bytes, blocks_per_sm;
 };
 
@@ -34,6 +35,18 @@ inline int rows_of_tile(Product product, bool aligned, std::int64_t slots, std::
   if (!aligned) return 64;
   if (product == Product::kForward && mean <= 16) return 16;
   return mean <= 64 ? 64 : 128;
+}
+
+// The instance with tiles of this height, of the newest architecture that a device of this compute capability, times
+// 10, has; null where there is none.
+inline const ProductInstance* choose_instance(const Instances& table, Product product, int rows, bool aligned,
+                                              int capability) {
+  const ProductInstance* best = nullptr;
+  for (const ProductInstance* i = table.first; i != table.first + table.count; ++i) {
+    const bool serves = i->product == product && i->rows == rows && i->aligned == aligned && i->arch <= capability;
+    if (serves && (best == nullptr || i->arch > best->arch)) best = i;
+  }
+  return best;
 }
 
 }  // namespace mfx::grouped

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/workspace.hpp"
-#include "grouped_gemm/cuda_instances.hpp"
+#include "grouped_gemm/kernel_params.cuh"
 
 namespace mfx::grouped {
 
@@ -60,7 +60,7 @@ class Launches {
   Instances instances_;
   const RoutedLayout& layout_;
   Stream stream_;
-  int processors_ = 0;
+  int processors_ = 0, capability_ = 0;
   Status status_;
   const char* slow_ = nullptr;
 };

@@ -2,7 +2,7 @@
 // columns and memory sees whole sectors. Where warps share the depth, their sums meet here, in the warps' order.
 #pragma once
 
-#include "grouped_gemm/mainloop.cuh"
+#include "grouped_gemm/slice_loader.cuh"
 #include "grouped_gemm/vector4.cuh"
 
 namespace mfx::grouped {
@@ -41,7 +41,7 @@ class Epilogue {
   // f(row, sums, partner's sums) for this lane's columns in the warp's first `rows` rows, counted from the tile's
   // first. The whole warp visits together: up to the next multiple of the rows that it visits at a time.
   template <bool kFolded, typename F>
-  static __device__ void visit(const Accumulators<Shape>& sums, SharedAddress shared, int rows, F f) {
+  static __device__ void visit(const AccTile<Shape>& sums, SharedAddress shared, int rows, F f) {
     const int lane = threadIdx.x % 32, group = Shape::warp_depth();
     const SharedAddress first = shared + (Shape::warp() - group) * kFloats * 4;
     const SharedAddress to = first + (group * kFloats + lane / 4 * kPitch + lane % 4 * 2) * 4;

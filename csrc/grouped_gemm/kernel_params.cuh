@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "grouped_gemm/cuda_instances.hpp"
 #include "moduleformer_ext/grouped_gemm.hpp"
 
 namespace mfx::grouped {
@@ -68,8 +69,6 @@ struct ActivationGradRows {
     return {activation, columns, hidden + h, grad_hidden + h, gated != nullptr ? gated + a : nullptr};
   }
 };
-
-enum class Product : std::uint8_t { kForward, kInputGrad, kHiddenGrad, kWeightGrad };
 
 // y_p = x_p B_e(p) for every position p, and what happens to it on the way out:
 //   forward      x W          out <- gate * activation(y), hidden <- y

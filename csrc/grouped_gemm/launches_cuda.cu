@@ -55,6 +55,10 @@ Launches::Launches(DType dtype, bool allow_tf32, const RoutedLayout& layout, Str
     : dtype_(dtype), instances_(instances_of(dtype, allow_tf32)), layout_(layout), stream_(stream) {
   require_at_most(kMaxInt, layout.num_slots(), "slots must number");
   if (status_.ok()) status_ = device_attribute(cudaDevAttrMultiProcessorCount, &processors_);
+  int major = 0, minor = 0;
+  if (status_.ok()) status_ = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  if (status_.ok()) status_ = device_attribute(cudaDevAttrComputeCapabilityMinor, &minor);
+  capability_ = 10 * major + minor;
 }
 
 void Launches::require_at_most(std::int64_t most, std::int64_t got, const char* what) {
@@ -131,9 +135,12 @@ bool Launches::aligned(const void* data, std::int64_t columns) const {
 const ProductInstance& Launches::choose(Product product, bool aligned) {
   if (!aligned) slow_ = "rows of a tensor do not begin at multiples of 16 bytes and are read element by element";
   const int rows = rows_of_tile(product, aligned, layout_.num_slots(), layout_.num_experts);
-  return *std::find_if(instances_.first, instances_.first + instances_.count, [&](const ProductInstance& instance) {
-    return instance.product == product && instance.rows == rows && instance.aligned == aligned;
-  });
+  if (const auto* chosen = choose_instance(instances_, product, rows, aligned, capability_)) return *chosen;
+  if (status_.ok()) {
+    status_ = refusal("x must lie on a GPU of compute capability 8.0 or newer for the CUDA kernels, got " +
+                      std::to_string(capability_ / 10) + "." + std::to_string(capability_ % 10));
+  }
+  return *instances_.first;  // nothing is launched any more
 }
 
 void Launches::launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params) {
@@ -145,8 +152,8 @@ void Launches::launch_product(const ProductInstance& instance, std::int64_t bloc
 
 // Blocks for `rows` warps, and no more than the device holds at a time.
 int Launches::pointwise_blocks(std::int64_t rows) const {
-  return static_cast<int>(std::min<std::int64_t>((rows * 32 + kPointwiseThreads - 1) / kPointwiseThreads,
-                                                 processors_ * (2048 / kPointwiseThreads)));
+  return static_cast<int>(
+      std::min<std::int64_t>(ceil_div(rows * 32, kPointwiseThreads), processors_ * (2048 / kPointwiseThreads)));
 }
 
 void Launches::row_product(Product product, RowProductParams params, void* grad_gates) {
@@ -162,13 +169,13 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
                    aligned(params.hidden, params.columns) && aligned(hidden_grad.hidden, params.columns) &&
                    aligned(hidden_grad.grad_hidden, params.columns) && aligned(hidden_grad.gated, params.columns));
   const std::int64_t folded = product == Product::kForward && params.activation.gated ? 2 : 1;
-  const std::int64_t column_tiles = (params.columns * folded + instance.columns - 1) / instance.columns;
+  const std::int64_t column_tiles = ceil_div(params.columns * folded, instance.columns);
   const std::int64_t row_tiles = slots / instance.rows + std::min(slots, layout_.num_experts);  // at most
   launch_product(instance, std::min<std::int64_t>(row_tiles * column_tiles, processors_ * instance.blocks_per_sm),
                  &params);
   if (grad_gates == nullptr || !status_.ok()) return;
-  const int groups = (params.columns + instance.columns_per_warp - 1) / instance.columns_per_warp;
-  status_ = launch(sum_gate_grads, pointwise_blocks((slots + 31) / 32), kPointwiseThreads, 0, stream_,
+  const auto groups = static_cast<std::int32_t>(ceil_div(params.columns, instance.columns_per_warp));
+  status_ = launch(sum_gate_grads, pointwise_blocks(ceil_div(slots, 32)), kPointwiseThreads, 0, stream_,
                    {params.dots, layout_.slot_order, static_cast<float*>(grad_gates), groups, params.slots});
 }
 
@@ -184,8 +191,8 @@ void Launches::weight_grad(const RowMap& x, const RowMap& grad, void* const* gra
                                 matrices(grad_weight, in_features, out_features)};
   const ProductInstance& instance =
       choose(Product::kWeightGrad, aligned(x) && aligned(grad) && aligned(params.grad_weight));
-  const std::int64_t tiles = (in_features + instance.rows - 1) / instance.rows *
-                             ((out_features + instance.columns - 1) / instance.columns) * layout_.num_experts;
+  const std::int64_t tiles =
+      ceil_div(in_features, instance.rows) * ceil_div(out_features, instance.columns) * layout_.num_experts;
   require_at_most(kMaxInt, tiles, "weight must have tiles numbering");
   if (tiles > 0) launch_product(instance, tiles, &params);
 }

@@ -39,7 +39,7 @@ __device__ inline bool find_row_tile(const std::int32_t* offsets, int num_expert
   return false;
 }
 
-template <typename Math, typename Shape_, Product kProduct_, bool kAligned_>
+template <typename Op, typename Shape_, Product kProduct_, bool kAligned_>
 class RowProduct {
  public:
   using Params = RowProductParams;
@@ -48,10 +48,10 @@ class RowProduct {
   static constexpr bool kAligned = kAligned_;
 
  private:
-  using T = typename Math::T;
+  using T = typename Storage<Op>::Type;
   static constexpr bool kForward = kProduct == Product::kForward;
   static constexpr int kElement = sizeof(T);
-  using Gemm = WarpGemm<Math, Shape, Major::kK, kForward ? Major::kMN : Major::kK>;
+  using Gemm = WarpGemm<Op, Shape, Major::kK, kForward ? Major::kMN : Major::kK>;
   using Table = RowTable<Shape::kRows>;
   using Gated = GatedColumns<Shape>;
   using Out = Epilogue<Shape>;
@@ -74,10 +74,10 @@ class RowProduct {
       fill(table, p, tile);
       auto a = rows_of(p, tile);
       auto b = matrix_of(p, tile, column, gated);
-      const int rows = rows_of_warp(p, tile, column, gated);
-      Accumulators<Shape> acc;  // Y = X B
-      mainloop(acc, gemm, device::shared_address(shared), BothOperands<Shape, decltype(a), decltype(b)>{a, b}, p.depth,
-               rows);
+      const int rows = Shape::rows_of_warp(tile.rows, (gated ? 2 : 1) * (p.columns - column));
+      AccTile<Shape> acc;  // Y = X B
+      device::mainloop(acc, gemm, device::shared_address(shared), BothOperands<Shape, decltype(a), decltype(b)>{a, b},
+                       p.depth, rows);
       finish(p, table, tile, column, gated, acc, rows);
       __syncthreads();
     }
@@ -85,14 +85,14 @@ class RowProduct {
 
  private:
   static __device__ auto rows_of(const RowProductParams& p, const RowTile& tile) {
-    return RowLoader<Math, Shape, Shape::kRows, kAligned>(
+    return RowLoader<T, Shape, Shape::kRows, kAligned>(
         tile.rows, p.depth, [&](int row) { return p.rows.data + p.rows.offset(tile.first + row, p.slot_order); });
   }
 
   static __device__ auto matrix_of(const RowProductParams& p, const RowTile& tile, int column, bool gated) {
     const char* matrix = p.matrices[tile.expert];
     if constexpr (kForward) {
-      return MatrixLoader<Math, Shape, Shape::kColumns, kAligned>(
+      return MatrixLoader<T, Shape, Shape::kColumns, kAligned>(
           p.matrices.row_bytes, p.depth,
           [&](int c) {
             const int at =
@@ -101,20 +101,13 @@ class RowProduct {
           },
           [&](int c) { return p.columns - column - (gated ? Gated::within_half(c) : c); });
     } else {
-      return RowLoader<Math, Shape, Shape::kColumns, kAligned>(
+      return RowLoader<T, Shape, Shape::kColumns, kAligned>(
           p.columns - column, p.depth, [&](int c) { return matrix + (column + c) * p.matrices.row_bytes; });
     }
   }
 
-  // None where the warp's columns are beyond the last.
-  static __device__ int rows_of_warp(const RowProductParams& p, const RowTile& tile, int column, bool gated) {
-    const int warp_columns = Shape::kColumnsPerWarp / (gated ? 2 : 1);
-    const bool visible = column + Shape::warp_column() / Shape::kColumnsPerWarp * warp_columns < p.columns;
-    return visible ? min(tile.rows - Shape::warp_row(), Shape::kRowsPerWarp) : 0;
-  }
-
   static __device__ void finish(const RowProductParams& p, const Table& table, const RowTile& tile, int column,
-                                bool gated, const Accumulators<Shape>& acc, int rows) {
+                                bool gated, const AccTile<Shape>& acc, int rows) {
     if constexpr (kProduct == Product::kInputGrad) {
       visit_with_dots<InputGradOp<T, kAligned>>(p, table, tile, column, acc, rows);
     } else if constexpr (kProduct == Product::kHiddenGrad) {
@@ -143,7 +136,7 @@ class RowProduct {
 
   template <bool kFolded, typename OutputOp>
   static __device__ void visit(const RowProductParams& p, const Table& table, const RowTile& tile, int tile_column,
-                               const Accumulators<Shape>& acc, int rows) {
+                               const AccTile<Shape>& acc, int rows) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const OutputOp output_op(p, tile, tile_column + Out::template column<kFolded>());
     Out::template visit<kFolded>(acc, device::shared_address(shared), rows,
@@ -155,7 +148,7 @@ class RowProduct {
   // Sums what each row's lanes return to `dots`, one number for each warp's columns.
   template <typename OutputOp>
   static __device__ void visit_with_dots(const RowProductParams& p, const Table& table, const RowTile& tile,
-                                         int tile_column, const Accumulators<Shape>& acc, int rows) {
+                                         int tile_column, const AccTile<Shape>& acc, int rows) {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int kLanes = Out::template kLanes<false>;
     const int column = tile_column + Out::template column<false>();

@@ -4,10 +4,17 @@
 #pragma once
 
 #include "grouped_gemm/kernel_params.cuh"
-#include "grouped_gemm/tile.cuh"
-#include "ptx/cp_async.cuh"
+#include "tile/block_gemm.cuh"
+#include "tile/chunk.cuh"
 
 namespace mfx::grouped {
+
+using device::AccTile;
+using device::Major;
+using device::SharedAddress;
+using device::SmemTile;
+using device::Storage;
+using device::WarpGemm;
 
 // `bytes` of the 16 at `from`, whole elements.
 template <typename T, bool kAligned>
@@ -15,17 +22,7 @@ __device__ void copy_chunk(SharedAddress to, const char* from, int bytes) {
   if constexpr (kAligned) {
     device::cp_async<16>(to, from, bytes);
   } else {
-    constexpr int kElements = 16 / sizeof(T);
-    union {
-      T elements[kElements];
-      uint4 vector;
-    } chunk;
-    chunk.vector = {};
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      if (i * static_cast<int>(sizeof(T)) < bytes) chunk.elements[i] = reinterpret_cast<const T*>(from)[i];
-    }
-    device::store_shared_128(to, chunk.vector);
+    device::store_shared_128(to, device::load_partial_chunk<T>(from, bytes));
   }
 }
 
@@ -34,15 +31,16 @@ __device__ inline int bytes_of_chunk(int bytes_left) {
 }
 
 // Rows whose depth is contiguous; the rows stay, the depth advances.
-template <typename Math, typename Shape, int kSpan, bool kAligned>
+template <typename T, typename Shape, int kSpan, bool kAligned>
 class RowLoader {
-  using T = typename Math::T;
-  using S = Slice<Math, Major::kK, kSpan, Shape::kDepthBytes>;
+  using S = SmemTile<T, Major::kK, kSpan, Shape::kDepthBytes>;
   static constexpr int kLanes = S::kRowBytes / 16;
   static constexpr int kRowsPerPass = Shape::kThreads / kLanes, kPasses = kSpan / kRowsPerPass;
   static_assert(kPasses >= 1 && kSpan % kRowsPerPass == 0, "all threads copy in all passes");
 
  public:
+  static constexpr int kDepth = S::kDepth;
+
   // row_of(i): the address of row i < rows.
   template <typename RowOf>
   __device__ RowLoader(int rows, int depth, RowOf row_of) {
@@ -83,10 +81,9 @@ class RowLoader {
 
 // The part of a thread in copying rows of depth, whose columns are columns (or rows) of the result: some chunks of
 // every kRowsPerPass-th row.
-template <typename Math, typename Shape, int kSpan, bool kAligned>
+template <typename T, typename Shape, int kSpan, bool kAligned>
 class DepthRows {
-  using T = typename Math::T;
-  using S = Slice<Math, Major::kMN, kSpan, Shape::kDepthBytes>;
+  using S = SmemTile<T, Major::kMN, kSpan, Shape::kDepthBytes>;
   static constexpr int kChunk = 16 / sizeof(T);                              // elements
   static constexpr int kLanes = S::kRowBytes < 128 ? S::kRowBytes / 16 : 8;  // eight lanes meet all banks
   static constexpr int kChunkPasses = S::kRowBytes / 16 / kLanes;
@@ -129,9 +126,9 @@ class DepthRows {
 };
 
 // Consecutive rows of one matrix.
-template <typename Math, typename Shape, int kSpan, bool kAligned>
+template <typename T, typename Shape, int kSpan, bool kAligned>
 class MatrixLoader {
-  using Rows = DepthRows<Math, Shape, kSpan, kAligned>;
+  using Rows = DepthRows<T, Shape, kSpan, kAligned>;
 
  public:
   template <typename ColumnOf, typename ColumnsLeft>
@@ -164,8 +161,11 @@ struct BothOperands {
   Left& left;
   Right& right;
 
+  __device__ void load(SharedAddress stage, int depth) {
+    depth >= Left::kDepth ? copy<true>(stage) : copy<false>(stage);
+  }
   template <bool kWhole>
-  __device__ void load(SharedAddress stage) {
+  __device__ void copy(SharedAddress stage) {
     left.template load<kWhole>(stage);
     right.template load<kWhole>(stage + Shape::kABytes);
   }

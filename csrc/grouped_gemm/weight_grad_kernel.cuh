@@ -11,13 +11,13 @@
 namespace mfx::grouped {
 
 // Both operands' rows of an expert's positions. A position's slot is read one slice ahead of its rows.
-template <typename Math, typename Shape, bool kAligned>
+template <typename T, typename Shape, bool kAligned>
 class RoutedLoader {
-  using LeftRows = DepthRows<Math, Shape, Shape::kRows, kAligned>;
-  using RightRows = DepthRows<Math, Shape, Shape::kColumns, kAligned>;
+  using LeftRows = DepthRows<T, Shape, Shape::kRows, kAligned>;
+  using RightRows = DepthRows<T, Shape, Shape::kColumns, kAligned>;
   static constexpr int kPasses = LeftRows::kPasses, kRowsPerPass = LeftRows::kRowsPerPass;
   static_assert(kPasses == RightRows::kPasses, "a thread copies the same positions of both");
-  static constexpr int kElement = sizeof(typename Math::T);
+  static constexpr int kElement = sizeof(T);
 
  public:
   __device__ RoutedLoader(const WeightGradParams& p, int row, int column, int first, int depth)
@@ -31,8 +31,13 @@ class RoutedLoader {
     if (depth > 0) fetch_slots();
   }
 
+  __device__ void load(SharedAddress stage, int depth) {
+    depth >= LeftRows::kDepth ? copy<true>(stage) : copy<false>(stage);
+  }
+
+ private:
   template <bool kWhole>
-  __device__ void load(SharedAddress stage) {
+  __device__ void copy(SharedAddress stage) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const bool present = kWhole || position(i) < end_;
@@ -42,8 +47,6 @@ class RoutedLoader {
     position_ += LeftRows::kDepth;
     fetch_slots();
   }
-
- private:
   __device__ int position(int pass) const { return position_ + pass * kRowsPerPass; }
   __device__ std::int64_t offset(const RowMap& map, int pass) const {
     const std::uint32_t units = map.units(map.by_slot ? slot_[pass] : min(position(pass), end_ - 1));
@@ -62,7 +65,7 @@ class RoutedLoader {
   int position_, end_;
 };
 
-template <typename Math, typename Shape_, bool kAligned_>
+template <typename Op, typename Shape_, bool kAligned_>
 class WeightGrad {
  public:
   using Params = WeightGradParams;
@@ -72,7 +75,7 @@ class WeightGrad {
   static constexpr int kSharedBytes = std::max(Shape::kPipelineBytes, Epilogue<Shape>::kSharedBytes);
 
  private:
-  using T = typename Math::T;
+  using T = typename Storage<Op>::Type;
 
  public:
   static __device__ void run(const WeightGradParams& p) {
@@ -84,12 +87,10 @@ class WeightGrad {
     if (grad == nullptr) return;
     const int row = local % row_tiles * Shape::kRows, column = local / row_tiles * Shape::kColumns;
     const int first = p.offsets[expert], depth = p.offsets[expert + 1] - first;
-    const int rows = column + Shape::warp_column() < p.out_features
-                         ? min(p.in_features - row - Shape::warp_row(), Shape::kRowsPerWarp)
-                         : 0;
-    Accumulators<Shape> acc;  // dW = X^T G
-    mainloop(acc, WarpGemm<Math, Shape, Major::kMN, Major::kMN>(), device::shared_address(shared),
-             RoutedLoader<Math, Shape, kAligned>(p, row, column, first, depth), depth, rows);
+    const int rows = Shape::rows_of_warp(p.in_features - row, p.out_features - column);
+    AccTile<Shape> acc;  // dW = X^T G
+    device::mainloop(acc, WarpGemm<Op, Shape, Major::kMN, Major::kMN>(), device::shared_address(shared),
+                     RoutedLoader<T, Shape, kAligned>(p, row, column, first, depth), depth, rows);
 
     const int first_column = column + Epilogue<Shape>::template column<false>();
     const int columns_left = p.out_features - first_column;

@@ -1,5 +1,5 @@
 // Special-function unit results, relative errors around 2^-22. PTX ISA, "Floating point instructions". Subnormal inputs
-// and results are zero (.ftz), which makes each one instruction; exp2f() and __log2f() are that under -ftz=true alone.
+// and results are zero (.ftz), which makes each one instruction; exp2f() is that under -ftz=true alone.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,6 @@ namespace mfx::device {
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

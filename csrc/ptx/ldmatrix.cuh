@@ -17,25 +17,9 @@ __device__ inline void ldmatrix_x4(std::uint32_t (&r)[4], SharedAddress address)
 }
 
 template <int kOffset = 0>
-__device__ inline void ldmatrix_x2(std::uint32_t (&r)[2], SharedAddress address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2 + %3];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(address), "n"(kOffset)
-               : "memory");
-}
-
-template <int kOffset = 0>
 __device__ inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], SharedAddress address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address), "n"(kOffset)
-               : "memory");
-}
-
-template <int kOffset = 0>
-__device__ inline void ldmatrix_x2_trans(std::uint32_t (&r)[2], SharedAddress address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2 + %3];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(address), "n"(kOffset)
                : "memory");
 }

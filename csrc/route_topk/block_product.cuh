@@ -1,26 +1,24 @@
-// C [rows, columns] = A B^T by one block of 128 threads, in tiles of 32 x 64 and steps of 128 bytes of the inner
-// dimension. Operands (router_operands.cuh) are gathered into swizzled shared memory, so that one product serves every
-// storage type, transposition and segmentation; other blocks of the processor work while one waits for its operands. Op
-// is what the tensor cores multiply: BFloat16, Float16, or float as three tf32 products (tile/tile_product.cuh).
+// C [rows, columns] = A B^T by one block, in tiles of 32 x 64 and slices of 128 bytes of the inner dimension. Operands
+// (router_operands.cuh) are gathered into shared memory, so that one product serves every storage type, transposition
+// and segmentation; other blocks of the processor work while one waits for its operands. Op is what the tensor cores
+// multiply: BFloat16, Float16, or float as three tf32 products (tile/operand.cuh).
 #pragma once
 
 #include <cstdint>
 
 #include "route_topk/router_operands.cuh"
-#include "tile/tile_product.cuh"
+#include "tile/block_gemm.cuh"
 
 namespace mfx::router {
 
-inline constexpr int kThreads = 128;           // 2 x 2 warps of 16 x 32
-inline constexpr int kBlocksPerProcessor = 5;  // leaves 96 registers per thread
-inline constexpr int kTileRows = 32;
-inline constexpr int kTileColumns = 64;
-inline constexpr int kRowBytes = 128;
-inline constexpr int kChunks = kRowBytes / 16;
+using Shape = device::BlockShape<32, 64, 2, 2, 1, 128, 1, 5>;
+
+inline constexpr int kThreads = Shape::kThreads;
+inline constexpr int kTileRows = Shape::kRows;
+inline constexpr int kTileColumns = Shape::kColumns;
 
 struct ProductTiles {
-  alignas(1024) char a[kTileRows * kRowBytes];
-  alignas(1024) char b[kTileColumns * kRowBytes];
+  alignas(1024) char bytes[Shape::kPipelineBytes];
 };
 
 // 16 bytes of an operand as Op, zero beyond its edges.
@@ -45,50 +43,49 @@ __device__ uint4 gather_chunk(const Source& source, std::int64_t row, std::int64
   }
 }
 
-// One operand's part of a step: kRows rows of 128 bytes, kRows * kChunks / kThreads chunks per thread. Neighbouring
-// threads take neighbouring chunks of a row, or neighbouring rows, whichever is contiguous in memory.
-template <typename Op, int kRows, typename Source>
-__device__ void gather_tile(device::SharedAddress tile, const Source& source, std::int64_t row0, std::int64_t k0,
-                            std::int64_t rows, std::int64_t inner) {
-#pragma unroll 2  // more would keep the elements of more chunks in registers than there are
-  for (int index = threadIdx.x; index < kRows * kChunks; index += kThreads) {
-    const int row = source.along_k ? index / kChunks : index % kRows;
-    const int chunk = source.along_k ? index % kChunks : index / kRows;
-    device::store_shared_128(
-        tile + device::swizzled_offset<kRowBytes>(row, chunk),
-        gather_chunk<Op>(source, row0 + row, k0 + chunk * (16 / static_cast<int>(sizeof(Op))), rows, inner));
+// Copies both operands' slices: of A from row `a_row` on, of B from `b_row` on.
+template <typename Op, typename A, typename B>
+struct GatherLoader {
+  const A& a;
+  const B& b;
+  std::int64_t a_row, b_row, a_rows, b_rows, inner;
+
+  __device__ void load(device::SharedAddress stage, std::int64_t left) const {
+    gather<Shape::kRows>(stage, a, a_row, a_rows, inner - left);
+    gather<Shape::kColumns>(stage + Shape::kABytes, b, b_row, b_rows, inner - left);
   }
-}
+
+ private:
+  // Neighbouring threads take neighbouring chunks of a row, or neighbouring rows, whichever is contiguous in memory.
+  template <int kRows, typename Source>
+  __device__ void gather(device::SharedAddress to, const Source& source, std::int64_t row0, std::int64_t rows,
+                         std::int64_t k0) const {
+    using Tile = device::SmemTile<Op, device::Major::kK, kRows, Shape::kDepthBytes>;
+    constexpr int kChunks = Tile::kRowBytes / 16, kElements = 16 / static_cast<int>(sizeof(Op));
+#pragma unroll 2  // more would keep the elements of more chunks in registers than there are
+    for (int index = threadIdx.x; index < kRows * kChunks; index += kThreads) {
+      const int row = source.along_k ? index / kChunks : index % kRows;
+      const int chunk = source.along_k ? index % kChunks : index / kRows;
+      device::store_shared_128(to + Tile::offset(row, chunk),
+                               gather_chunk<Op>(source, row0 + row, k0 + chunk * kElements, rows, inner));
+    }
+  }
+};
 
 // write(row, column, value) for every element of the tile at (row0, column0) that lies within the result.
 template <typename Op, typename A, typename B, typename Write>
 __device__ void product_tile(ProductTiles& tiles, const A& a, const B& b, std::int64_t row0, std::int64_t column0,
                              std::int64_t rows, std::int64_t columns, std::int64_t inner, Write write) {
-  constexpr int kStep = kRowBytes / static_cast<int>(sizeof(Op));
-  const device::SharedAddress a_tile = device::shared_address(tiles.a), b_tile = device::shared_address(tiles.b);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_row = warp % 2 * 16, warp_column = warp / 2 * 32;
-  const device::SharedAddress a_lane = device::a_rows<kRowBytes>(a_tile + warp_row * kRowBytes);
-  const device::SharedAddress b_lane = device::b_rows<kRowBytes>(b_tile + warp_column * kRowBytes);
-
-  float sums[4][4] = {};
-  for (std::int64_t k = 0; k < inner; k += kStep) {
-    __syncthreads();  // the step before has been read
-    gather_tile<Op, kTileRows>(a_tile, a, row0, k, rows, inner);
-    gather_tile<Op, kTileColumns>(b_tile, b, column0, k, columns, inner);
-    __syncthreads();
-    device::gemm_abt<Op, kRowBytes>(
-        sums, [&](auto step, device::FragmentA& fragment) { device::load_a<step>(fragment, a_lane); }, b_lane);
-  }
-#pragma unroll
-  for (int tile = 0; tile < 4; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const std::int64_t row = row0 + warp_row + lane / 4 + i / 2 * 8;
-      const std::int64_t column = column0 + warp_column + tile * 8 + lane % 4 * 2 + i % 2;
-      if (row < rows && column < columns) write(row, column, sums[tile][i]);
-    }
-  }
+  const int rows_here = static_cast<int>(min(rows - row0, std::int64_t{Shape::kRows}));
+  const int columns_here = static_cast<int>(min(columns - column0, std::int64_t{Shape::kColumns}));
+  device::AccTile<Shape> acc;  // C = A B^T
+  device::mainloop(acc, device::WarpGemm<Op, Shape, device::Major::kK, device::Major::kK>(),
+                   device::shared_address(tiles.bytes),
+                   GatherLoader<Op, A, B>{a, b, row0, column0, rows, columns, inner}, inner,
+                   Shape::rows_of_warp(rows_here, columns_here));
+  acc.for_each([&](int row, int column, float value) {
+    if (row < rows_here && column < columns_here) write(row0 + row, column0 + column, value);
+  });
 }
 
 // All columns of 32 rows.

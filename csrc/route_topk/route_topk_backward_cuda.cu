@@ -1,5 +1,7 @@
 // Two launches. Blocks of 32 tokens: the gradient of the logits, then of z, then of x. Then blocks of the weight
 // gradients, 32 x 64 each, which sum over all tokens in order; and of the bias, from sums per tile.
+//
+//   dz = (d logits W) * activation'(z),  dx = dz V,  dV = dz^T x,  dW = d logits^T h;  linear: dx = d logits W
 #include <cuda_runtime.h>
 
 #include "route_topk/route_topk_launch.cuh"
@@ -38,70 +40,67 @@ struct Backward {
   __device__ const float* grad_inner() const { return network.has_hidden_layer() ? grad_z : grad_logits; }
 };
 
-__device__ void logit_gradients(const Backward& p, std::int64_t first, std::int64_t end) {
+// d logits of a token, by one warp.
+__device__ void logit_gradient(const Backward& p, std::int64_t token) {
   const Network& n = p.network;
   const auto at = [](const float* rows, std::int64_t offset) { return rows == nullptr ? nullptr : rows + offset; };
-  for (std::int64_t token = first + threadIdx.x / 32; token < end; token += kThreads / 32) {
-    const std::int64_t row = token * n.num_experts;
-    const LogitGradient gradient = {
-        p.logits + row,
-        p.expert_ids + token * p.k,
-        at(p.grad_gates, token * p.k),
-        at(p.grad_logits_in, row),
-        p.grad_prob_sum,
-        p.grad_plogp_sum == nullptr ? 0.0f : *p.grad_plogp_sum,
-        p.grad_logsumexp_sq_sum == nullptr ? 0.0f : *p.grad_logsumexp_sq_sum,
-        n.num_experts,
-        p.k,
-        p.order,
-    };
-    gradient.compute([&](std::int64_t e, float value) {
-      if (n.gate == RouterGate::kLogits) {
-        store(p.grad_x, n.x_dtype, row + e, value);
-      } else {
-        p.grad_logits[row + e] = value;
-      }
-    });
-  }
+  const std::int64_t row = token * n.num_experts;
+  const LogitGradient gradient = {
+      p.logits + row,
+      p.expert_ids + token * p.k,
+      at(p.grad_gates, token * p.k),
+      at(p.grad_logits_in, row),
+      p.grad_prob_sum,
+      p.grad_plogp_sum == nullptr ? 0.0f : *p.grad_plogp_sum,
+      p.grad_logsumexp_sq_sum == nullptr ? 0.0f : *p.grad_logsumexp_sq_sum,
+      n.num_experts,
+      p.k,
+      p.order,
+  };
+  gradient.compute([&](std::int64_t e, float value) {
+    if (n.gate == RouterGate::kLogits) {
+      store(p.grad_x, n.x_dtype, row + e, value);
+    } else {
+      p.grad_logits[row + e] = value;
+    }
+  });
 }
 
-// grad_z from after the nonlinearity to before it, one warp per token.
-__device__ void activate_backward(const Backward& p, std::int64_t first, std::int64_t end) {
+// grad_z of a token from after the nonlinearity to before it, by one warp.
+__device__ void activate_backward(const Backward& p, std::int64_t token) {
   const Network& n = p.network;
-  for (std::int64_t token = first + threadIdx.x / 32; token < end; token += kThreads / 32) {
-    const float* z = p.z + token * n.hidden_dim;
-    float* grad = p.grad_z + token * n.hidden_dim;
-    if (n.gate == RouterGate::kMlp) {
-      for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) grad[g] *= gelu_slope(z[g]);
-      continue;
-    }
-    const float scale = inverse_norm(z, n.hidden_dim);
-    float along = 0.0f;
-    for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) along += z[g] * grad[g];
-    along = device::lanes_sum(along) * scale * scale;
-    if (scale >= 1.0f / kNormFloor) along = 0.0f;  // below the floor the norm is a constant
-    for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) grad[g] = scale * (grad[g] - z[g] * along);
-    if (lane_id() == 0) p.scales[token] = scale;
+  const float* z = p.z + token * n.hidden_dim;
+  float* grad = p.grad_z + token * n.hidden_dim;
+  if (n.gate == RouterGate::kMlp) {
+    for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) grad[g] *= gelu_slope(z[g]);
+    return;
   }
+  const float scale = inverse_norm(z, n.hidden_dim);
+  float along = 0.0f;
+  for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) along += z[g] * grad[g];
+  along = device::lanes_sum(along) * scale * scale;
+  if (scale >= 1.0f / kNormFloor) along = 0.0f;  // below the floor the norm is a constant
+  for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) grad[g] = scale * (grad[g] - z[g] * along);
+  if (lane_id() == 0) p.scales[token] = scale;
 }
 
 template <typename Op>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
     route_topk_backward_tokens(const __grid_constant__ Backward p) {
   __shared__ ProductTiles tiles;
   const Network& n = p.network;
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileRows;
   const std::int64_t end = min(first + kTileRows, n.num_tokens);
-  logit_gradients(p, first, end);
+  for_each_token(first, end, [&](std::int64_t token) { logit_gradient(p, token); });
   if (n.gate == RouterGate::kLogits) return;
   __syncthreads();
   if (n.has_hidden_layer()) {
-    product_rows<float>(
+    product_rows<float>(  // d h = d logits W
         tiles, Matrix{p.grad_logits, DType::kFloat32, n.num_experts, true},
         ExpertMatrix{n.experts, n.hidden_dim, false}, first, end, n.hidden_dim, n.num_experts,
         [&](std::int64_t token, std::int64_t g, float value) { p.grad_z[token * n.hidden_dim + g] = value; });
     __syncthreads();
-    activate_backward(p, first, end);
+    for_each_token(first, end, [&](std::int64_t token) { activate_backward(p, token); });
     __syncthreads();
     for (std::int64_t g = threadIdx.x; p.grad_hidden_bias != nullptr && g < n.hidden_dim; g += kThreads) {
       float sum = 0.0f;
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const auto write = [&](std::int64_t token, std::int64_t d, float value) {
     store(p.grad_x, n.x_dtype, token * n.dim + d, value);
   };
-  if (n.has_hidden_layer()) {
+  if (n.has_hidden_layer()) {  // dx = dz V, or d logits W
     product_rows<Op>(tiles, grad, Matrix{n.hidden_weight, n.hidden_weight_dtype, n.dim, false}, first, end, n.dim,
                      p.inner(), write);
   } else {
@@ -133,7 +132,7 @@ struct WeightBlocks {
 };
 
 template <typename Op>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
     route_topk_backward_weights(const __grid_constant__ Backward p, WeightBlocks blocks) {
   __shared__ ProductTiles tiles;
   const Network& n = p.network;
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       if (void* grad = p.grad_experts.find(expert)) store(grad, p.grad_experts.dtype, expert * columns + column, value);
     };
   };
-  if (block < blocks.input) {
+  if (block < blocks.input) {  // dV = dz^T x, or dW = d logits^T x
     const std::int64_t row = block / blocks.input_columns * kTileRows;
     const std::int64_t column = block % blocks.input_columns * kTileColumns;
     const Matrix grad = {p.grad_inner(), DType::kFloat32, p.inner(), false}, x = {n.x, n.x_dtype, n.dim, false};
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     return;
   }
   block -= blocks.input;
-  if (block < blocks.experts) {
+  if (block < blocks.experts) {  // dW = d logits^T h
     product_tile<float>(tiles, Matrix{p.grad_logits, DType::kFloat32, n.num_experts, false},
                         Activated{n.gate, p.z, p.scales, n.hidden_dim, false},
                         block / blocks.expert_columns * kTileRows, block % blocks.expert_columns * kTileColumns,

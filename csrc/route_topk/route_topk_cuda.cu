@@ -1,12 +1,16 @@
 // Two launches: blocks of 32 tokens go from x to the choices and leave their sums behind, then these are added in
 // order. Between its stages a block passes z and the logits through global memory, which is to say through L1 and L2,
 // so that nothing limits the number of experts or the size of the hidden layer.
+//
+//   z = x V^T (+ b),  h = gelu(z) | z / |z|,  logits = h W^T;  linear: logits = x W^T
 #include <cuda_runtime.h>
 
 #include "route_topk/route_topk_launch.cuh"
 #include "route_topk/route_topk_select.cuh"
 
 namespace mfx::router {
+
+inline constexpr int kForwardBlocks = Shape::kBlocksPerSm + 1;  // per multiprocessor: it needs fewer registers
 
 struct Forward {
   Network network;
@@ -45,11 +49,11 @@ __device__ void compute_logits(const Forward& p, std::int64_t first, std::int64_
         p.logits[i] = load(n.x, n.x_dtype, i);
       }
       break;
-    case RouterGate::kLinear:
+    case RouterGate::kLinear:  // x W^T
       product_rows<Op>(tiles, x, ExpertMatrix{n.experts, n.dim, true}, first, end, experts, n.dim, write_logit);
       break;
     case RouterGate::kMlp:
-    case RouterGate::kGmm:
+    case RouterGate::kGmm:  // z = x V^T + b, then h W^T
       product_rows<Op>(tiles, x, Matrix{n.hidden_weight, n.hidden_weight_dtype, n.dim, true}, first, end, n.hidden_dim,
                        n.dim, [&](std::int64_t token, std::int64_t g, float value) {
                          const float bias = n.gate == RouterGate::kMlp ? n.hidden_bias[g] : 0.0f;
@@ -57,10 +61,10 @@ __device__ void compute_logits(const Forward& p, std::int64_t first, std::int64_
                        });
       __syncthreads();
       if (n.gate == RouterGate::kGmm) {
-        for (std::int64_t token = first + threadIdx.x / 32; token < end; token += kThreads / 32) {
+        for_each_token(first, end, [&](std::int64_t token) {
           const float scale = inverse_norm(p.z + token * n.hidden_dim, n.hidden_dim);
           if (lane_id() == 0) p.scales[token] = scale;
-        }
+        });
         __syncthreads();
       }
       product_rows<float>(tiles, Activated{n.gate, p.z, p.scales, n.hidden_dim, true},
@@ -96,16 +100,16 @@ __device__ TokenSums route_token(const Forward& p, std::int64_t token) {
 }
 
 template <typename Op>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) route_topk_forward(const __grid_constant__ Forward p) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks) route_topk_forward(const __grid_constant__ Forward p) {
   __shared__ TokenSums tokens[kTileRows];
   const std::int64_t experts = p.network.num_experts;
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileRows;
   const std::int64_t end = min(first + kTileRows, p.network.num_tokens);
   compute_logits<Op>(p, first, end);
-  for (std::int64_t token = first + threadIdx.x / 32; token < end; token += kThreads / 32) {
+  for_each_token(first, end, [&](std::int64_t token) {
     const TokenSums sums = route_token(p, token);
     if (lane_id() == 0) tokens[token - first] = sums;
-  }
+  });
   __syncthreads();
 
   float* sums = p.tile_sums + blockIdx.x * (experts + 2);
@@ -196,7 +200,7 @@ Status mfx_route_topk_cuda(const RouteTopKParams& p, Stream stream) {
                                                       : router::route_topk_forward<float>;
     if (const Status status = launch(kernel, tiles, router::kThreads, 0, stream, forward); !status.ok()) return status;
   }
-  const auto blocks = static_cast<unsigned>(router::ceil_div(p.network.num_experts + 2, 32));
+  const auto blocks = static_cast<unsigned>(ceil_div(p.network.num_experts + 2, 32));
   return launch(router::route_topk_sums, blocks, router::kThreads, 0, stream, forward);
 }
 

@@ -11,10 +11,6 @@
 
 namespace mfx::router {
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
-
 inline std::int64_t num_tiles(const RouterGateParams& n) {
   return ceil_div(n.num_tokens, kTileRows);
 }
@@ -76,7 +72,13 @@ __device__ double sum_tiles(const T* partials, std::int64_t tiles, std::int64_t 
   return sum;
 }
 
-// z -> 1 / max(|z|, floor) of the tokens of a tile, one warp per token.
+// f(token) for the tokens of a tile, one warp each.
+template <typename F>
+__device__ void for_each_token(std::int64_t first, std::int64_t end, F f) {
+  for (std::int64_t token = first + threadIdx.x / 32; token < end; token += kThreads / 32) f(token);
+}
+
+// z -> 1 / max(|z|, floor), by one warp.
 __device__ inline float inverse_norm(const float* z, std::int64_t n) {
   float square = 0.0f;
   for (std::int64_t i = threadIdx.x % 32; i < n; i += 32) square += z[i] * z[i];

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/dot_rows.hpp"
+#include "core/dtype_of.hpp"
 #include "core/parallel.hpp"
 #include "core/scratch.hpp"
 #include "core/tile_gemm.hpp"
@@ -19,13 +20,6 @@ inline constexpr std::int64_t kAlign = 16;       // panel widths are multiples, 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-
-template <typename T>
-inline constexpr DType kDTypeOf = DType::kFloat32;
-template <>
-inline constexpr DType kDTypeOf<double> = DType::kFloat64;
-template <>
-inline constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
 
 // V or, along its segments, W. Holds pointers into `network`.
 inline Rows hidden_rows(const RouterGateParams& network) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/dtype_of.hpp"
 #include "moduleformer_ext/route_topk.hpp"
 #include "ptx/convert.cuh"
 #include "ptx/vector_memory.cuh"
@@ -13,13 +14,6 @@ namespace mfx::router {
 
 inline constexpr int kMaxSegments = 32;
 inline constexpr float kNormFloor = 1e-12f;  // as torch.nn.functional.normalize
-
-template <typename T>
-inline constexpr DType kDTypeOf = DType::kFloat32;
-template <>
-inline constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
-template <>
-inline constexpr DType kDTypeOf<Float16> = DType::kFloat16;
 
 __device__ inline float load(const void* data, DType dtype, std::int64_t i) {
   if (dtype == DType::kBFloat16) return device::to_float(static_cast<const BFloat16*>(data)[i]);

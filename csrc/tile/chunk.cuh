@@ -46,4 +46,20 @@ __device__ inline void store_unaligned_chunk(T* to, const uint4& x) {
   }
 }
 
+// The elements in the first `bytes` of a chunk at any address of its elements, and zeros.
+template <typename T>
+__device__ inline uint4 load_partial_chunk(const void* from, int bytes) {
+  constexpr int kElements = 16 / sizeof(T);
+  union {
+    T elements[kElements];
+    uint4 words;
+  } chunk;
+  chunk.words = {};
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    if (i * static_cast<int>(sizeof(T)) < bytes) chunk.elements[i] = static_cast<const T*>(from)[i];
+  }
+  return chunk.words;
+}
+
 }  // namespace mfx::device

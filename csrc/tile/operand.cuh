@@ -38,9 +38,48 @@ inline constexpr bool kStepByStep = std::is_same_v<Op, float>;
 template <typename Op>
 inline constexpr int kStepElements = 32 / sizeof(Op);
 
+// 16 rows of A by one step, as ldmatrix loads them.
 using FragmentA = std::uint32_t[4];
 
-// acc += a b.
+// kCount registers of one step as multiply() takes them: of A 4, of B 2 per 8 columns.
+template <typename Op, int kCount>
+struct Fragment {
+  std::uint32_t r[kCount];
+};
+template <int kCount>
+struct Fragment<float, kCount> {
+  SplitTf32<kCount> r;
+};
+
+template <typename Op, int kCount>
+__device__ inline Fragment<Op, kCount> to_fragment(const std::uint32_t (&x)[kCount]) {
+  if constexpr (std::is_same_v<Op, float>) {
+    return {split_tf32(x)};
+  } else {
+    Fragment<Op, kCount> fragment;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      fragment.r[i] = std::is_same_v<Op, Tf32> ? to_tf32(__uint_as_float(x[i])) : x[i];
+    }
+    return fragment;
+  }
+}
+
+// acc += a b, where the 8 columns of b are in its registers `first` and `first + 1`.
+template <typename Op, int kCount>
+__device__ inline void multiply(float (&acc)[4], const Fragment<Op, 4>& a, const Fragment<Op, kCount>& b, int first) {
+  if constexpr (std::is_same_v<Op, BFloat16>) {
+    mma_m16n8k16_bf16(acc, a.r, b.r[first], b.r[first + 1], acc);
+  } else if constexpr (std::is_same_v<Op, Float16>) {
+    mma_m16n8k16_f16(acc, a.r, b.r[first], b.r[first + 1], acc);
+  } else if constexpr (std::is_same_v<Op, Tf32>) {
+    mma_m16n8k8_tf32(acc, a.r, b.r[first], b.r[first + 1], acc);
+  } else {
+    mma_m16n8k8_3xtf32(acc, a.r, b.r, first);
+  }
+}
+
+// acc += a b, of registers as they come.
 template <typename Op>
 __device__ inline void multiply_step(float (&acc)[4], const FragmentA& a, std::uint32_t b0, std::uint32_t b1) {
   if constexpr (std::is_same_v<Op, BFloat16>) {

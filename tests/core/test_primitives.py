@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import mpmath  # with torch, through sympy
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 Array = np.ndarray
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    """tests/core/*.cpp, compiled in the build folder of the extension."""
-    build = Path(os.environ.get("MFX_BUILD_DIR", ROOT / "build" / f"native-{sys.implementation.cache_tag}"))
-    if not (build / "CMakeCache.txt").exists():
-        pytest.skip(f"needs the build folder {build}; `make build` makes it")
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert cmake, "cmake is missing"
-    subprocess.run([cmake, "--build", build, "--target", "core_primitives"], check=True, capture_output=True)
-    return ctypes.CDLL(str(build / "tests" / "core" / "libcore_primitives.so"))
 
 
 @pytest.fixture(params=ISAS)

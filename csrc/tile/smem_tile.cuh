@@ -1,28 +1,26 @@
-// The shape of one block's work, and how its operands lie in shared memory.
+// The shape of one block's product, and how its operands lie in shared memory.
 //
-// A block of 4 warps computes kRows x kColumns of a result. Depth (the summed dimension) arrives in slices of
-// kDepthBytes per row. An operand's slice is stored as it lies in global memory, in one of two ways:
+// A block computes kRows x kColumns of a result. Depth (the summed dimension) arrives in slices of kDepthBytes per row.
+// An operand's slice is stored in one of two ways:
 //   Major::kK   one row per row (or column) of the result, depth contiguous
 //   Major::kMN  one row per element of depth, rows (or columns) of the result contiguous
 // 16-byte chunks of a row are exchanged by XOR with its index so that no access meets a bank conflict.
 #pragma once
 
-#include "grouped_gemm/operand_math.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/regalloc.cuh"
-#include "ptx/shared_address.cuh"
 #include "ptx/vector_memory.cuh"
+#include "tile/operand.cuh"
+#include "tile/swizzle.cuh"
 
-namespace mfx::grouped {
-
-using device::SharedAddress;
+namespace mfx::device {
 
 enum class Major { kK, kMN };
 enum class Side { kA, kB };
 
 template <int kRows_, int kColumns_, int kWarpRows, int kWarpColumns, int kWarpDepth_, int kDepthBytes_, int kStages_,
           int kBlocksPerSm_>
-struct Tile {
+struct BlockShape {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
   static constexpr int kWarpDepth = kWarpDepth_;  // warps that share a piece of the result and split the depth
   static constexpr int kWarps = kWarpRows * kWarpColumns * kWarpDepth, kThreads = 32 * kWarps;
@@ -38,17 +36,16 @@ struct Tile {
   static __device__ int warp_depth() { return warp() % kWarpDepth; }
   static __device__ int warp_column() { return warp() / kWarpDepth % kWarpColumns * kColumnsPerWarp; }
   static __device__ int warp_row() { return warp() / (kWarpDepth * kWarpColumns) * kRowsPerWarp; }
+
+  // How many of its rows a warp has where so many of the block's exist: none where its columns do not.
+  static __device__ int rows_of_warp(int rows, int columns) {
+    return warp_column() < columns ? min(rows - warp_row(), kRowsPerWarp) : 0;
+  }
 };
 
-using LargeTile = Tile<128, 128, 2, 2, 1, 64, 4, 2>;
-using MediumTile = Tile<64, 128, 1, 4, 1, 128, 3, 2>;
-// Few rows per expert: the matrix streams through, and its depth is all there is to divide between the warps.
-using SmallTile = Tile<16, 32, 1, 1, 4, 256, 4, 4>;
-
 // One operand's slice in shared memory: kSpan rows or columns of the result.
-template <typename Math, Major kMajor, int kSpan, int kDepthBytes>
-struct Slice {
-  using T = typename Math::T;
+template <typename T, Major kMajor, int kSpan, int kDepthBytes>
+struct SmemTile {
   static constexpr int kDepth = kDepthBytes / sizeof(T);
   static constexpr int kRowBytes = kMajor == Major::kK ? kDepthBytes : kSpan * static_cast<int>(sizeof(T));
   static constexpr int kRows = kMajor == Major::kK ? kSpan : kDepth;
@@ -57,16 +54,19 @@ struct Slice {
   static_assert(kRowBytes >= (kWords ? 128 : 64), "the banks must be covered");
 
   static __device__ std::uint32_t offset(int row, int chunk) {
-    const int exchange = kWords ? 2 * (row & 3) : kRowBytes >= 128 ? row & 7 : (row >> 1) & 3;
-    return row * kRowBytes + ((chunk ^ exchange) << 4);
+    if constexpr (kRowBytes >= 128 && !kWords) {
+      return swizzled_offset<kRowBytes>(row, chunk);
+    } else {
+      return row * kRowBytes + ((chunk ^ (kWords ? 2 * (row & 3) : row >> 1 & 3)) << 4);
+    }
   }
 };
 
 // Reads mma fragments of 16 rows (or columns) by 32 bytes of depth from a slice.
-template <typename Math, Major kMajor, Side kSide, int kSpan, int kDepthBytes>
+template <typename Op, Major kMajor, Side kSide, int kSpan, int kDepthBytes>
 class FragmentReader {
-  using S = Slice<Math, kMajor, kSpan, kDepthBytes>;
-  static constexpr int kElement = sizeof(typename Math::T);
+  using S = SmemTile<typename Storage<Op>::Type, kMajor, kSpan, kDepthBytes>;
+  static constexpr int kElement = sizeof(Op);
   static constexpr int kStepRows = 32 / kElement;  // of depth
 
  public:
@@ -89,32 +89,32 @@ class FragmentReader {
         offset_ = (offset_ ^ (origin * kElement)) + first_step * kStepRows * S::kRowBytes;
       }
     }
-    device::pin_in_register(offset_);
+    pin_in_register(offset_);
   }
 
   // Rows (columns) 16 * block and further, `step` being counted from the warp's first.
-  __device__ typename Math::Operand read(SharedAddress slice, int block, int step) const {
+  __device__ Fragment<Op, 4> read(SharedAddress slice, int block, int step) const {
     std::uint32_t r[4];
     if constexpr (kMajor == Major::kK) {
-      device::ldmatrix_x4(r, ((slice + offset_) ^ (step * 32)) + block * 16 * S::kRowBytes);
+      ldmatrix_x4(r, ((slice + offset_) ^ (step * 32)) + block * 16 * S::kRowBytes);
     } else {
       const SharedAddress at = ((slice + offset_) ^ (block * 16 * kElement)) + step * kStepRows * S::kRowBytes;
       if constexpr (S::kWords) {
         const SharedAddress right = at ^ 32;  // eight columns further
         const int below = 4 * S::kRowBytes;   // half a step deeper
-        r[0] = device::load_shared_32(at);
-        r[3] = device::load_shared_32(right + below);
-        r[kSide == Side::kA ? 1 : 2] = device::load_shared_32(right);
-        r[kSide == Side::kA ? 2 : 1] = device::load_shared_32(at + below);
+        r[0] = load_shared_32(at);
+        r[3] = load_shared_32(right + below);
+        r[kSide == Side::kA ? 1 : 2] = load_shared_32(right);
+        r[kSide == Side::kA ? 2 : 1] = load_shared_32(at + below);
       } else {
-        device::ldmatrix_x4_trans(r, at);
+        ldmatrix_x4_trans(r, at);
       }
     }
-    return Math::operand(r);
+    return to_fragment<Op>(r);
   }
 
  private:
   std::uint32_t offset_;
 };
 
-}  // namespace mfx::grouped
+}  // namespace mfx::device

@@ -1,0 +1,65 @@
+"""Which kernel serves a grouped product: the height of its tiles by shape, its row of the table by architecture."""
+
+import ctypes
+
+import pytest
+
+FORWARD, INPUT_GRAD, HIDDEN_GRAD, WEIGHT_GRAD = range(4)
+ALIGNED, UNALIGNED = 1, 0
+# product, rows, aligned, arch. Rows for sm_90 are not compiled yet: the choice is ready for them.
+SM80 = [
+    (FORWARD, 16, 1, 80),
+    (FORWARD, 64, 1, 80),
+    (FORWARD, 128, 1, 80),
+    (FORWARD, 64, 0, 80),
+    (WEIGHT_GRAD, 128, 1, 80),
+]
+BOTH = [(FORWARD, 128, 1, 90), *SM80]
+
+
+@pytest.mark.parametrize(
+    ("product", "aligned", "slots", "experts", "rows"),
+    [
+        (FORWARD, ALIGNED, 16 * 8, 8, 16),
+        (FORWARD, ALIGNED, 17 * 8 - 1, 8, 16),
+        (FORWARD, ALIGNED, 17 * 8, 8, 64),
+        (FORWARD, ALIGNED, 64 * 8, 8, 64),
+        (FORWARD, ALIGNED, 65 * 8, 8, 128),
+        (FORWARD, ALIGNED, 0, 8, 16),
+        (FORWARD, UNALIGNED, 1, 8, 64),
+        (FORWARD, UNALIGNED, 1000 * 8, 8, 64),
+        (INPUT_GRAD, ALIGNED, 8, 8, 64),
+        (INPUT_GRAD, ALIGNED, 65 * 8, 8, 128),
+        (HIDDEN_GRAD, ALIGNED, 64 * 8, 8, 64),
+        (HIDDEN_GRAD, UNALIGNED, 65 * 8, 8, 64),
+        (WEIGHT_GRAD, ALIGNED, 8, 8, 128),
+        (WEIGHT_GRAD, UNALIGNED, 1000 * 8, 8, 64),
+    ],
+)
+def test_height_of_tiles(library, product, aligned, slots, experts, rows):
+    assert library.product_rows_of_tile(product, aligned, ctypes.c_int64(slots), ctypes.c_int64(experts)) == rows
+
+
+@pytest.mark.parametrize(
+    ("table", "product", "rows", "aligned", "capability", "chosen"),
+    [
+        (SM80, FORWARD, 128, ALIGNED, 80, (FORWARD, 128, 1, 80)),
+        (SM80, FORWARD, 128, ALIGNED, 86, (FORWARD, 128, 1, 80)),
+        (SM80, FORWARD, 16, ALIGNED, 90, (FORWARD, 16, 1, 80)),
+        (SM80, FORWARD, 64, UNALIGNED, 120, (FORWARD, 64, 0, 80)),
+        (SM80, WEIGHT_GRAD, 128, ALIGNED, 80, (WEIGHT_GRAD, 128, 1, 80)),
+        (SM80, FORWARD, 128, ALIGNED, 75, None),
+        (SM80, FORWARD, 128, UNALIGNED, 80, None),
+        (SM80, HIDDEN_GRAD, 128, ALIGNED, 80, None),
+        (BOTH, FORWARD, 128, ALIGNED, 80, (FORWARD, 128, 1, 80)),
+        (BOTH, FORWARD, 128, ALIGNED, 89, (FORWARD, 128, 1, 80)),
+        (BOTH, FORWARD, 128, ALIGNED, 90, (FORWARD, 128, 1, 90)),
+        (BOTH, FORWARD, 128, ALIGNED, 100, (FORWARD, 128, 1, 90)),
+        (BOTH, FORWARD, 64, ALIGNED, 90, (FORWARD, 64, 1, 80)),
+        ([*reversed(BOTH)], FORWARD, 128, ALIGNED, 90, (FORWARD, 128, 1, 90)),
+    ],
+)
+def test_newest_architecture_that_the_device_has(library, table, product, rows, aligned, capability, chosen):
+    flat = (ctypes.c_int * 4 * len(table))(*[(ctypes.c_int * 4)(*row) for row in table])
+    index = library.product_choose(flat, len(table), product, rows, aligned, capability)
+    assert (table[index] if index >= 0 else None) == chosen
