@@ -17,7 +17,7 @@ from tiny import FLAGS, TINY
 from tokenizers import Tokenizer
 
 from moduleformer_ext.cli import main
-from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 
 
 def _complaint(words: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
@@ -266,7 +266,7 @@ def test_weights_that_are_not_numbers(verb: str, model: Path, corpus: Path, caps
 
 def test_a_config_of_more_layers_than_weights(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load_file(model / "model.safetensors")
-    config = json.loads((model / "config.json").read_text())
+    config = MoLMConfig.from_reference(json.loads((model / "config.json").read_text())).to_dict()
     config["n_layer"] = 1_000_000
     save_file(tensors, model / "model.safetensors", {"format": "moduleformer_ext", "config": json.dumps(config)})
     assert "n_layer must be 2" in _complaint(["generate", str(model), "--prompt", "x"], capsys)
