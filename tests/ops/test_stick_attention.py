@@ -223,6 +223,13 @@ def test_nothing_to_do(device):
     assert stick_attention(nothing, nothing, cu_seqlens_q=empty).shape == (0, 2, 8)
 
 
+@pytest.mark.parametrize("stick_epsilon", [-0.5, math.nan, math.inf])
+def test_the_twin_refuses_the_epsilons_that_the_op_refuses(stick_epsilon):
+    q = torch.randn(1, 3, 1, 8)
+    with pytest.raises(ValueError, match="stick_epsilon must be finite and >= 0"):
+        reference.stick_attention(q, q, q, stick_epsilon=stick_epsilon)
+
+
 @pytest.mark.parametrize("stick_epsilon", [None, 0.0, 0.5])
 def test_a_stick_that_is_nan_has_not_ended(device, stick_epsilon):
     # The walk goes on: the gradient of every key and value that the row sees says so, whatever the early exit.

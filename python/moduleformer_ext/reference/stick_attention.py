@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,8 +64,8 @@ def stick_attention(
     T_q, H_kv, G]. Every key is visited, whatever ``stick_epsilon`` (it allows an implementation to stop
     early, and bounds the error of doing so).
     """
-    if stick_epsilon is not None and stick_epsilon < 0:
-        raise ValueError(f"stick_attention: stick_epsilon must be >= 0, got {stick_epsilon}")
+    if stick_epsilon is not None and not 0 <= stick_epsilon < math.inf:
+        raise ValueError(f"stick_attention: stick_epsilon must be finite and >= 0, got {stick_epsilon}")
     v = k if v is None else v
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
