@@ -16,9 +16,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 else
 PY_GIVEN := $(PY)
-override PY := $(shell command -v '$(PY_GIVEN)')
+override PY := $(shell '$(PY_GIVEN)' -c 'import sys; print(sys.executable)' 2>/dev/null)
 ifeq ($(PY),)
-$(error PY=$(PY_GIVEN) is no program)
+$(error PY=$(PY_GIVEN) is no Python)
 endif
 STAMP := what-is-there
 export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))

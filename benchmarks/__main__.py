@@ -29,8 +29,8 @@ _USAGE, _NOTHING_SELECTED = 4, 5
 """Exit statuses of pytest."""
 
 
-def options_of(words: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, and the words that are pytest's."""
+def options_of(words: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """Our options, files of benchmarks or tests in them, and the words that are pytest's."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
     )
@@ -45,12 +45,28 @@ def options_of(words: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
         help="no cell begins later, and a run with --missing goes on from there",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results")
-    return parser.parse_known_args(words)
+    chosen, rest = parser.parse_known_args(words)
+    if not chosen.budget >= 0:
+        parser.error(f"--budget must be >= 0, got {chosen.budget}")
+    if chosen.out is not None and chosen.out.exists() and not chosen.out.is_dir():
+        parser.error(f"--out must be a folder, got the file {chosen.out}")
+    files, options = [], []
+    for word in rest:
+        path = Path(word.partition("::")[0])
+        if path.is_dir():
+            files += sorted(map(str, path.rglob("bench_*.py")))
+        elif path.suffix != ".py":
+            options.append(word)
+        elif path.exists():
+            files.append(word)
+        else:
+            parser.error(f"there is no file {path}")
+    return chosen, files, options
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measure and report. Returns 0 if everything ran and every check was passed."""
-    chosen, pytest = options_of(words)
+    chosen, files, options = options_of(words)
     device, quick, out = chosen.device, chosen.quick, chosen.out
     if out is None and device == "cuda" and not torch.cuda.is_available():
         print("python -m benchmarks: this torch sees no GPU", file=sys.stderr)
@@ -59,8 +75,6 @@ def main(words: Sequence[str] | None = None) -> int:
     folder = out or RESULTS / f"{datetime.date.today().isoformat()}-{slug(device)}{'-quick' * quick}"
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    files = [word for word in pytest if word.endswith(".py")]
-    options = [word for word in pytest if not word.endswith(".py")]
     seconds, rounds = (0.02, 2) if quick else (1, 3) if device == "cpu" else (0.5, 10)  # per contestant
     options += ["--benchmark-quiet", f"--benchmark-max-time={seconds}", f"--benchmark-min-rounds={rounds}"]
     options += [f"--device={device}", *["--quick"] * quick, *["--missing"] * chosen.missing]
@@ -69,7 +83,7 @@ def main(words: Sequence[str] | None = None) -> int:
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        name = Path(file).stem.removeprefix("bench_")
+        name = Path(str(file).partition("::")[0]).stem.removeprefix("bench_")
         command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), str(file), *options]
         command += [f"--budget={left}", f"--benchmark-json={folder / name}.json"]
         code = subprocess.run(command).returncode
@@ -83,6 +97,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if out is None and not quick and device == "cpu":
             write_index(RESULTS, folder)
         print(f"\n{folder / 'table.md'}")
+    else:
+        print("nothing was measured")
     return 1 if broken else 0
 
 

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    from packaging.requirements import Requirement
+except ImportError:  # a fresh environment, where it is pip that brings one
+    from pip._vendor.packaging.requirements import Requirement
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
-from packaging.requirements import Requirement
+    from pip._vendor import tomli as tomllib
 
 PROGRAMS = {"cmake", "ninja"}
 """Packages of which the program alone is used, wherever it comes from."""
@@ -49,6 +52,8 @@ def lacking(requirement: Requirement) -> str | None:
 
 
 def main(groups: list[str]) -> int:
+    if not groups:
+        sys.exit("missing_packages: name a group")
     with open(Path(__file__).parents[1] / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)
     missing = sorted({text for requirement in requirements(project, groups) if (text := lacking(requirement))})

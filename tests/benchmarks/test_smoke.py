@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.__main__ import options_of
 from benchmarks.report import write_report
 
 ROOT = Path(__file__).parent.parent.parent
@@ -137,6 +138,33 @@ def test_full_cells(device: str, cells: int) -> None:
     result = run([*PYTEST, "benchmarks", "--collect-only", "-qq", f"--device={device}"], plugins)
     assert result.returncode == 0, result.stdout + result.stderr
     assert cells - 20 < sum("::" in line for line in result.stdout.splitlines()) <= cells
+
+
+def test_folders_files_and_tests_are_told_from_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    ops = "benchmarks/ops/"
+    one = f"{ops}bench_grouped_gemm.py::test_grouped_gemm"
+    _, files, options = options_of([ops, one, "-k", "fp32"])
+    assert files == [*sorted(map(str, Path(ops).glob("bench_*.py"))), one]
+    assert options == ["-k", "fp32"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--budget", "-5"], "--budget must be >= 0"),
+        (["--budget", "nan"], "--budget must be >= 0"),
+        (["benchmarks/ops/bench_nothing.py"], "there is no file benchmarks/ops/bench_nothing.py"),
+        (["--out", "README.md"], "--out must be a folder"),
+    ],
+)
+def test_wrong_options_are_named(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        options_of(words)
+    assert complaint in capsys.readouterr().err
 
 
 def test_mistakes_in_the_command_are_named(tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ class TestSteering:
         assistant = hf.from_native(native)  # guesses right each time
         assert torch.equal(generate(model, x, max_new_tokens=40, assistant_model=assistant), expected)
         assert len(calls) <= 20  # two tokens a pass at least
+        assert torch.equal(generate(model, x, max_new_tokens=40, assistant_early_exit=1), expected)
 
     def test_a_conversation_goes_on_with_its_cache(self, pair: tuple[Any, Any]) -> None:
         native, model = pair

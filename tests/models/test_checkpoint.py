@@ -239,6 +239,12 @@ def test_a_head_that_is_tied_in_name_only_is_not_saved(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "model")
 
 
+def test_a_head_that_is_tied_in_name_only_is_not_loaded(tmp_path: Path) -> None:
+    publish(tmp_path, "safetensors", {**BASE, "tie_word_embeddings": True}, random_state(BASE))
+    with pytest.raises(ValueError, match=r"lm_head\.weight must be transformer\.wte\.weight"):
+        MoLMForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("present", ["lm_head.weight", "transformer.wte.weight"])
 def test_one_tensor_of_tied_embeddings_is_enough(tmp_path: Path, present: str) -> None:
     config, state = {**BASE, "tie_word_embeddings": True}, random_state(BASE)

@@ -69,10 +69,11 @@ def test_a_given_python_is_asked_what_it_has_and_nothing_is_installed(target, gr
     assert "make_venv" not in plan.stdout
 
 
-def test_a_given_python_must_exist():
-    plan = make("PY=no-such-python", "test")
+@pytest.mark.parametrize("program", ["no-such-python", "/tmp", "ls"])
+def test_a_given_python_must_be_one(program):
+    plan = make(f"PY={program}", "test")
     assert plan.returncode != 0
-    assert "PY=no-such-python is no program" in plan.stderr
+    assert f"PY={program} is no Python" in plan.stderr
 
 
 FAKE_PYTHON = """#!/bin/sh

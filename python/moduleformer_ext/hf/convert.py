@@ -35,6 +35,8 @@ def from_native(model: MoLMForCausalLM, **fields: object) -> ModuleFormerForCaus
     Raises:
         ValueError: the model holds other weights than its configuration says; the message lists the tensors.
     """
+    if not isinstance(model, MoLMForCausalLM):
+        raise TypeError(f"from_native: model must be a MoLMForCausalLM, got {type(model).__name__}")
     state = canonical_state(model)
     config = ModuleFormerConfig.of(model.config, architectures=[ModuleFormerForCausalLM.__name__], **fields)
     with torch.device("meta"):
@@ -53,6 +55,8 @@ def to_native(model: ModuleFormerForCausalLM) -> MoLMForCausalLM:
     Raises:
         ValueError: adapters, quantised or distributed weights; the message lists the tensors.
     """
+    if not isinstance(model, ModuleFormerForCausalLM):
+        raise TypeError(f"to_native: model must be a ModuleFormerForCausalLM, got {type(model).__name__}")
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if wrapped := [name for name, tensor in state.items() if is_traceable_wrapper_subclass(tensor)]:
         raise ValueError(

@@ -151,6 +151,8 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
             raise ValueError("ModuleFormerModel: output_attentions must be False: attention weights are never formed")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("ModuleFormerModel: exactly one of input_ids and inputs_embeds must be given")
+        if input_ids is not None and input_ids.dim() != 2:
+            raise ValueError(f"ModuleFormerModel: input_ids must be [batch, tokens], got shape {list(input_ids.shape)}")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_router_logits is None:
@@ -172,6 +174,8 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
         states: list[Tensor] = []
         routes: list[BlockRoutes] = []
         for index, block in enumerate(self.h):
+            if index == self.config.n_layer:  # of a draft that exits early
+                break
             if output_hidden_states:
                 states.append(x)
             layer = layers[index] if layers else None
@@ -245,6 +249,11 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"ModuleFormerForCausalLM: labels must be {list(logits.shape[:2])}, a label for each position that "
+                    f"logits_to_keep keeps, got shape {list(labels.shape)}"
+                )
             loss = self.loss_function(logits, labels, self.config.vocab_size, **options)
             if weight > 0:
                 loss = loss + weight * _share(labels, options.get("num_items_in_batch")) * output.aux_loss

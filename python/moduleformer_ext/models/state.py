@@ -43,13 +43,20 @@ def canonical_state(model: MoLMForCausalLM) -> dict[str, Tensor]:
         expected = type(model)(model.config).state_dict()
     check_fit(expected, state)
     if model.config.tie_word_embeddings:
-        head, embedding = state.pop("lm_head.weight"), state["transformer.wte.weight"]
-        if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
-            raise ValueError(
-                "the weights do not fit the configuration; lm_head.weight must be transformer.wte.weight with "
-                "tie_word_embeddings, got another"
-            )
+        _check_tied(state)
+        del state["lm_head.weight"]
     return state
+
+
+def _check_tied(state: Mapping[str, Tensor]) -> None:
+    embedding, head = (state[name] for name in _TIED)
+    if head is embedding or head.data_ptr() == embedding.data_ptr():
+        return
+    if not torch.equal(head, embedding):
+        raise ValueError(
+            "the weights do not fit the configuration; lm_head.weight must be transformer.wte.weight with "
+            "tie_word_embeddings, got another"
+        )
 
 
 def model_from_state(
@@ -71,7 +78,7 @@ def model_from_state(
 
     Raises:
         ValueError: names are missing or unknown, or shapes do not match the configuration, or types differ; all
-            tensors are listed.
+            tensors are listed. Or embeddings are tied, and head and embedding differ.
     """
     state = {name: tensor for name, tensor in state_dict.items() if not _DROPPED_BUFFERS.fullmatch(name)}
     if config.tie_word_embeddings:
@@ -82,6 +89,8 @@ def model_from_state(
     with torch.device("meta"):
         model = kind(config)
     check_fit(model.state_dict(), state)
+    if config.tie_word_embeddings:
+        _check_tied(state)
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
     _check_types(state)
