@@ -28,7 +28,7 @@ def cases():
         yield pytest.param(*shape, dtype, poison, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize(("t_q", "t_k", "group", "dim", "shared", "dtype", "poison"), cases())
+@pytest.mark.parametrize(("t_q", "t_k", "group", "dim", "shared", "dtype", "poison"), list(cases()))
 def test_poison_at_masked_keys_and_in_the_future(t_q, t_k, group, dim, shared, dtype, poison, device):
     q, k, v = inputs(1, t_q, t_k, 1, group, dim, dtype, shared=shared, mean=-7.0, gain=0.5)
     grad_o = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
