@@ -50,9 +50,7 @@ def canonical_state(model: MoLMForCausalLM) -> dict[str, Tensor]:
 
 def _check_tied(state: Mapping[str, Tensor]) -> None:
     embedding, head = (state[name] for name in _TIED)
-    if head is embedding or head.data_ptr() == embedding.data_ptr():
-        return
-    if not torch.equal(head, embedding):
+    if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
         raise ValueError(
             "the weights do not fit the configuration; lm_head.weight must be transformer.wte.weight with "
             "tie_word_embeddings, got another"
