@@ -2,7 +2,7 @@
 
 A path is a word that begins with a folder of this repository (`csrc/...`), or one in backticks with a suffix of source
 code; it may be given from any folder on (`core/amx.cpp`), with `*`, `<op>` or `X` for any name, or be one that a source
-file speaks of. A symbol is a word in backticks with an underscore, a capital inside it or parentheses behind it; it is
+file speaks of. A symbol is a word in backticks with an underscore, a capital inside it or parentheses after it; it is
 a word of some source file, or of a package of others (`torch.library.opcheck`).
 """
 

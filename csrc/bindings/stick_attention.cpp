@@ -265,7 +265,7 @@ Grads backward(const BackwardArgs& a) {
   const Tensor output = alike ? with_contiguous_heads(o) : o.contiguous();
   const Tensor rounding = alike ? with_contiguous_heads(residual) : residual.contiguous();
   const Tensor grad_output = with_contiguous_heads(grad_o);
-  const Tensor sticks = remainder.contiguous(), notes = first_tiles.contiguous();
+  const Tensor sticks = remainder.contiguous(), tiles_visited = first_tiles.contiguous();
   const Tensor grad_sticks = present(grad_remainder) ? grad_remainder->contiguous() : Tensor();
   Grads grads = allocate_grads(problem.q, problem.k, v);
   auto& [grad_q, grad_k, grad_v] = grads;
@@ -278,7 +278,7 @@ Grads backward(const BackwardArgs& a) {
       .residual = is_rounded(q) ? rounding.const_data_ptr() : nullptr,
       .o_strides = query_strides(output, packed, group),
       .remainder = sticks.const_data_ptr(),
-      .first_tiles = notes.const_data_ptr<int32_t>(),
+      .first_tiles = tiles_visited.const_data_ptr<int32_t>(),
       .grad_q = grad_q.mutable_data_ptr(),
       .grad_q_strides = query_strides(grad_q, packed, group),
       .grad_k = grad_k.mutable_data_ptr(),

@@ -1,6 +1,6 @@
 // 8x8 matrices of 16-bit elements (8x4 of 32-bit ones, untransposed only) from shared memory into mma fragments.
 // PTX ISA, "Warp-level matrix load instruction: ldmatrix". Lanes 8i..8i+7 give the addresses of the rows (16 bytes
-// each) of matrix i, kOffset bytes behind `address`; lane l receives elements 2(l % 4).. of row l / 4, of column l / 4
+// each) of matrix i, kOffset bytes after `address`; lane l receives elements 2(l % 4).. of row l / 4, of column l / 4
 // when transposed. volatile and "memory": these read what other threads wrote.
 #pragma once
 

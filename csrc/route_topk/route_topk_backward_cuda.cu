@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
   }
 }
 
-// How the second launch's blocks are shared out: first tiles of the gradient that meets x, then tiles of dW behind a
+// How the second launch's blocks are shared out: first tiles of the gradient that meets x, then tiles of dW after a
 // hidden layer, then 32 columns of the bias each.
 struct WeightBlocks {
   std::int64_t input_columns, input;

@@ -1,5 +1,5 @@
 // The gate network on the device, and its matrices as operands of block_product.cuh: of any storage type, in segments,
-// behind an activation. An operand gives the value at (row, k), k being the inner index of the product, and says along
+// after an activation. An operand gives the value at (row, k), k being the inner index of the product, and says along
 // which of the two its memory is contiguous.
 #pragma once
 

@@ -2,7 +2,7 @@
 // locks.
 //
 //   dQ kernel     a block per query tile walks its key tiles from the newest to the oldest, exactly those that forward
-//                 visited, and owns dQ. It leaves chunk states: per row and run of keys, the stick at the run's newer
+//                 visited, and owns dQ. It leaves run states: per row and run of keys, the stick at the run's newer
 //                 edge and the sum of G over all keys older than the run.
 //   dK/dV kernel  a block per key tile walks the query tiles that visited it and owns dK and dV. With what the dQ
 //                 kernel left it scans each run on its own.
@@ -25,12 +25,12 @@ struct BackwardLaunch {
   int forward_keys;     // unit of first_tiles
   int chunk_begin, chunk_end;
   bool newest_chunk;
-  std::int64_t rows;         // of all sequences, per head
-  std::int64_t norm_slots;   // of all sequences, per head
-  ChunkState* chunk_states;  // [kKvChunk / span, heads, rows, runs of a span]
-  float2* states;            // [heads, rows], where there are several K/V chunks: stick, sum of G
-  float* sums;               // [heads, rows, D]: dQ / scale
-  float* v_norms;            // [heads, norm_slots]: greatest |v|^2
+  std::int64_t rows;        // of all sequences, per head
+  std::int64_t norm_slots;  // of all sequences, per head
+  RunState* run_states;     // [kKvChunk / span, heads, rows, runs of a span]
+  float2* states;           // [heads, rows], where there are several K/V chunks: stick, sum of G
+  float* sums;              // [heads, rows, D]: dQ / scale
+  float* v_norms;           // [heads, norm_slots]: greatest |v|^2
   bool q_aligned, k_aligned, v_aligned, grad_o_aligned, o_aligned, grad_q_aligned, grad_k_aligned, grad_v_aligned;
 };
 

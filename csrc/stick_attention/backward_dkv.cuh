@@ -17,13 +17,13 @@
 
 namespace mfx::stick {
 
-// The chunk states of this lane's runs, in a span of keys.
+// The states of this lane's runs, in a span of keys.
 template <typename T, int kSpan>
 class RunStates {
  public:
   __device__ RunStates(const BackwardLaunch& launch, const Sequence& s, std::int64_t head, int span_key)
       : rows_(s.rows),
-        states_(launch.chunk_states +
+        states_(launch.run_states +
                 ((span_key - launch.chunk_begin) / kSpan * (launch.params.problem.heads * launch.rows) +
                  workspace_row(launch, s, head, 0)) *
                     kRunsOfSpan +
@@ -31,19 +31,19 @@ class RunStates {
     pin_if_16bit<T>(states_);
   }
 
-  // Of rows g and g + 8 behind `row`. Of rows that are not there the last one's: they see nothing, and need finite
+  // Of rows g and g + 8 from `row` on. Of rows that are not there the last one's: they see nothing, and need finite
   // numbers.
-  __device__ void load(ChunkState (&chunk_states)[2], int row) const {
+  __device__ void load(RunState (&states)[2], int row) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int own = row + static_cast<int>(threadIdx.x & 31) / 4 + 8 * half;
-      chunk_states[half] = states_[min(own, rows_ - 1) * std::int64_t{kRunsOfSpan}];
+      states[half] = states_[min(own, rows_ - 1) * std::int64_t{kRunsOfSpan}];
     }
   }
 
  private:
   const int rows_;
-  const ChunkState* states_;  // of the head's first row
+  const RunState* states_;  // of the head's first row
 };
 
 // The steps of a tile of kRows rows that products over rows need, for keys that rows from `first_row` to `rows` see.
@@ -142,8 +142,8 @@ __device__ inline void backward_dkv(const BackwardLaunch& launch) {
   queries.for_each_tile(first_key, [&](int first_row, device::SharedAddress stage) {
     const int warp_row = first_row + row_in_tile;
     if (mask.any(warp_row)) {
-      ChunkState chunk_states[2];
-      run_states.load(chunk_states, warp_row);
+      RunState states[2];
+      run_states.load(states, warp_row);
       mask.with_visible_width(warp_row, [&](auto width) {
         const auto kv = keys.rows(width);
         float scores[width][4] = {}, grad_weights[width][4] = {};
@@ -151,7 +151,7 @@ __device__ inline void backward_dkv(const BackwardLaunch& launch) {
         device::gemm_abt<Op, kRowBytes, InterleavedKeys>(grad_weights, queries.grad_o(stage), kv.v);
         LaneRuns<Op, width> weights, grad_scores;
         mask.apply(warp_row, width, [&](auto masked, const Visible<2>& visible) {
-          stick_break_runs<Op, masked>(scores, grad_weights, weights, grad_scores, beta, visible, chunk_states);
+          stick_break_runs<Op, masked>(scores, grad_weights, weights, grad_scores, beta, visible, states);
         });
         exchange.store(width, weights, grad_scores);
       });

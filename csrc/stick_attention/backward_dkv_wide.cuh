@@ -76,14 +76,14 @@ __device__ inline void backward_dkv_wide(const BackwardLaunch& launch) {
       float scores[1][2], grad_weights[1][2];
       parts.sum(0, row, scores);
       parts.sum(1, row, grad_weights);
-      ChunkState of_tile = {0.0f, 0.0f};
+      RunState of_tile = {0.0f, 0.0f};
       if (mask.any(warp_row)) {
-        of_tile = *wide_chunk_state(launch, same.s, same.head, same.first_key, min(first_row + row, same.s.rows - 1));
+        of_tile = *wide_run_state(launch, same.s, same.head, same.first_key, min(first_row + row, same.s.rows - 1));
       }
       BackwardRowOfState state = {{of_tile.rem}, of_tile.older};
       mask.apply(warp_row, mask.whole(), [&](auto masked, const Visible<1>& visible) {
         stick_break_backward<Op, masked, Wide::kLanes>(scores, grad_weights, beta, visible, state,
-                                                       [](int, const ChunkState&) {});
+                                                       [](int, const RunState&) {});
       });
 #pragma unroll
       for (int i = 0; i < 2; ++i) {

@@ -12,7 +12,7 @@
 namespace mfx::stick {
 
 // do . o, with o as it was before rounding, and |do|^2: of a warp's 16 rows from `first_row` on, over the columns from
-// `column` on of which `grad_rows` is a tile. Lanes (g, c) get those of rows g and g + 8; of rows behind the sequence's
+// `column` on of which `grad_rows` is a tile. Lanes (g, c) get those of rows g and g + 8; of rows beyond the sequence's
 // end they mean nothing.
 template <typename T, int kRowBytes>
 __device__ inline void grad_products(const BackwardLaunch& launch, const Sequence& s, std::int64_t head, int first_row,
@@ -97,20 +97,20 @@ __device__ inline float v_norm_max(const BackwardLaunch& launch, const BlockInfo
   return device::lanes_max(v_norm);
 }
 
-// The chunk states of this lane's runs on their way to memory, tile by tile: those of rows g and g + 8 behind `row`.
+// The states of this lane's runs on their way to memory, tile by tile: those of rows g and g + 8 from `row` on.
 template <typename T, int kKeys>
 class RunStatesOut {
  public:
   __device__ RunStatesOut(const BackwardLaunch& launch, const Sequence& s, std::int64_t head, int row, int key_tile)
       : rows_(s.rows - row - static_cast<int>(threadIdx.x & 31) / 4),
         tile_(launch.params.problem.heads * launch.rows * kRunsOfSpan),
-        state_(launch.chunk_states + (key_tile - launch.chunk_begin / kKeys) * tile_ +
+        state_(launch.run_states + (key_tile - launch.chunk_begin / kKeys) * tile_ +
                workspace_row(launch, s, head, row + static_cast<int>(threadIdx.x & 31) / 4) * kRunsOfSpan +
                threadIdx.x % 4) {
     pin_if_16bit<T>(tile_);
   }
 
-  __device__ void operator()(int half, const ChunkState& run) const {
+  __device__ void operator()(int half, const RunState& run) const {
     if (8 * half < rows_) state_[8 * half * kRunsOfSpan] = run;
   }
   __device__ void next() { state_ -= tile_; }
@@ -118,7 +118,7 @@ class RunStatesOut {
  private:
   const int rows_;
   std::int64_t tile_;  // from tile to tile
-  ChunkState* state_;
+  RunState* state_;
 };
 
 // A warp's dQ in accumulator layout, columns from `column` on of 16 rows from `row_in_tile` on, and its sums at the
@@ -249,7 +249,7 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   grad_products<T, kRowBytes>(launch, s, head, warp_row, 0, grads + row_in_tile * kRowBytes, with_o, squares);
 
   BackwardRows<2> rows;  // this lane's
-  // One behind the sequence's end has no stick.
+  // One beyond the sequence's end has no stick.
   const std::int64_t own_row = workspace_row(launch, s, head, warp_row + lane / 4);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -103,11 +103,11 @@ __device__ inline void backward_dq_wide(const BackwardLaunch& launch) {
       mask.take(key_tile);
       mask.apply(key_tile, mask.whole(), [&](auto masked, const Visible<1>& visible) {
         stick_break_backward<Op, masked, Wide::kLanes>(
-            scores, grad_weights, beta, visible, state, [&](int, const ChunkState& run) {
+            scores, grad_weights, beta, visible, state, [&](int, const RunState& run) {
               // Of the tile: the stick at its newer edge, and the oldest lane's sum.
               if (there && lane % Wide::kLanes == 0) {
-                *wide_chunk_state(launch, s, tile.head, key_tile * kKeys, tile.first_row + row) = {state.rem[0],
-                                                                                                   run.older};
+                *wide_run_state(launch, s, tile.head, key_tile * kKeys, tile.first_row + row) = {state.rem[0],
+                                                                                                 run.older};
               }
             });
       });

@@ -112,7 +112,7 @@ struct QRows {
   // Null beyond the sequence's end.
   __device__ T* operator[](int row) const { return row < count ? at(row) : nullptr; }
 
-  // Elements from any row to the one `rows` behind it; 0 where that is not the same for all.
+  // Elements from any row to the one `rows` after it; 0 where that is not the same for all.
   __device__ std::int64_t stride(int rows) const {
     const int tokens = rows / group;
     return tokens * group == rows ? tokens * token_stride : 0;

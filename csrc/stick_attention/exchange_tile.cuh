@@ -7,7 +7,7 @@
 
 namespace mfx::stick {
 
-// Two tiles [kRows, keys] of kRowBytes in natural order, weights and behind them dS. A lane writes its run of keys;
+// Two tiles [kRows, keys] of kRowBytes in natural order, weights and after them dS. A lane writes its run of keys;
 // chunks of a row are exchanged so that the lanes of a store (two rows of four runs of 16 or 32 bytes, four rows of 8)
 // and those of a load (eight rows of a chunk, four of two) hit all banks. A lane's addresses differ by XOR in the 128
 // bytes that hold a chunk, else by immediate offsets.

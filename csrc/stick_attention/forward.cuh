@@ -81,7 +81,7 @@ __device__ inline void forward(const ForwardLaunch& launch) {
   copy.template rows<kStickTileRows>(queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row},
                                      launch.q_aligned);
 
-  // A row behind the sequence's end has no stick.
+  // A row beyond the sequence's end has no stick.
   const int lane = threadIdx.x & 31, warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;
   float rem[2];
 #pragma unroll

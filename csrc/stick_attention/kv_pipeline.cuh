@@ -7,7 +7,7 @@ namespace mfx::stick {
 
 enum class KvColumns { kOfK, kOfV };
 
-// kStages stages of a tile of K and, behind it, one of V; where K is V, of K alone. `Op` is what the products multiply;
+// kStages stages of a tile of K and, after it, one of V; where K is V, of K alone. `Op` is what the products multiply;
 // those that sum over keys read the columns of kColumns.
 template <typename Op, int kRowBytes, int kKeys, int kStages, int kThreads, KvColumns kColumns>
 class KvPipeline {
@@ -122,7 +122,7 @@ class KvPipeline {
   std::uint32_t stages_;            // of the ring, added up
 };
 
-// A tile of K and, behind it, one of V that a block keeps, of which this warp multiplies kSpan keys from `span` on.
+// A tile of K and, after it, one of V that a block keeps, of which this warp multiplies kSpan keys from `span` on.
 template <typename Op, int kRowBytes, int kKeys, int kSpan, int kThreads>
 class KvTiles {
  public:

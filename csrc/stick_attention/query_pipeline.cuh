@@ -5,7 +5,7 @@
 
 namespace mfx::stick {
 
-// kStages stages of a tile of Q and, behind it, one of dO. `Op` is what the products multiply.
+// kStages stages of a tile of Q and, after it, one of dO. `Op` is what the products multiply.
 template <typename Op, int kRowBytes, int kRows, int kStages, int kThreads>
 class QueryPipeline {
  public:

@@ -106,7 +106,7 @@ __device__ inline void forward_row(const StickAttentionForwardParams& params, fl
   });
 }
 
-// The runs of keys that have a chunk state each: kRuns in every kSpan keys or, of 16 rows that see but a part of these,
+// The runs of keys that have a state each: kRuns in every kSpan keys or, of 16 rows that see but a part of these,
 // in the oldest half or quarter of them.
 template <int kSpan, int kRuns>
 struct RunsOf {
@@ -116,7 +116,7 @@ struct RunsOf {
 
   struct Run {
     int first, end;  // keys
-    ChunkState* chunk_state;
+    RunState* state;
   };
   // The run that has `key`, for a row that sees it.
   __device__ Run operator()(int row, int key) const {
@@ -129,11 +129,11 @@ struct RunsOf {
     const int length = taken / kRuns, run = (key - span) / length;
     const std::int64_t at =
         (span - launch.chunk_begin) / kSpan * (p.heads * launch.rows) + workspace_row(launch, s, head, row);
-    return {span + run * length, span + (run + 1) * length, launch.chunk_states + at * kRuns + run};
+    return {span + run * length, span + (run + 1) * length, launch.run_states + at * kRuns + run};
   }
 };
 
-// dq of a row in this K/V chunk, its chunk states, and what it hands over to the next one. Two walks from the newest
+// dq of a row in this K/V chunk, its run states, and what it hands over to the next one. Two walks from the newest
 // key on, for sums of older G as differences of one sum in binary64: delta, from an o that was rounded, is another.
 template <typename Op, int kColumns, int kSpan, int kRuns>
 __device__ inline void backward_dq_row(const BackwardLaunch& launch, const BlockInfo& tile, const ChunkWalk& walk,
@@ -158,7 +158,7 @@ __device__ inline void backward_dq_row(const BackwardLaunch& launch, const Block
   __syncwarp();
 
   const int newest = s.newest_key(p, row);
-  double rem = 1.0, sum_g = 0.0;  // behind the keys that were taken
+  double rem = 1.0, sum_g = 0.0;  // after the keys that were taken
   const auto take = [&](int key) {
     const float beta = keys.beta(q, key);
     const double weight = rem * beta;
@@ -188,7 +188,7 @@ __device__ inline void backward_dq_row(const BackwardLaunch& launch, const Block
       const float beta = take(key);
       grad_q.add(static_cast<float>(sum_g - newer - beta * older), keys.k + key * p.k_strides.token);
     }
-    if (owner) *run.chunk_state = ChunkState{newer_edge, static_cast<float>(all - sum_g)};
+    if (owner) *run.state = RunState{newer_edge, static_cast<float>(all - sum_g)};
   }
   T* const to = QRows<T>(static_cast<T*>(params.grad_q), params.grad_q_strides, p, s, tile.head, row).at(0);
   grad_q.each([&](int column, float x) {
@@ -218,9 +218,8 @@ __device__ inline void backward_dkv_row(const BackwardLaunch& launch, const Sequ
     if (first_visited_key(launch, s, head, row) > key) continue;
     const T *const q_row = q.at(row), *const grad_row = grad_o.at(row);
     const auto run = runs(row, key);
-    float rest = run.chunk_state->rem, older = run.chunk_state->older, beta = 0.0f, weight = 0.0f, g = 0.0f;
-    // From the run's newest key that the row sees on. The key's own share is that of the last step that is not behind
-    // it.
+    float rest = run.state->rem, older = run.state->older, beta = 0.0f, weight = 0.0f, g = 0.0f;
+    // From the run's newest key that the row sees on; those older than the key add to `older` alone.
     for (int i = min(run.end - 1, s.newest_key(p, row)); i >= run.first; --i) {
       if (!keys.kept(i)) continue;
       const float beta_of_i = keys.beta(q_row, i), weight_of_i = beta_of_i * rest;

@@ -27,7 +27,7 @@ struct Instance {
   DType dtype;
   bool tf32;
   int most_head_dim;
-  int forward_keys, query_rows, keys, keys_per_note;
+  int forward_keys, query_rows, keys, keys_per_run;
   Kernel v_norms, query, key;
 };
 
@@ -112,7 +112,7 @@ const Instance* find(const StickAttentionProblem& p) {
 // The parts of the workspace; see BackwardLaunch.
 struct Memory {
   std::int64_t rows, norm_slots, bytes;
-  ChunkState* chunk_states;
+  RunState* run_states;
   float2* states;
   float *sums, *v_norms;
 
@@ -122,7 +122,7 @@ struct Memory {
     const std::int64_t keys = (std::min<std::int64_t>(p.tokens_k, kKvChunk) + 63) / 64 * 64;
     const std::int64_t all_rows = p.heads * rows, chunk_rows = p.tokens_k > kKvChunk ? all_rows : 0;
     Workspace workspace(memory);
-    chunk_states = workspace.take<ChunkState>(keys / instance.keys_per_note * all_rows);
+    run_states = workspace.take<RunState>(keys / instance.keys_per_run * all_rows);
     states = workspace.take<float2>(chunk_rows);
     sums = workspace.take<float>(chunk_rows * p.head_dim);
     v_norms = workspace.take<float>(p.heads * norm_slots);
@@ -174,7 +174,7 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
       .newest_chunk = true,
       .rows = memory.rows,
       .norm_slots = memory.norm_slots,
-      .chunk_states = memory.chunk_states,
+      .run_states = memory.run_states,
       .states = memory.states,
       .sums = memory.sums,
       .v_norms = memory.v_norms,

@@ -57,11 +57,11 @@ struct StickDecodePlan {
   }
 };
 
-// What a slot leaves behind: per row the weighted sum of its values for a whole stick, and how much of one it leaves.
+// What a slot leaves: per row the weighted sum of its values for a whole stick, and how much of one it leaves.
 struct StickDecodeWorkspace {
   double* sticks;      // [groups, slots, rows]
   float* sums;         // [groups, slots, rows, head_dim]
-  int* ended;          // [groups], a slot behind which no stick is left
+  int* ended;          // [groups], a slot after which no stick is left
   unsigned* counters;  // [groups, counters], finished children of each node of the tree that composes slots
 
   static constexpr std::int64_t bytes(const StickDecodePlan& plan, std::int64_t head_dim) {

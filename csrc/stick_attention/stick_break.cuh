@@ -181,9 +181,9 @@ using LaneRuns = OperandPair<Op>[2][kTiles];
 //   ds / scale = u G - beta * (sum of older G) = G - beta * (sum of G from here to the oldest key).
 //
 // The dQ kernel takes the sum of older G as what newer keys leave of the sum of all. There weights enter G as they
-// were rounded for the product that made o, or the difference would keep what rounding took. It leaves a chunk state
+// were rounded for the product that made o, or the difference would keep what rounding took. It leaves a run state
 // per row and lane's run of keys, with which the dK/dV kernel scans every run on its own.
-struct alignas(8) ChunkState {
+struct alignas(8) RunState {
   float rem, older;  // at the run's newer edge; the sum of G over all keys older than the run
 };
 
@@ -223,7 +223,7 @@ struct BackwardRows {
   }
 };
 
-// The same of a lane of the dK/dV kernel that scans a row's tile with others, from the chunk state that the tile has.
+// The same of a lane of the dK/dV kernel that scans a row's tile with others, from the run state that the tile has.
 struct BackwardRowOfState {
   float rem[1], sum_g_older;
 
@@ -236,7 +236,7 @@ struct BackwardRowOfState {
 
 // The scan of the dQ kernel. In: scores and dp. Out: ds / scale in the place of dp, and weights, as rounded for the
 // products and times their unit, in that of scores. The rows move to the tile's older edge; `leave(row, state)` gets
-// the chunk state of this lane's run before they do.
+// the run state of this lane's run before they do.
 template <typename Op, bool kMasked, int kLanes = device::kQuad, int kTiles, int kOfTile, typename Rows, typename Leave>
 __device__ inline void stick_break_backward(float (&scores)[kTiles][kOfTile], float (&grads)[kTiles][kOfTile],
                                             const Beta& beta_of, const Visible<kOfTile / 2>& visible, Rows& rows,
@@ -263,7 +263,7 @@ __device__ inline void stick_break_backward(float (&scores)[kTiles][kOfTile], fl
     }
     const device::LanePrefix older_lanes = device::lanes_earlier_sum<kLanes>(sum);
     const float older = rows.older(row, next_rem, older_lanes.all) + older_lanes.earlier;
-    leave(row, ChunkState{run_rem, older});
+    leave(row, RunState{run_rem, older});
     rows.rem[row] = next_rem;
     float minus_sum = -older;
 #pragma unroll
@@ -276,18 +276,18 @@ __device__ inline void stick_break_backward(float (&scores)[kTiles][kOfTile], fl
 }
 
 // The scan of the dK/dV kernel. In: scores and dp. Out: weights, times their unit, and ds / scale. Within a run weights
-// enter G unrounded; at its edge the chunk state has the sums of the dQ kernel.
+// enter G unrounded; at its edge the run state has the sums of the dQ kernel.
 template <typename Op, bool kMasked, int kTiles>
 __device__ inline void stick_break_runs(float (&scores)[kTiles][4], float (&grads)[kTiles][4],
                                         LaneRuns<Op, kTiles>& weights, LaneRuns<Op, kTiles>& grad_scores,
                                         const Beta& beta_of, const Visible<2>& visible,
-                                        const ChunkState (&chunk_states)[2]) {
+                                        const RunState (&run_states)[2]) {
   constexpr float kUnit = kWeightUnit<Op>;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float beta[2 * kTiles], rest = chunk_states[half].rem * kUnit;
+    float beta[2 * kTiles], rest = run_states[half].rem * kUnit;
     break_run<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half]);
-    float minus_sum = -chunk_states[half].older;
+    float minus_sum = -run_states[half].older;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       weights[half][tile] = operand_pair<Op>(scores[tile][2 * half], scores[tile][2 * half + 1]);

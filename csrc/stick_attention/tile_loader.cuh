@@ -15,7 +15,7 @@ using device::pin_if_16bit;
 using device::Storage;
 using device::store_unaligned_chunk;
 
-// One chunk of a tile, kOffset bytes behind `to`: asynchronously where addresses are aligned. It has 16 bytes or, where
+// One chunk of a tile, kOffset bytes after `to`: asynchronously where addresses are aligned. It has 16 bytes or, where
 // there is none, 0, and becomes zeros.
 template <int kOffset = 0, typename T>
 __device__ inline void copy_chunk(device::SharedAddress to, const T* from, std::uint32_t bytes, bool aligned) {
@@ -51,7 +51,7 @@ struct TileLoader {
     }
   }
 
-  // One chunk, kRound rounds behind the first; `size` is `bytes` or, where it is not there, 0.
+  // One chunk, kRound rounds after the first; `size` is `bytes` or, where it is not there, 0.
   template <int kRound, int kOffset = 0>
   __device__ void chunk(device::SharedAddress tile, const T* from, std::uint32_t size, bool aligned) const {
     constexpr int kRow = kRound * kRowsAtOnce;
@@ -75,8 +75,8 @@ struct TileLoader {
             aligned ? rows.stride(kRowsAtOnce) * static_cast<int>(sizeof(T)) : 0};
   }
 
-  // Copies the tile that is `index` tiles of kRows behind the first of those whose lane() is `lane`, kOffset bytes
-  // behind `tile`. It is whole.
+  // Copies the tile that is `index` tiles of kRows after the first of those whose lane() is `lane`, kOffset bytes
+  // after `tile`. It is whole.
   template <int kRows, int kOffset = 0>
   __device__ void whole_rows(device::SharedAddress tile, const Lane& lane, int index = 0) const {
     static_assert(kRows % kRowsAtOnce == 0, "whole rounds");
@@ -117,7 +117,7 @@ struct TileLoader {
     return -kRowsAtOnce * static_cast<std::int64_t>(sizeof(T)) * stride;
   }
 
-  // Copies a tile of kKeys, kOffset bytes behind `tile`, and moves `newest` to the tile before. `each` copies a chunk.
+  // Copies a tile of kKeys, kOffset bytes after `tile`, and moves `newest` to the tile before. `each` copies a chunk.
   template <int kKeys, typename Each>
   __device__ void each_key(device::SharedAddress tile, const std::uint8_t*& newest, std::int64_t step,
                            Each&& each) const {

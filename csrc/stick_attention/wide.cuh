@@ -293,12 +293,12 @@ class WideOperand {
   std::uint8_t* const rows_;
 };
 
-// The chunk state that a row has of a tile of keys.
-__device__ inline ChunkState* wide_chunk_state(const BackwardLaunch& launch, const Sequence& s, std::int64_t head,
-                                               int first_key, int row) {
+// The run state that a row has of a tile of keys.
+__device__ inline RunState* wide_run_state(const BackwardLaunch& launch, const Sequence& s, std::int64_t head,
+                                           int first_key, int row) {
   std::uint32_t first = first_key;
   device::hide_from_optimizer(first);  // what follows from it is computed here
-  return launch.chunk_states + (first - launch.chunk_begin) / 16 * (launch.params.problem.heads * launch.rows) +
+  return launch.run_states + (first - launch.chunk_begin) / 16 * (launch.params.problem.heads * launch.rows) +
          workspace_row(launch, s, head, row);
 }
 

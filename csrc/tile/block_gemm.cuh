@@ -39,8 +39,8 @@ class Pipeline {
     for (int stage = 0; stage < Shape::kStages - 1; ++stage) prefetch();
   }
 
-  // Waits for the next slice, with one barrier, and orders the one that takes the place of the slice before it. With
-  // one stage that is the next itself.
+  // Waits for the next slice, with one barrier, and begins to copy the one that takes the place of the slice before it.
+  // With one stage that is the next itself.
   __device__ SharedAddress next() {
     if constexpr (Shape::kStages == 1) {
       __syncthreads();

@@ -21,7 +21,7 @@ __device__ inline SharedAddress a_rows(SharedAddress tile) {
   return tile + swizzled_offset<kRowBytes>(lane & 15, lane >> 4);
 }
 
-// Where a step's 32 bytes are in a row: bits of the address that the swizzle knows, and bytes behind it.
+// Where a step's 32 bytes are in a row: bits of the address that the swizzle knows, and bytes after it.
 constexpr int step_bits(int step) {
   return step * 32 % 128;
 }

@@ -57,7 +57,7 @@ def test_replays_equal_eager_calls(op, device):
                 assert torch.equal(result, expected)
 
 
-@pytest.mark.skipif(not EMULATED, reason="a GPU's failed capture would reach the tests behind it")
+@pytest.mark.skipif(not EMULATED, reason="a GPU's failed capture would reach the tests after it")
 def test_the_emulated_capture_refuses_what_a_gpu_refuses():
     import ctypes
 

@@ -27,7 +27,7 @@ def leaf(*shape, grad=True):
 
 
 def count(function, *args, **kwargs):
-    """Operations of a forward pass and of the backward pass behind it."""
+    """Operations of a forward pass and of the backward pass after it."""
     with FlopCounterMode(display=False) as forward:
         out = function(*args, **kwargs)
     out = out.gates if hasattr(out, "gates") else out

@@ -50,7 +50,7 @@ def test_against_the_reference(device, dtype, shape, options):
 @pytest.mark.parametrize("mean", [-18.0, -9.0, -4.0, 0.0, 6.0])
 def test_long_rows(device, dtype, mean):
     # At mean -9 the sum of a row's thousand small weights must not be lost; at 0 what rounding leaves of delta must not
-    # reach the thousand keys behind the end of the stick.
+    # reach the thousand keys beyond the end of the stick.
     # At 6 every gradient has a factor of 1/400, but rounding is relative to the sums it is the difference of.
     if on_cuda(device) and mean == -4.0 and dtype == torch.float32:
         # What 3xTF32 leaves out of o and of dP, 1.2e-6 of dq each, stays in delta less the sum of newer G.

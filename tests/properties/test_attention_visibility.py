@@ -225,7 +225,7 @@ def assert_nan(case: Case, actual: Tensor, expected: Tensor, where: Tensor, what
 
 @pytest.fixture
 def patient(case: Case) -> Case:
-    """The case without early exit, which may spare a row what lies behind the end of its stick."""
+    """The case without early exit, which may spare a row what lies beyond the end of its stick."""
     return replace(case, epsilon=0.0)
 
 

@@ -15,7 +15,7 @@ _GROWTH = 2
 def _check_new_tokens(
     owner: str, keys: Tensor, values: Tensor | None, past_keys: Tensor, past_values: Tensor | None
 ) -> None:
-    """Whether new tokens can stand behind those of a past, if it were not for their number."""
+    """Whether new tokens can follow those of a past, if it were not for their number."""
     shape, past = keys.shape, past_keys.shape
     if shape[0] != past[0] or shape[2:] != past[2:]:
         raise ValueError(f"{owner}: keys must be [{past[0]}, T, {past[2]}, {past[3]}], got {list(shape)}")
@@ -40,7 +40,7 @@ class LayerCache:
 
     Where values are the keys (no K/V projections), they are stored once and ``values`` is None. A cache is a value:
     :meth:`extend` returns a longer one and leaves this one as it was, whichever threads continue it. Without autograd
-    the new tokens are written behind those of the past, where nobody reads; of several continuations of one past, the
+    the new tokens are written after those of the past, where nobody reads; of several continuations of one past, the
     first takes this room and the others copy. To pytrees a cache is its keys and values.
 
     Args:
@@ -102,7 +102,7 @@ class LayerCache:
         start, added = self.length, keys.shape[1]
         end = start + added
         storage = self._take_room(keys, end) or self._copy(keys, values, end)
-        # Through .data: no tensor that autograd may have saved ends behind `start`, so none of them has changed.
+        # Through .data: no tensor that autograd may have saved ends after `start`, so none of them has changed.
         storage.keys.data.narrow(1, start, added).copy_(keys)
         all_keys, all_values = storage.keys.narrow(1, 0, end), None
         if storage.values is not None and values is not None:
@@ -190,7 +190,7 @@ class StaticLayerCache:
         return self.keys.shape[1]
 
     def append(self, keys: Tensor, values: Tensor | None) -> None:
-        """Write new tokens [B, T, H, D] behind each sequence's last one.
+        """Write new tokens [B, T, H, D] after each sequence's last one.
 
         Raises:
             ValueError: in grad mode for tokens that require a gradient; for shapes that do not fit, or values for only
