@@ -61,6 +61,19 @@ inline void check_tensor(const char* op, const char* argument, const at::Tensor&
   check_same_device(op, argument, tensor, other_name, other);
 }
 
+// A vector of lengths or offsets.
+inline void check_int32_vector(const char* op, const char* argument, const at::Tensor& tensor, const char* other_name,
+                               const at::Tensor& other) {
+  check_dim(op, argument, tensor, 1);
+  MFX_CHECK_ARG(tensor.scalar_type() == at::kInt, op, argument, "be int32", tensor.scalar_type());
+  check_same_device(op, argument, tensor, other_name, other);
+}
+
+// The type that sums over values of x are taken in and returned.
+inline at::ScalarType result_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 // Every op computes in float32, float64, bfloat16 and float16.
 inline DType check_float_dtype(const char* op, const char* argument, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {

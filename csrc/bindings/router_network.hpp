@@ -30,10 +30,6 @@ inline bool has_hidden_layer(RouterGate gate) {
   return gate == RouterGate::kMlp || gate == RouterGate::kGmm;
 }
 
-inline at::ScalarType result_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // What every op of the router takes for its gate network. Sizes may be symbolic.
 struct Network {
   at::Tensor x;

@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -49,35 +48,20 @@ struct BackwardArgs {
   Options options;
 };
 
-bool present(const OptionalTensor& tensor) {
-  return tensor.has_value() && tensor->defined();
-}
-
-at::ScalarType stick_type(const Tensor& q) {
-  return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // Whether o loses digits on its way out, which backward then reads from the residual.
 bool is_rounded(const Tensor& q) {
   return q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
 }
 
-// Whether q is [.., H_kv, G, D] and not [.., H_q, D].
-bool is_grouped(const Tensor& q, bool packed) {
-  return q.dim() == (packed ? 4 : 5);
-}
-
 void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, const Tensor& q) {
-  check_dim(kOp, name, cu_seqlens, 1);
-  MFX_CHECK_ARG(cu_seqlens.scalar_type() == at::kInt, kOp, name, "be int32", cu_seqlens.scalar_type());
+  check_int32_vector(kOp, name, cu_seqlens, "q", q);
   MFX_CHECK_ARG(cu_seqlens.sym_size(0) >= 1, kOp, name, "have sequences + 1 elements", "none");
-  check_same_device(kOp, name, cu_seqlens, "q", q);
 }
 
 void check_arguments(const Inputs& inputs, const Options& options, std::optional<double> epsilon) {
   const auto& [q, k, v] = inputs;
   const auto& [scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k] = options;
-  const bool packed = present(cu_seqlens_q);
+  const bool packed = cu_seqlens_q.has_value();
   check_float_dtype(kOp, "q", q);
   if (packed) {
     MFX_CHECK_ARG(q.dim() == 3 || q.dim() == 4, kOp, "q", "be [total, H_q, D] or [total, H_kv, G, D] with cu_seqlens_q",
@@ -90,46 +74,31 @@ void check_arguments(const Inputs& inputs, const Options& options, std::optional
   }
   check_same_dtype(kOp, "k", k, "q", q);
   check_same_device(kOp, "k", k, "q", q);
-  const auto dim = q.sym_size(-1);
-  MFX_CHECK_ARG(dim >= 8 && dim <= 1024 && dim % 8 == 0, kOp, "q",
-                "have a head dim that is a multiple of 8 in [8, 1024]", dim);
-  MFX_CHECK_ARG(k.sym_size(-1) == dim, kOp, "k", c10::str("have q's head dim (", dim, ")"), k.sym_size(-1));
-  MFX_CHECK_ARG(k.sym_size(-2) >= 1, kOp, "k", "have at least one head", "shape ", k.sym_sizes());
-  if (is_grouped(q, packed)) {
-    MFX_CHECK_ARG(q.sym_size(-3) == k.sym_size(-2), kOp, "q", c10::str("have k's ", k.sym_size(-2), " heads"),
-                  q.sym_size(-3));
-    MFX_CHECK_ARG(q.sym_size(-2) >= 1, kOp, "q", "have at least one head per K/V head", "shape ", q.sym_sizes());
-  } else {
-    MFX_CHECK_ARG(q.sym_size(-2) >= 1 && q.sym_size(-2) % k.sym_size(-2) == 0, kOp, "q",
-                  c10::str("have a multiple of k's ", k.sym_size(-2), " heads"), q.sym_size(-2));
-  }
+  check_head_dim(kOp, q);
+  MFX_CHECK_ARG(k.sym_size(-1) == q.sym_size(-1), kOp, "k", c10::str("have q's head dim (", q.sym_size(-1), ")"),
+                k.sym_size(-1));
+  check_heads(kOp, q, is_grouped(q, packed), "k", k);
+  MFX_CHECK_ARG(q.sym_size(-2) >= 1, kOp, "q", "have at least one head per K/V head", "shape ", q.sym_sizes());
   if (!packed) {
     MFX_CHECK_ARG(q.sym_size(0) == k.sym_size(0), kOp, "k", c10::str("have q's batch size (", q.sym_size(0), ")"),
                   k.sym_size(0));
     MFX_CHECK_ARG(q.sym_size(1) <= k.sym_size(1), kOp, "q",
                   c10::str("not have more positions than k (", k.sym_size(1), ")"), q.sym_size(1));
   }
-  if (present(v)) {
+  if (v.has_value()) {
     check_same_dtype(kOp, "v", *v, "q", q);
     check_same_device(kOp, "v", *v, "q", q);
     MFX_CHECK_ARG(v->sym_sizes() == k.sym_sizes(), kOp, "v", c10::str("have k's shape ", k.sym_sizes()), "shape ",
                   v->sym_sizes());
   }
-  MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), kOp, "scale", "be finite in float32", *scale);
-  MFX_CHECK_ARG(!epsilon || (*epsilon >= 0 && std::isfinite(*epsilon)), kOp, "stick_epsilon", "be finite and >= 0",
-                *epsilon);
-  if (present(key_padding_mask)) {
+  check_scale(kOp, scale);
+  check_stick_epsilon(kOp, epsilon);
+  if (key_padding_mask.has_value()) {
     MFX_CHECK_ARG(!packed, kOp, "key_padding_mask", "be None where cu_seqlens_q is given", "both");
-    check_dim(kOp, "key_padding_mask", *key_padding_mask, 2);
-    MFX_CHECK_ARG(key_padding_mask->scalar_type() == at::kBool, kOp, "key_padding_mask", "be bool",
-                  key_padding_mask->scalar_type());
-    MFX_CHECK_ARG(key_padding_mask->sym_size(0) == k.sym_size(0) && key_padding_mask->sym_size(1) == k.sym_size(1), kOp,
-                  "key_padding_mask", c10::str("be [B, T_k] = [", k.sym_size(0), ", ", k.sym_size(1), "]"), "shape ",
-                  key_padding_mask->sym_sizes());
-    check_same_device(kOp, "key_padding_mask", *key_padding_mask, "q", q);
+    check_key_padding_mask(kOp, *key_padding_mask, k, "T_k");
   }
   if (packed) check_cu_seqlens("cu_seqlens_q", *cu_seqlens_q, q);
-  if (present(cu_seqlens_k)) {
+  if (cu_seqlens_k.has_value()) {
     MFX_CHECK_ARG(packed, kOp, "cu_seqlens_k", "come with cu_seqlens_q", "cu_seqlens_q=None");
     check_cu_seqlens("cu_seqlens_k", *cu_seqlens_k, q);
     MFX_CHECK_ARG(cu_seqlens_k->sym_size(0) == cu_seqlens_q->sym_size(0), kOp, "cu_seqlens_k",
@@ -142,20 +111,9 @@ void check_arguments(const Inputs& inputs, const Options& options, std::optional
 
 Outputs allocate(const Tensor& q, bool for_backward) {
   const auto rows = q.sym_sizes().slice(0, q.dim() - 1);
-  return {empty_in_order_of(q), at::empty_symint(rows, q.options().dtype(stick_type(q))),
+  return {empty_in_order_of(q), at::empty_symint(rows, q.options().dtype(result_type(q))),
           for_backward && is_rounded(q) ? empty_in_order_of(q) : at::empty({0}, q.options()),
           at::empty_symint(rows, q.options().dtype(at::kInt))};
-}
-
-StickQueryStrides query_strides(const Tensor& q, bool packed, int64_t group) {
-  const int64_t token = packed ? 0 : 1;
-  const int64_t batch_stride = packed ? 0 : q.stride(0);
-  if (is_grouped(q, packed)) return {batch_stride, q.stride(token), q.stride(-3), q.stride(-2)};
-  return {batch_stride, q.stride(token), q.stride(-2) * group, q.stride(-2)};
-}
-
-StickKeyStrides key_strides(const Tensor& k, bool packed) {
-  return {packed ? 0 : k.stride(0), k.stride(packed ? 0 : 1), k.stride(-2)};
 }
 
 // Holds the tensors that a problem's pointers point into.
@@ -166,12 +124,12 @@ struct Problem {
   Problem(const Inputs& inputs, const Options& options, Backend backend)
       : q(with_contiguous_heads(inputs.q)),
         k(with_contiguous_heads(inputs.k)),
-        v(present(inputs.v) ? with_contiguous_heads(*inputs.v) : k) {
+        v(inputs.v.has_value() ? with_contiguous_heads(*inputs.v) : k) {
     const auto& [scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k] = options;
-    const bool packed = present(cu_seqlens_q);
-    if (present(key_padding_mask)) mask = key_padding_mask->contiguous();
+    const bool packed = cu_seqlens_q.has_value();
+    if (key_padding_mask.has_value()) mask = key_padding_mask->contiguous();
     if (packed) cu_q = cu_seqlens_q->contiguous();
-    if (packed) cu_k = present(cu_seqlens_k) ? cu_seqlens_k->contiguous() : cu_q;
+    if (packed) cu_k = cu_seqlens_k.has_value() ? cu_seqlens_k->contiguous() : cu_q;
     const int64_t heads = k.size(-2);
     const int64_t group = is_grouped(q, packed) ? q.size(-2) : q.size(-2) / heads;
     const DType dtype = check_float_dtype(kOp, "q", q);
@@ -187,13 +145,13 @@ struct Problem {
         .k = k.const_data_ptr(),
         .v = v.const_data_ptr(),
         .k_is_v = is_same_memory(k, v),
-        .q_strides = query_strides(q, packed, group),
+        .q_strides = query_strides(q, group, packed),
         .k_strides = key_strides(k, packed),
         .v_strides = key_strides(v, packed),
         .key_padding_mask = mask.defined() ? mask.const_data_ptr<bool>() : nullptr,
         .cu_seqlens_q = packed ? cu_q.const_data_ptr<int32_t>() : nullptr,
         .cu_seqlens_k = packed ? cu_k.const_data_ptr<int32_t>() : nullptr,
-        .scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(-1)))),
+        .scale = scale_or_default(scale, q),
         .attend_current = attend_current,
         .allow_tf32 = allow_tf32(backend, dtype),
     };
@@ -209,14 +167,14 @@ Outputs forward(const ForwardArgs& a) {
   if constexpr (kMeta) return allocate(with_contiguous_heads(inputs.q), for_backward);
   const Backend backend = backend_of(kOp, "q", inputs.q);
   const Problem problem(inputs, options, backend);
-  const bool packed = present(options.cu_seqlens_q);
+  const bool packed = options.cu_seqlens_q.has_value();
   Outputs outputs = allocate(problem.q, for_backward);
   auto& [o, remainder, residual, first_tiles] = outputs;
   const StickAttentionForwardParams params = {
       .problem = problem.params,
       .stick_epsilon = stick_epsilon_or_default(stick_epsilon, problem.q),
       .o = o.mutable_data_ptr(),
-      .o_strides = query_strides(o, packed, problem.params.group),
+      .o_strides = query_strides(o, problem.params.group, packed),
       .residual = residual.numel() == 0 ? nullptr : residual.mutable_data_ptr(),
       .remainder = remainder.mutable_data_ptr(),
       .first_tiles = first_tiles.mutable_data_ptr<int32_t>(),
@@ -239,14 +197,14 @@ void check_backward_arguments(const BackwardArgs& a) {
   check("grad_o", grad_o, q.sym_sizes(), q.scalar_type());
   check("o", results.o, q.sym_sizes(), q.scalar_type());
   check("residual", results.residual, is_rounded(q) ? q.sym_sizes() : c10::SymIntArrayRef{0}, q.scalar_type());
-  check("remainder", results.remainder, rows, stick_type(q));
+  check("remainder", results.remainder, rows, result_type(q));
   check("first_tiles", results.first_tiles, rows, at::kInt);
-  if (present(grad_remainder)) check("grad_remainder", *grad_remainder, rows, stick_type(q));
+  if (grad_remainder.has_value()) check("grad_remainder", *grad_remainder, rows, result_type(q));
 }
 
 Grads allocate_grads(const Tensor& q, const Tensor& k, const OptionalTensor& v) {
   return {empty_in_order_of(q), empty_in_order_of(k),
-          present(v) ? empty_in_order_of(with_contiguous_heads(*v)) : at::empty({0}, k.options())};
+          v.has_value() ? empty_in_order_of(with_contiguous_heads(*v)) : at::empty({0}, k.options())};
 }
 
 template <bool kMeta>
@@ -258,7 +216,7 @@ Grads backward(const BackwardArgs& a) {
   if constexpr (kMeta) return allocate_grads(with_contiguous_heads(q), with_contiguous_heads(k), v);
   const Backend backend = backend_of(kOp, "q", q);
   const Problem problem(inputs, options, backend);
-  const bool packed = present(options.cu_seqlens_q);
+  const bool packed = options.cu_seqlens_q.has_value();
   const int64_t group = problem.params.group;
   // The kernels read both in o's strides.
   const bool alike = !is_rounded(q) || residual.strides() == o.strides();
@@ -266,25 +224,25 @@ Grads backward(const BackwardArgs& a) {
   const Tensor rounding = alike ? with_contiguous_heads(residual) : residual.contiguous();
   const Tensor grad_output = with_contiguous_heads(grad_o);
   const Tensor sticks = remainder.contiguous(), tiles_visited = first_tiles.contiguous();
-  const Tensor grad_sticks = present(grad_remainder) ? grad_remainder->contiguous() : Tensor();
+  const Tensor grad_sticks = grad_remainder.has_value() ? grad_remainder->contiguous() : Tensor();
   Grads grads = allocate_grads(problem.q, problem.k, v);
   auto& [grad_q, grad_k, grad_v] = grads;
   const StickAttentionBackwardParams params = {
       .problem = problem.params,
       .grad_o = grad_output.const_data_ptr(),
-      .grad_o_strides = query_strides(grad_output, packed, group),
+      .grad_o_strides = query_strides(grad_output, group, packed),
       .grad_remainder = grad_sticks.defined() ? grad_sticks.const_data_ptr() : nullptr,
       .o = output.const_data_ptr(),
       .residual = is_rounded(q) ? rounding.const_data_ptr() : nullptr,
-      .o_strides = query_strides(output, packed, group),
+      .o_strides = query_strides(output, group, packed),
       .remainder = sticks.const_data_ptr(),
       .first_tiles = tiles_visited.const_data_ptr<int32_t>(),
       .grad_q = grad_q.mutable_data_ptr(),
-      .grad_q_strides = query_strides(grad_q, packed, group),
+      .grad_q_strides = query_strides(grad_q, group, packed),
       .grad_k = grad_k.mutable_data_ptr(),
       .grad_k_strides = key_strides(grad_k, packed),
-      .grad_v = present(v) ? grad_v.mutable_data_ptr() : nullptr,
-      .grad_v_strides = present(v) ? key_strides(grad_v, packed) : StickKeyStrides{},
+      .grad_v = v.has_value() ? grad_v.mutable_data_ptr() : nullptr,
+      .grad_v_strides = v.has_value() ? key_strides(grad_v, packed) : StickKeyStrides{},
   };
   launch(kOp, backend, {problem.q, problem.k, problem.v}, params, stick_attention_backward_cpu,
          MFX_CUDA_FUNCTION(mfx_stick_attention_backward_cuda),

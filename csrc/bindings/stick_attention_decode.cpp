@@ -2,7 +2,6 @@
 
 #include <ATen/ops/empty.h>
 
-#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -45,9 +44,7 @@ void check_arguments(const Args& a) {
   MFX_CHECK_ARG(q.dim() == 4 || q.dim() == 5, kOp, "q", "be [B, T, H_q, D] or [B, T, H_kv, G, D]", "shape ",
                 q.sym_sizes());
   check_float_dtype(kOp, "q", q);
-  const auto head_dim = q.sym_size(-1);
-  MFX_CHECK_ARG(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 1024, kOp, "q",
-                "have a head dimension that is a multiple of 8 from 8 to 1024", head_dim);
+  check_head_dim(kOp, q);
   MFX_CHECK_ARG(q.sym_stride(-1) == 1, kOp, "q", "be contiguous in its last dimension", "strides ", q.sym_strides());
 
   check_cache("k_cache", k_cache, q);
@@ -56,50 +53,19 @@ void check_arguments(const Args& a) {
     MFX_CHECK_ARG(v_cache->sym_sizes() == k_cache.sym_sizes(), kOp, "v_cache",
                   c10::str("have k_cache's shape ", k_cache.sym_sizes()), "shape ", v_cache->sym_sizes());
   }
-  const auto kv_heads = k_cache.sym_size(2);
-  MFX_CHECK_ARG(kv_heads >= 1, kOp, "k_cache", "have at least one head", "shape ", k_cache.sym_sizes());
-  if (q.dim() == 4) {
-    MFX_CHECK_ARG(q.sym_size(2) % kv_heads == 0, kOp, "q",
-                  c10::str("have a multiple of k_cache's ", kv_heads, " heads"), q.sym_size(2));
-  } else {
-    MFX_CHECK_ARG(q.sym_size(2) == kv_heads, kOp, "q", c10::str("have k_cache's ", kv_heads, " heads"), q.sym_size(2));
-  }
-
-  check_dim(kOp, "cache_lengths", cache_lengths, 1);
-  MFX_CHECK_ARG(cache_lengths.scalar_type() == at::kInt, kOp, "cache_lengths", "be int32", cache_lengths.scalar_type());
+  check_heads(kOp, q, is_grouped(q), "k_cache", k_cache);
+  check_int32_vector(kOp, "cache_lengths", cache_lengths, "q", q);
   MFX_CHECK_ARG(cache_lengths.sym_size(0) == q.sym_size(0), kOp, "cache_lengths",
                 c10::str("hold one length for each of q's ", q.sym_size(0), " sequences"), cache_lengths.sym_size(0));
-  check_same_device(kOp, "cache_lengths", cache_lengths, "q", q);
-
-  if (key_padding_mask) {
-    check_dim(kOp, "key_padding_mask", *key_padding_mask, 2);
-    MFX_CHECK_ARG(key_padding_mask->scalar_type() == at::kBool, kOp, "key_padding_mask", "be bool",
-                  key_padding_mask->scalar_type());
-    MFX_CHECK_ARG(
-        key_padding_mask->sym_size(0) == k_cache.sym_size(0) && key_padding_mask->sym_size(1) == k_cache.sym_size(1),
-        kOp, "key_padding_mask", c10::str("be [B, S_max] = [", k_cache.sym_size(0), ", ", k_cache.sym_size(1), "]"),
-        "shape ", key_padding_mask->sym_sizes());
-    check_same_device(kOp, "key_padding_mask", *key_padding_mask, "q", q);
-  }
-  MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), kOp, "scale", "be finite in float32", *scale);
-  MFX_CHECK_ARG(!stick_epsilon || (*stick_epsilon >= 0 && *stick_epsilon < 1), kOp, "stick_epsilon", "lie in [0, 1)",
-                *stick_epsilon);
+  if (key_padding_mask) check_key_padding_mask(kOp, *key_padding_mask, k_cache, "S_max");
+  check_scale(kOp, scale);
+  check_stick_epsilon(kOp, stick_epsilon);
 }
 
 Outputs allocate(const at::Tensor& q) {
-  const auto dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {empty_in_order_of(q), at::empty_symint(q.sym_sizes().slice(0, q.dim() - 1), q.options().dtype(dtype))};
+  return {empty_in_order_of(q),
+          at::empty_symint(q.sym_sizes().slice(0, q.dim() - 1), q.options().dtype(result_type(q)))};
 }
-
-// Strides of the token, K/V head and group dimensions, whichever of the two forms q has.
-struct QueryStrides {
-  int64_t batch, token, head, group;
-  QueryStrides(const at::Tensor& q, int64_t group_size)
-      : batch(q.stride(0)),
-        token(q.stride(1)),
-        head(q.dim() == 5 ? q.stride(2) : q.stride(2) * group_size),
-        group(q.dim() == 5 ? q.stride(3) : q.stride(2)) {}
-};
 
 template <bool kMeta>
 Outputs decode(const Args& a) {
@@ -108,46 +74,34 @@ Outputs decode(const Args& a) {
   if constexpr (kMeta) return allocate(q);
   const Backend backend = backend_of(kOp, "q", q);
   const at::Tensor lengths = cache_lengths.contiguous();
-  const int64_t max_keys = k_cache.size(1);
   Outputs outputs = allocate(q);
   auto& [out, remainder] = outputs;
   const int64_t kv_heads = k_cache.size(2);
-  const int64_t group_size = q.dim() == 5 ? q.size(3) : q.size(2) / kv_heads;
-  const QueryStrides q_strides(q, group_size), out_strides(out, group_size);
+  const int64_t group_size = is_grouped(q) ? q.size(3) : q.size(2) / kv_heads;
   const at::Tensor& v = v_cache ? *v_cache : k_cache;
   const StickAttentionDecodeParams params = {
       .dtype = check_float_dtype(kOp, "q", q),
       .q = q.const_data_ptr(),
-      .q_batch_stride = q_strides.batch,
-      .q_token_stride = q_strides.token,
-      .q_head_stride = q_strides.head,
-      .q_group_stride = q_strides.group,
+      .q_strides = query_strides(q, group_size),
       .k_cache = k_cache.const_data_ptr(),
-      .k_batch_stride = k_cache.stride(0),
-      .k_key_stride = k_cache.stride(1),
-      .k_head_stride = k_cache.stride(2),
+      .k_strides = key_strides(k_cache),
       .v_cache = v.const_data_ptr(),
-      .v_batch_stride = v.stride(0),
-      .v_key_stride = v.stride(1),
-      .v_head_stride = v.stride(2),
+      .v_strides = key_strides(v),
       .k_is_v = is_same_memory(k_cache, v),
       .lengths = lengths.const_data_ptr<int32_t>(),
       .key_padding_mask = key_padding_mask ? key_padding_mask->const_data_ptr<bool>() : nullptr,
       .mask_batch_stride = key_padding_mask ? key_padding_mask->stride(0) : 0,
       .mask_key_stride = key_padding_mask ? key_padding_mask->stride(1) : 0,
       .out = out.mutable_data_ptr(),
-      .out_batch_stride = out_strides.batch,
-      .out_token_stride = out_strides.token,
-      .out_head_stride = out_strides.head,
-      .out_group_stride = out_strides.group,
+      .out_strides = query_strides(out, group_size),
       .remainder = remainder.mutable_data_ptr(),
       .batch = q.size(0),
       .num_new = q.size(1),
       .num_kv_heads = kv_heads,
       .group_size = group_size,
-      .max_keys = max_keys,
+      .max_keys = k_cache.size(1),
       .head_dim = q.size(-1),
-      .scale = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1)))),
+      .scale = scale_or_default(scale, q),
       .stick_epsilon = stick_epsilon_or_default(stick_epsilon, q),
       .attend_current = attend_current,
   };

@@ -15,8 +15,9 @@ namespace mfx::stick_decode {
 template <typename T>
 __device__ inline void store_result(const StickAttentionDecodeParams& p, const Group& group, int row, int d,
                                     float sum) {
-  static_cast<T*>(p.out)[group.batch * p.out_batch_stride + group.head * p.out_head_stride +
-                         group.token(p, row) * p.out_token_stride + group.query_head(p, row) * p.out_group_stride + d] =
+  static_cast<T*>(
+      p.out)[group.batch * p.out_strides.batch + group.head * p.out_strides.head +
+             group.token(p, row) * p.out_strides.token + group.query_head(p, row) * p.out_strides.group + d] =
       from_float<T>(sum);
 }
 

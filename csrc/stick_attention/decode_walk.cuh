@@ -84,8 +84,8 @@ struct Group {
   }
   template <typename T>
   __device__ const T* query(const StickAttentionDecodeParams& p, int row) const {
-    return static_cast<const T*>(p.q) + batch * p.q_batch_stride + head * p.q_head_stride +
-           token(p, row) * p.q_token_stride + query_head(p, row) * p.q_group_stride;
+    return static_cast<const T*>(p.q) + batch * p.q_strides.batch + head * p.q_strides.head +
+           token(p, row) * p.q_strides.token + query_head(p, row) * p.q_strides.group;
   }
 };
 
@@ -164,11 +164,11 @@ __device__ inline bool is_kept(const StickAttentionDecodeParams& p, const Group&
 
 template <typename T>
 __device__ inline const T* cached_keys(const StickAttentionDecodeParams& p, const Group& group) {
-  return static_cast<const T*>(p.k_cache) + group.batch * p.k_batch_stride + group.head * p.k_head_stride;
+  return static_cast<const T*>(p.k_cache) + group.batch * p.k_strides.batch + group.head * p.k_strides.head;
 }
 template <typename T>
 __device__ inline const T* cached_values(const StickAttentionDecodeParams& p, const Group& group) {
-  return static_cast<const T*>(p.v_cache) + group.batch * p.v_batch_stride + group.head * p.v_head_stride;
+  return static_cast<const T*>(p.v_cache) + group.batch * p.v_strides.batch + group.head * p.v_strides.head;
 }
 
 // Turns a row's scores of the keys first..first + tile into weights A for a whole stick times `stick`, which it
@@ -215,8 +215,8 @@ __device__ void sum_row_by_row(Shared<S>& shared, const StickAttentionDecodePara
     for (int key = min(end - 1, newest); key >= begin; --key) {
       if (exhausted(stick, p.stick_epsilon)) break;
       if (!is_kept(p, group, key)) continue;
-      const T* const k = cached_keys<T>(p, group) + key * p.k_key_stride;
-      const T* const v = cached_values<T>(p, group) + key * p.v_key_stride;
+      const T* const k = cached_keys<T>(p, group) + key * p.k_strides.token;
+      const T* const v = cached_values<T>(p, group) + key * p.v_strides.token;
       float score = 0;
       for (int d = lane; d < p.head_dim; d += 32) score += to_float(q[d]) * to_float(k[d]);
       const Shares shares(lanes_sum(score) * static_cast<float>(p.scale));
@@ -239,8 +239,8 @@ class CachePipeline {
       : at_(at),
         keys_(cached_keys<T>(p, group)),
         values_(cached_values<T>(p, group)),
-        key_stride_(p.k_key_stride),
-        value_stride_(p.v_key_stride),
+        key_stride_(p.k_strides.token),
+        value_stride_(p.v_strides.token),
         begin_(begin),
         aligned_(aligned) {
     load(now_, keys_, key_stride_, end - at.tile());

@@ -53,8 +53,8 @@ class SplitWalk {
     for (std::int64_t i = 0; i < rows * row_elements; ++i) out[i] = 0;
     for (std::int64_t row = 0; row < rows; ++row) {
       remainder[row] = 1;
-      const T* q = static_cast<const T*>(p.q) + split.batch * p.q_batch_stride + split.kv_head * p.q_head_stride +
-                   row / p.group_size * p.q_token_stride + row % p.group_size * p.q_group_stride;
+      const T* q = static_cast<const T*>(p.q) + split.batch * p.q_strides.batch + split.kv_head * p.q_strides.head +
+                   row / p.group_size * p.q_strides.token + row % p.group_size * p.q_strides.group;
       A* wide = &queries[row * row_elements];
       for (std::int64_t d = 0; d < paired; d += 2 * kW) {
         const auto pair = load_pair(q + d);
@@ -100,14 +100,14 @@ class SplitWalk {
   }
 
   Rows<T> keys_at(std::int64_t key) const {
-    return {static_cast<const T*>(p.k_cache) + split.batch * p.k_batch_stride + split.kv_head * p.k_head_stride +
-                key * p.k_key_stride,
-            p.k_key_stride};
+    return {static_cast<const T*>(p.k_cache) + split.batch * p.k_strides.batch + split.kv_head * p.k_strides.head +
+                key * p.k_strides.token,
+            p.k_strides.token};
   }
   Rows<T> values_at(std::int64_t key) const {
-    return {static_cast<const T*>(p.v_cache) + split.batch * p.v_batch_stride + split.kv_head * p.v_head_stride +
-                key * p.v_key_stride,
-            p.v_key_stride};
+    return {static_cast<const T*>(p.v_cache) + split.batch * p.v_strides.batch + split.kv_head * p.v_strides.head +
+                key * p.v_strides.token,
+            p.v_strides.token};
   }
 
   void tile(std::int64_t begin, int keys) {
@@ -329,8 +329,8 @@ void store_result(const StickAttentionDecodeParams& p, std::int64_t batch, std::
     for (std::int64_t g = 0; g < p.group_size; ++g) {
       const std::int64_t row = t * p.group_size + g;
       const A* from = static_cast<const A*>(total.out) + row * elements;
-      T* to = static_cast<T*>(p.out) + batch * p.out_batch_stride + t * p.out_token_stride + head * p.out_head_stride +
-              g * p.out_group_stride;
+      T* to = static_cast<T*>(p.out) + batch * p.out_strides.batch + t * p.out_strides.token +
+              head * p.out_strides.head + g * p.out_strides.group;
       std::int64_t d = 0;
       for (; d + 2 * kW <= p.head_dim; d += 2 * kW) {
         const auto pair = in_order<T>(VecPair<Vec<A>>{load(from + d), load(from + d + kW)});

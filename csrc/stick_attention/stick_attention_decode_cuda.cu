@@ -18,18 +18,10 @@ __global__ void __launch_bounds__(Shape<T, kLanes, kRows>::kThreads)
 namespace {
 
 // Whether every row of q and of the cache starts at a multiple of 16 bytes.
-template <typename T>
 bool is_aligned(const StickAttentionDecodeParams& p) {
-  constexpr std::int64_t kVec = 16 / sizeof(T);
-  for (const void* pointer : {p.q, p.k_cache, p.v_cache}) {
-    if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) return false;
-  }
-  for (const std::int64_t stride :
-       {p.q_batch_stride, p.q_token_stride, p.q_head_stride, p.q_group_stride, p.k_batch_stride, p.k_key_stride,
-        p.k_head_stride, p.v_batch_stride, p.v_key_stride, p.v_head_stride}) {
-    if (stride % kVec != 0) return false;
-  }
-  return true;
+  const std::int64_t element = element_size(p.dtype);
+  return stick_aligned(p.q, element, p.q_strides) && stick_aligned(p.k_cache, element, p.k_strides) &&
+         stick_aligned(p.v_cache, element, p.v_strides);
 }
 
 template <typename T, int kLanes, int kRows, bool kKIsV>
@@ -38,12 +30,13 @@ Status launch_plan(const StickAttentionDecodeParams& p, const StickDecodePlan& p
   const auto kernel = stick_decode<T, kLanes, kRows, kKIsV>;
   const auto work = StickDecodeWorkspace::in(p.workspace, plan, p.head_dim);
   const auto groups = static_cast<unsigned>(plan.groups);
-  Status status = launch(kernel, groups, kThreads, 0, stream, p, plan, work, is_aligned<T>(p), 0);
+  const bool aligned = is_aligned(p);
+  Status status = launch(kernel, groups, kThreads, 0, stream, p, plan, work, aligned, 0);
   if (status.ok() && plan.older_slots > 0) {
     const dim3 grid(groups, static_cast<unsigned>(plan.older_slots));  // the newest slots of all groups come first
-    status = launch(kernel, grid, kThreads, 0, stream, p, plan, work, is_aligned<T>(p), 1);
+    status = launch(kernel, grid, kThreads, 0, stream, p, plan, work, aligned, 1);
   }
-  return {status.message, is_aligned<T>(p) ? nullptr : kStickSlow};
+  return {status.message, aligned ? nullptr : kStickSlow};
 }
 
 template <typename T, int kLanes, int kRows>

@@ -6,7 +6,7 @@
 // every query's r has fallen to stick_epsilon; entries at or beyond lengths[b] are never read.
 #pragma once
 
-#include "moduleformer_ext/common.hpp"
+#include "moduleformer_ext/stick_attention.hpp"
 
 namespace mfx {
 
@@ -14,20 +14,20 @@ struct StickAttentionDecodeParams {
   DType dtype;  // of q, k_cache, v_cache and out
 
   const void* q;  // [batch, num_new, num_kv_heads, group_size, head_dim], last dimension contiguous
-  std::int64_t q_batch_stride, q_token_stride, q_head_stride, q_group_stride;  // strides count elements
+  StickQueryStrides q_strides;
 
   const void* k_cache;  // [batch, max_keys, num_kv_heads, head_dim], last dimension contiguous
-  std::int64_t k_batch_stride, k_key_stride, k_head_stride;
+  StickKeyStrides k_strides;
   const void* v_cache;  // like k_cache
-  std::int64_t v_batch_stride, v_key_stride, v_head_stride;
+  StickKeyStrides v_strides;
   bool k_is_v;  // v_cache holds k_cache's elements at k_cache's addresses: to be read once
 
-  const std::int32_t* lengths;   // [batch], keys in the cache, the new ones included
-  const bool* key_padding_mask;  // [batch, max_keys], true = keep; null: keep all
-  std::int64_t mask_batch_stride, mask_key_stride;
+  const std::int32_t* lengths;                      // [batch], keys in the cache, the new ones included
+  const bool* key_padding_mask;                     // [batch, max_keys], true = keep; null: keep all
+  std::int64_t mask_batch_stride, mask_key_stride;  // in elements, like the others
 
   void* out;  // like q
-  std::int64_t out_batch_stride, out_token_stride, out_head_stride, out_group_stride;
+  StickQueryStrides out_strides;
   void* remainder;  // [batch, num_new, num_kv_heads, group_size] contiguous, float (double for float64)
 
   std::int64_t batch, num_new, num_kv_heads, group_size, max_keys, head_dim;

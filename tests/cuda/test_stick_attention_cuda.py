@@ -42,15 +42,6 @@ def test_any_strides(dtype, device):
     assert torch.equal(stick_attention(*views), stick_attention(*(x.contiguous() for x in views)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_epsilon_that_every_stick_is_below_visits_nothing_and_writes_everything(dtype, device):
-    q, k, v = inputs(1, 300, 320, 2, 1, 16, dtype)
-    o, remainder, dq, _, _ = run(stick_attention, q, k, v, device=device, stick_epsilon=2.0)
-    assert not o.any()
-    assert (remainder == 1).all()
-    assert not dq.any()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_every_time(dtype, device, schedule):
     q, k, v = inputs(1, 130, 200, 1, 2, 64, dtype)
@@ -62,18 +53,17 @@ def test_same_bits_every_time(dtype, device, schedule):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [16, 64, 128, 256, 512])
-@pytest.mark.parametrize(("t_q", "group", "epsilon"), [(1, 4, None), (1, 64, None), (2, 65, 0.0), (70, 1, 2.0)])
+@pytest.mark.parametrize(("t_q", "group", "epsilon"), [(1, 4, None), (1, 64, None), (2, 65, 0.0)])
 def test_rows_that_meet_no_key_are_zero(dtype, dim, t_q, group, epsilon, device, schedule):
-    # The first query sees nothing, with 64 heads a whole tile of rows does not. A tile whose sticks may all be left
-    # over stops before its first key, while copies to shared memory are under way.
+    # The first query sees nothing, with 64 heads a whole tile of rows does not: it ends while copies to shared memory
+    # are under way.
     q, k, _ = inputs(1, t_q, t_q, 1, group, dim, dtype, shared=True)
     leaves = [q.to(device).requires_grad_(), k.to(device).requires_grad_()]
     o, remainder = stick_attention(*leaves, None, attend_current=False, stick_epsilon=epsilon, return_remainder=True)
     dq, dk = torch.autograd.grad([o, remainder], leaves, [torch.ones_like(o), torch.ones_like(remainder)])
-    rows = slice(None) if epsilon == 2.0 and dim <= 256 else slice(1)
-    assert not o[:, rows].any()
-    assert not dq[:, rows].any()
-    assert (remainder[:, rows] == 1).all()
+    assert not o[:, 0].any()
+    assert not dq[:, 0].any()
+    assert (remainder[:, 0] == 1).all()
     assert dk.isfinite().all()
 
 

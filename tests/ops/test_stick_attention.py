@@ -17,7 +17,7 @@ from stick_cases import (
     strided_inputs,
 )
 
-from moduleformer_ext import reference
+from moduleformer_ext import ops, reference
 from moduleformer_ext.ops import stick_attention
 
 SHAPES = [  # batch, t_q, t_k, heads, group, dim, shared
@@ -223,11 +223,15 @@ def test_nothing_to_do(device):
     assert stick_attention(nothing, nothing, cu_seqlens_q=empty).shape == (0, 2, 8)
 
 
-@pytest.mark.parametrize("stick_epsilon", [-0.5, math.nan, math.inf])
-def test_the_twin_refuses_the_epsilons_that_the_op_refuses(stick_epsilon):
-    q = torch.randn(1, 3, 1, 8)
-    with pytest.raises(ValueError, match="stick_epsilon must be finite and >= 0"):
-        reference.stick_attention(q, q, q, stick_epsilon=stick_epsilon)
+@pytest.mark.parametrize("stick_epsilon", [-0.5, 1.0, math.nan, math.inf])
+@pytest.mark.parametrize("package", [ops, reference])
+def test_an_epsilon_outside_0_to_1_is_refused(package, stick_epsilon):
+    q, length = torch.randn(1, 3, 1, 8), torch.tensor([3], dtype=torch.int32)
+    message = r"stick_epsilon must lie in \[0, 1\), got "
+    with pytest.raises(ValueError, match=f"stick_attention: {message}"):
+        package.stick_attention(q, q, q, stick_epsilon=stick_epsilon)
+    with pytest.raises(ValueError, match=f"stick_attention_decode: {message}"):
+        package.stick_attention_decode(q, q, q, length, stick_epsilon=stick_epsilon)
 
 
 @pytest.mark.parametrize("stick_epsilon", [None, 0.0, 0.5])

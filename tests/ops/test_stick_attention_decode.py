@@ -231,11 +231,8 @@ def broken(**changes):
     [
         ({"q": torch.zeros(2, 32)}, r"q must be \[B, T, H_q, D\] or \[B, T, H_kv, G, D\], got shape \[2, 32\]"),
         ({"q": torch.zeros(2, 1, 4, 32).int()}, "q must be float32, float64, bfloat16 or float16, got Int"),
-        (
-            {"q": torch.zeros(2, 1, 4, 12)},
-            "q must have a head dimension that is a multiple of 8 .* got 12",
-        ),
-        ({"q": torch.zeros(2, 1, 4, 1032)}, "q must have a head dimension .* got 1032"),
+        ({"q": torch.zeros(2, 1, 4, 12)}, "q must have a head dim that is a multiple of 8 .* got 12"),
+        ({"q": torch.zeros(2, 1, 4, 1032)}, "q must have a head dim .* got 1032"),
         ({"q": torch.zeros(2, 1, 32, 4).mT}, "q must be contiguous in its last dimension, got strides"),
         ({"q": torch.zeros(2, 1, 3, 32)}, "q must have a multiple of k_cache's 2 heads, got 3"),
         ({"q": torch.zeros(2, 1, 3, 2, 32)}, "q must have k_cache's 2 heads, got 3"),
@@ -256,8 +253,6 @@ def broken(**changes):
         ({"key_padding_mask": torch.ones(2, 100)}, "key_padding_mask must be bool, got Float"),
         ({"key_padding_mask": torch.ones(2, 99).bool()}, r"key_padding_mask must be \[B, S_max\] = \[2, 100\]"),
         ({"scale": math.inf}, "scale must be finite in float32, got inf"),
-        ({"stick_epsilon": -0.1}, r"stick_epsilon must lie in \[0, 1\), got -0.1"),
-        ({"stick_epsilon": math.nan}, r"stick_epsilon must lie in \[0, 1\), got nan"),
         ({"q": torch.zeros(2, 1, 4, 32, requires_grad=True)}, "q must not require grad: decoding has no backward"),
     ],
 )

@@ -177,8 +177,6 @@ BAD = [
     ((Q, K, None), {"scale": math.inf}, "scale must be finite in float32, got inf"),
     ((Q, K, None), {"scale": math.nan}, "scale must be finite in float32, got nan"),
     ((Q, K, None), {"scale": 1e300}, "scale must be finite in float32"),
-    ((Q, K, None), {"stick_epsilon": -1e-3}, "stick_epsilon must be finite and >= 0, got -0.001"),
-    ((Q, K, None), {"stick_epsilon": math.nan}, "stick_epsilon must be finite and >= 0, got nan"),
     ((Q, K, None), {"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)}, r"key_padding_mask must be \[B, T_k\] ="),
     ((Q, K, None), {"key_padding_mask": torch.ones(2, 5)}, "key_padding_mask must be bool, got Float"),
     ((Q, K, None), {"key_padding_mask": torch.ones(5, dtype=torch.bool)}, "key_padding_mask must have 2 dimensions"),

@@ -83,8 +83,8 @@ def stick_attention(
         float64), in q's shape without D.
 
     Raises:
-        ValueError: for any other shape, dtype or device, a scale that is not finite, a negative ``stick_epsilon``,
-            ``T_q > T_k``, and cu_seqlens that do not ascend from 0 to the total.
+        ValueError: for any other shape, dtype or device, a scale that is not finite, ``stick_epsilon`` outside
+            ``[0, 1)``, ``T_q > T_k``, and cu_seqlens that do not ascend from 0 to the total.
     """
     o, remainder, _, _ = torch.ops.moduleformer_ext.stick_attention_forward(
         q, k, v, scale, attend_current, key_padding_mask, cu_seqlens_q, cu_seqlens_k, stick_epsilon, False

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moduleformer_ext.reference._common import accumulation_dtype, without_autocast
+
+
+def _check_stick_epsilon(op: str, stick_epsilon: float | None) -> None:
+    if stick_epsilon is not None and not 0 <= stick_epsilon < 1:
+        raise ValueError(f"{op}: stick_epsilon must lie in [0, 1), got {stick_epsilon}")
 
 
 def _stick_breaking(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +67,7 @@ def stick_attention(
     T_q, H_kv, G]. Every key is visited, whatever ``stick_epsilon`` (it allows an implementation to stop
     early, and bounds the error of doing so).
     """
-    if stick_epsilon is not None and not 0 <= stick_epsilon < math.inf:
-        raise ValueError(f"stick_attention: stick_epsilon must be finite and >= 0, got {stick_epsilon}")
+    _check_stick_epsilon("stick_attention", stick_epsilon)
     v = k if v is None else v
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -126,8 +128,7 @@ def stick_attention_decode(
     means K is V; cache_lengths [B] int32, the valid keys of each sequence including the T_new new ones;
     key_padding_mask [B, S_max].
     """
-    if stick_epsilon is not None and not 0 <= stick_epsilon < 1:
-        raise ValueError(f"stick_attention_decode: stick_epsilon must lie in [0, 1), got {stick_epsilon}")
+    _check_stick_epsilon("stick_attention_decode", stick_epsilon)
     v_cache = k_cache if v_cache is None else v_cache
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
