@@ -29,6 +29,11 @@ _USAGE, _NOTHING_SELECTED = 4, 5
 """Exit statuses of pytest."""
 
 
+def _file_of(word: str) -> Path:
+    """The file of a test that pytest would know by this word, `FILE` or `FILE::TEST`."""
+    return Path(word.partition("::")[0])
+
+
 def options_of(words: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], list[str]]:
     """Our options, files of benchmarks or tests in them, and the words that are pytest's."""
     parser = argparse.ArgumentParser(
@@ -52,7 +57,7 @@ def options_of(words: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
         parser.error(f"--out must be a folder, got the file {chosen.out}")
     files, options = [], []
     for word in rest:
-        path = Path(word.partition("::")[0])
+        path = _file_of(word)
         if path.is_dir():
             files += sorted(map(str, path.rglob("bench_*.py")))
         elif path.suffix != ".py":
@@ -83,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> int:
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        name = Path(str(file).partition("::")[0]).stem.removeprefix("bench_")
+        name = _file_of(str(file)).stem.removeprefix("bench_")
         command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), str(file), *options]
         command += [f"--budget={left}", f"--benchmark-json={folder / name}.json"]
         code = subprocess.run(command).returncode

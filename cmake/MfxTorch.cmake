@@ -1,5 +1,8 @@
 # An own interface target instead of find_package(Torch): the latter needs a full CUDA toolkit whenever torch was
 # built with CUDA, even for code that never touches it.
+file(STRINGS "${CMAKE_SOURCE_DIR}/pyproject.toml" MFX_DEPENDENCIES REGEX "^dependencies")
+string(REGEX MATCH "torch>=([0-9.]+)" _ "${MFX_DEPENDENCIES}")
+set(MFX_OLDEST_TORCH "${CMAKE_MATCH_1}")
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -c [[
 import torch
@@ -12,7 +15,7 @@ print(";".join(library_paths(device_type="cpu")))
 if(NOT MFX_TORCH_RESULT EQUAL 0)
   message(FATAL_ERROR
     "moduleformer_ext is built against the torch that is installed for ${Python_EXECUTABLE}, and it cannot be "
-    "imported there:\n${MFX_TORCH_ERROR}\nInstall torch >= 2.11 first, then build with "
+    "imported there:\n${MFX_TORCH_ERROR}\nInstall torch >= ${MFX_OLDEST_TORCH} first, then build with "
     "`pip install --no-build-isolation .`")
 endif()
 string(REGEX REPLACE "\n+$" "" MFX_TORCH_QUERY "${MFX_TORCH_QUERY}")
@@ -23,8 +26,8 @@ set(MFX_TORCH_CUDA "${CMAKE_MATCH_3}")  # empty: a CPU build
 set(MFX_TORCH_INCLUDES "${CMAKE_MATCH_4}")
 set(MFX_TORCH_LIBDIRS "${CMAKE_MATCH_5}")
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" MFX_TORCH_RELEASE "${MFX_TORCH_VERSION}")
-if(MFX_TORCH_RELEASE VERSION_LESS 2.11)
-  message(FATAL_ERROR "moduleformer_ext needs torch >= 2.11, found ${MFX_TORCH_VERSION} for ${Python_EXECUTABLE}")
+if(MFX_TORCH_RELEASE VERSION_LESS MFX_OLDEST_TORCH)
+  message(FATAL_ERROR "moduleformer_ext needs torch >= ${MFX_OLDEST_TORCH}, found ${MFX_TORCH_VERSION} for ${Python_EXECUTABLE}")
 endif()
 
 find_package(OpenMP REQUIRED COMPONENTS CXX)  # at::parallel_for is serial without it, silently
