@@ -154,15 +154,24 @@ __device__ inline void gemm_ab(float (&acc)[kTiles][4], const OperandA<kSteps>& 
       });
     });
   } else {
+    // Steps of 3xTF32 are added in binary32: first to one another, for each that is added to the much larger sum of all
+    // tiles loses more.
+    constexpr bool kApart = kStepByStep<Op> && kSteps > 2;
     static_for<kTiles>([&](auto tile) {
+      float apart[4] = {};
+      float (&sum)[4] = kApart ? apart : acc[tile];
       static_for<kSteps>([&](auto step) {
         if (kStepByStep<Op> && never(tile * kSteps + step)) return;
         constexpr int kBits = Order::bits(tile, step / 2), kRow = step * (Order::kRowsOf16 / 2);
         const std::uint32_t b0 = load_shared_32<step_offset(tile) + kRow * kRowBytes>(columns ^ kBits);
         // Odd rows have their chunks exchanged.
         const std::uint32_t b1 = load_shared_32<step_offset(tile) + (kRow + 1) * kRowBytes>(columns ^ (kBits ^ 16));
-        multiply_step<Op>(acc[tile], a.step[step], b0, b1);
+        multiply_step<Op>(sum, a.step[step], b0, b1);
       });
+      if constexpr (kApart) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[tile][i] += apart[i];
+      }
     });
   }
 }
