@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from pydantic import Field
 
-from moduleformer_ext.cli.train import finish
+from moduleformer_ext.cli.train import start
 from moduleformer_ext.records import Record
 from moduleformer_ext.train import RunDirectory, TrainConfig, is_run
 
@@ -34,4 +34,4 @@ def run(*, options: Options = Options()) -> int:
         with RunDirectory(options.run, config).lock():
             print(f"replacing the earlier run in {options.run}")
             shutil.rmtree(options.run)
-    return finish(RunDirectory.create(options.run, config), started)
+    return start(RunDirectory.create(options.run, config), started)

@@ -7,12 +7,13 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moduleformer_ext.cli.source import Model, load_source, locate
-from moduleformer_ext.cli.train import ConfigFile, Flags, check_surroundings, finish
+from moduleformer_ext.cli.train import ConfigFile, Flags, check_surroundings, start
 from moduleformer_ext.records import NonNegative
 from moduleformer_ext.train import RunDirectory, TrainConfig, is_run
 from moduleformer_ext.train.finetune import finetuned_config
 
-_INHERITED = ("text", "held_out", "segment_length", "history_length")
+_INHERITED = ("text", "text_field", "held_out", "segment_length", "history_length")
+_FIXED = ("preset", "vocab_size", "tokenizer")
 
 
 class Options(Flags):
@@ -33,6 +34,8 @@ def run(
     """Start a run from a trained model."""
     started = time.monotonic()
     given = options.given(config)
+    if fixed := [name for name in _FIXED if name in given]:
+        raise ValueError(f"--{fixed[0].replace('_', '-')}: must be left out, the model has its own")
     if (weight := given.pop("concentrate", None)) is not None:
         if "aux_loss_weight" in given:
             raise ValueError("--concentrate: is the weight of the routing loss; leave --aux-loss-weight out")
@@ -45,4 +48,4 @@ def run(
     check_surroundings(settings)
     model, _ = load_source(base)
     finetuned_config(model.config, settings)  # complains before anything is written
-    return finish(RunDirectory.create(run, settings, (model, locate(base)[1])), started)
+    return start(RunDirectory.create(run, settings, (model, locate(base)[1])), started)

@@ -6,9 +6,9 @@ from typing import Literal
 from cyclopts import Parameter
 from tokenizers import Tokenizer
 
-from moduleformer_ext.data import TokenStream, open_dataset, text_files, tokenize_domains
+from moduleformer_ext.data import FIELD, TokenStream, open_dataset, text_files, tokenize_domains
 from moduleformer_ext.models import MoLMForCausalLM
-from moduleformer_ext.records import Count, Lanes, Record
+from moduleformer_ext.records import Count, Lanes, Record, Text
 from moduleformer_ext.train import RunDirectory, Score, evaluate, is_run
 from moduleformer_ext.train.config import Sources
 
@@ -18,7 +18,9 @@ class Measuring(Record):
     """The text to read and how."""
 
     text: Sources = ()
-    """text files or folders, PATH or DOMAIN=PATH (default, for a run: its held-out text)"""
+    """files or folders with text, PATH or DOMAIN=PATH (default, for a run: its held-out text)"""
+    text_field: Text = FIELD
+    """field with the text in records of JSON lines, Parquet and Arrow"""
     batch_size: Lanes = 8
     """lanes read in parallel"""
     segment_length: Count = 512
@@ -38,7 +40,7 @@ class Measuring(Record):
 
     def _streams(self, source: Path, tokenizer: Tokenizer) -> dict[str, TokenStream]:
         if self.text:
-            return tokenize_domains(text_files(self.text), tokenizer)
+            return tokenize_domains(text_files(self.text, field=self.text_field), tokenizer)
         if is_run(source):
             return open_dataset(RunDirectory.open(source).data).held_out
         raise ValueError(f"--text: '{source}' has no held-out text of its own; name files or folders")

@@ -2,7 +2,6 @@
 new one goes.
 """
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from tokenizers import Tokenizer
 
-from moduleformer_ext.data import load_tokenizer
-from moduleformer_ext.data.dataset import TOKENIZER
+from moduleformer_ext.data import TOKENIZER, find_tokenizer, load_tokenizer, write_tokenizer
 from moduleformer_ext.files import new_directory
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.train import RunDirectory, is_run
@@ -26,7 +24,7 @@ AsJson = Annotated[bool, Parameter(name="--json", negative=(), help="print JSON 
 
 
 def locate(path: Path) -> tuple[Path, Path]:
-    """Return the model directory and the tokenizer file that `path` stands for (a run: its newest checkpoint)."""
+    """Return the model directory and the tokenizer that `path` stands for (a run: its newest checkpoint)."""
     if is_run(path):
         run = RunDirectory.open(path)
         checkpoint = run.checkpoints.latest()
@@ -35,17 +33,17 @@ def locate(path: Path) -> tuple[Path, Path]:
         return checkpoint, run.data / TOKENIZER
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: '{path}' is neither a run nor a model directory (no config.json)")
-    return path, path / TOKENIZER
+    return path, find_tokenizer(path)
 
 
 def load_source(path: Path) -> tuple[MoLMForCausalLM, Tokenizer]:
     """Load model, in evaluation mode, and tokenizer, which must belong together."""
-    directory, tokenizer_file = locate(path)
-    tokenizer = load_tokenizer(tokenizer_file)
+    directory, found = locate(path)
+    tokenizer = load_tokenizer(found)
     model = MoLMForCausalLM.from_pretrained(directory).eval()
     if (entries := tokenizer.get_vocab_size()) > model.config.vocab_size:
         raise ValueError(
-            f"tokenizer: '{tokenizer_file}' must have at most {model.config.vocab_size} entries, those of the model, "
+            f"tokenizer: '{found}' must have at most {model.config.vocab_size} entries, those of the model, "
             f"got {entries}"
         )
     for name, weight in model.state_dict().items():
@@ -66,5 +64,5 @@ def new_model_directory(output: Path, tokenizer: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with new_directory(output) as scratch:
         yield scratch
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, scratch / TOKENIZER)
+        if tokenizer.exists():
+            write_tokenizer(tokenizer, scratch)

@@ -10,10 +10,11 @@ from cyclopts import Parameter
 from pydantic import AfterValidator
 
 from moduleformer_ext.cli import INTERRUPTED
-from moduleformer_ext.data import check_sources
+from moduleformer_ext.data import STANDARD_DOMAINS, check_sources, end_of_text_id, load_tokenizer, share_lanes
 from moduleformer_ext.records import Text
 from moduleformer_ext.train import RunDirectory, TrainConfig, run_session
 from moduleformer_ext.train.config import RunOptions, read_options
+from moduleformer_ext.train.metrics import check_logging
 
 ConfigFile = Annotated[Path | None, Parameter(help="options as .json or .toml; flags win")]
 
@@ -66,16 +67,24 @@ def run(
         _check_device(directory.config.device)
         return finish(directory, started)
     assert run is not None
+    if "tokenizer" in given and "vocab_size" in given:
+        raise ValueError("--tokenizer: has a vocabulary of its own; leave --vocab-size out")
     options = TrainConfig.from_dict(given)
     check_surroundings(options)
-    options.architecture(options.vocab_size)  # complains before anything is written
-    return finish(RunDirectory.create(run, options), started)
+    tokenizer = None if options.tokenizer is None else load_tokenizer(Path(options.tokenizer))
+    if tokenizer is None:
+        options.architecture(options.vocab_size)
+    else:
+        options.architecture(tokenizer.get_vocab_size(), end_of_text_id(tokenizer))
+    return start(RunDirectory.create(run, options), started)
 
 
 def check_surroundings(config: TrainConfig) -> None:
-    """Refuse texts and a device that are not there."""
+    """Refuse what will not be found, before anything is written: texts, a device, packages, a lane for every domain."""
     _check_device(config.device)
-    check_sources(config.text)
+    domains = check_sources(config.text) or STANDARD_DOMAINS
+    share_lanes(dict.fromkeys(domains, 1), config.batch_size, config.domain_exponent)
+    check_logging(config.log)
 
 
 def _check_device(device: str) -> None:
@@ -84,6 +93,15 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device must be a torch device of this machine, got {device}: {reason}") from error
+
+
+def start(directory: RunDirectory, started: float) -> int:
+    """Take a new run to its end; one that cannot even begin leaves nothing."""
+    try:
+        return finish(directory, started)
+    except Exception:
+        directory.discard()
+        raise
 
 
 def finish(directory: RunDirectory, started: float) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from moduleformer_ext.data.formats import FIELD, check_packages, dataset_files, read_texts, stem
+
 # Tests are not part of every installation; the others are tables or generated text rather than code.
 _SKIPPED_FOLDERS = {
     "dist-packages", "encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests", "__pycache__"
@@ -20,6 +22,10 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 ALL = "all"
 """Stands for all domains together, wherever results are listed by domain; no domain has this name."""
+
+
+STANDARD_DOMAINS = ("code", "prose")
+"""Of `standard_library`."""
 
 
 @dataclass(frozen=True)
@@ -114,23 +120,22 @@ def _distinct(documents: Iterable[Document]) -> list[Document]:
     return kept
 
 
-def text_files(sources: Sequence[str], *, without: Path | None = None) -> list[Document]:
+def text_files(sources: Sequence[str], *, field: str = FIELD, without: Path | None = None) -> list[Document]:
     """Read text files and folders (recursively, hidden entries aside) as documents.
 
-    Each source is `PATH` or `DOMAIN=PATH`; without a name the domain is the stem of the path. Files that are
-    not UTF-8 text, empty files, repeated contents and what is in the folder `without` are left out. A source
-    without any text is an error.
+    Each source is `PATH` or `DOMAIN=PATH`; without a name the domain is the stem of the path. JSON lines, Parquet,
+    Arrow and datasets that Hugging Face's library saved have a document per record, its text in `field`. Files that
+    are not UTF-8 text, empty files, repeated contents and what is in the folder `without` are left out. A source
+    without any text, an archive as a source and a damaged file are errors.
     """
     documents: list[Document] = []
     for source in sources:
         domain, root = _parse_source(source)
         found = []
-        for path in _files_below(root):
-            if without is not None and Path(os.path.realpath(without)) in Path(os.path.realpath(path)).parents:
-                continue
-            if (text := _read_text(path)) is not None:
-                name = path.name if path == root else path.relative_to(root).as_posix()
-                found.append(Document(domain, name, text))
+        for path in _files_below(root, without):
+            name = path.name if path == root else path.relative_to(root).as_posix()
+            texts = read_texts(path, field, named=path == root)
+            found += [Document(domain, f"{name}{part}", text) for part, text in texts]
         if not found:
             raise ValueError(f"text: no non-empty UTF-8 text file found at '{root}'")
         documents += found
@@ -144,10 +149,17 @@ def check_source(source: str) -> str:
     return source
 
 
-def check_sources(sources: Sequence[str]) -> None:
-    """Refuse sources that do not exist or whose domain has no proper name; no text is read."""
+def check_sources(sources: Sequence[str]) -> set[str]:
+    """Refuse sources that do not exist, that need a package which is not installed, or whose domain has no proper
+    name; return the domains. No text is read.
+    """
+    domains = set()
     for source in sources:
-        _parse_source(source)
+        domain, root = _parse_source(source)
+        domains.add(domain)
+        for path in _files_below(root):
+            check_packages(path)
+    return domains
 
 
 def _parse_source(source: str) -> tuple[str, Path]:
@@ -157,7 +169,7 @@ def _parse_source(source: str) -> tuple[str, Path]:
         domain, root = name, Path(location)
     else:
         root = Path(source)
-        domain = Path(os.path.realpath(root)).stem
+        domain = stem(Path(os.path.realpath(root)))
     if not root.exists():
         raise FileNotFoundError(f"text: '{root}' does not exist; expected a text file or a folder of text files")
     if not re.fullmatch(r"[\w.+-]+", domain):
@@ -169,22 +181,18 @@ def _parse_source(source: str) -> tuple[str, Path]:
     return domain, root
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def _files_below(root: Path, without: Path | None = None) -> Iterator[Path]:
     if root.is_file():
         yield root
         return
+    left_out = None if without is None else Path(os.path.realpath(without))
     for folder, folders, names in os.walk(root):
+        here = Path(os.path.realpath(folder))
+        if left_out is not None and (here == left_out or left_out in here.parents):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+        shards = dataset_files(Path(folder))
+        for name in sorted(names if shards is None else shards):
             if not name.startswith(".") and Path(folder, name).is_file():
                 yield Path(folder, name)
-
-
-def _read_text(path: Path) -> str | None:
-    content = path.read_bytes()
-    if b"\0" in content or not content.strip():
-        return None
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return None

@@ -10,11 +10,10 @@ from typing_extensions import TypedDict  # pydantic reads the typing module's fr
 from moduleformer_ext.data.corpus import Document
 from moduleformer_ext.data.split import split_documents
 from moduleformer_ext.data.stream import TokenStream, map_tokens, save_tokens, tokenize_domains
-from moduleformer_ext.data.tokenizer import load_tokenizer, train_tokenizer
+from moduleformer_ext.data.tokenizer import TOKENIZER, load_tokenizer, train_tokenizer
 from moduleformer_ext.files import new_directory, read_json, to_json, write_file
 
 _INDEX = "index.json"
-TOKENIZER = "tokenizer.json"
 
 
 class _Sizes(TypedDict):

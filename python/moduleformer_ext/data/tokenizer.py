@@ -1,17 +1,20 @@
 """Byte-level BPE: any text becomes token ids and comes back byte for byte."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moduleformer_ext.files import read_text
+from moduleformer_ext.files import read_json, read_text, write_file
 
 END_OF_TEXT = "<|endoftext|>"
 """Stands before, between and after documents; the published MoLM tokenizer has the same."""
 
+TOKENIZER = "tokenizer.json"
+_BPE = ("vocab.json", "merges.txt")
 _LONGEST_WORD = 256
 """In characters, while a tokenizer is trained: the time for a word grows with the square of its length."""
 _Result = TypeVar("_Result")
@@ -39,10 +42,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def find_tokenizer(directory: Path) -> Path:
+    """What `load_tokenizer` reads of a model's directory: its tokenizer.json, or itself where it has vocab.json and
+    merges.txt instead.
+    """
+    file = directory / TOKENIZER
+    return directory if not file.is_file() and all((directory / name).is_file() for name in _BPE) else file
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a `tokenizer.json`."""
+    """Load a `tokenizer.json`, or a directory with one or with the `vocab.json` and `merges.txt` of a byte-level BPE,
+    to which `added_tokens.json` may add.
+    """
+    if path.is_dir() and (path := find_tokenizer(path)).is_dir():
+        return _load_bpe(path)
     if not path.is_file():
-        raise FileNotFoundError(f"tokenizer: '{path}' does not exist")
+        raise FileNotFoundError(
+            f"tokenizer: '{path}' does not exist; expected a tokenizer.json, or a folder with one or with "
+            f"{' and '.join(_BPE)}"
+        )
     text = read_text(path)
     try:
         return Tokenizer.from_str(text)
@@ -50,10 +68,41 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"tokenizer: '{path}' is not a tokenizer.json: {error}") from error
 
 
+def _load_bpe(directory: Path) -> Tokenizer:
+    vocab, merges = (directory / name for name in _BPE)
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"tokenizer: '{vocab}' and '{merges}' are not a byte-level BPE: {error}") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT] if tokenizer.token_to_id(END_OF_TEXT) is not None else [])
+    added = directory / "added_tokens.json"
+    for token, token_id in sorted(read_json(added, dict[str, int]).items() if added.is_file() else (), key=_second):
+        tokenizer.add_tokens([AddedToken(token, normalized=False)])
+        if tokenizer.token_to_id(token) != token_id:
+            raise ValueError(
+                f"tokenizer: '{added}' must number its entries on from those of vocab.json, got {token_id}"
+            )
+    return tokenizer
+
+
+def _second(pair: tuple[str, int]) -> int:
+    return pair[1]
+
+
+def write_tokenizer(source: Path, directory: Path) -> None:
+    """Write what `load_tokenizer(source)` reads as the tokenizer.json of a directory; one that is a file is copied."""
+    if source.is_file():
+        shutil.copyfile(source, directory / TOKENIZER)
+    else:
+        write_file(directory / TOKENIZER, load_tokenizer(source).to_str(pretty=True))
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """Return the id of `END_OF_TEXT`."""
     if (token_id := tokenizer.token_to_id(END_OF_TEXT)) is None:
-        raise ValueError(f"tokenizer: has no '{END_OF_TEXT}' entry, which separates documents")
+        raise ValueError(f"tokenizer: must have an entry '{END_OF_TEXT}', which separates documents, got none")
     return int(token_id)
 
 

@@ -13,7 +13,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from moduleformer_ext.data import check_source
+from moduleformer_ext.data import FIELD, check_source
 from moduleformer_ext.files import parse_json, read_text
 from moduleformer_ext.models import MoLMConfig
 from moduleformer_ext.records import (
@@ -36,11 +36,15 @@ class RunOptions(Record):
     """What flags and files say of a run alike."""
 
     text: Sources = ()
-    """text files or folders, PATH or DOMAIN=PATH; none: code and prose of the standard library"""
+    """files or folders with text, PATH or DOMAIN=PATH; none: code and prose of the standard library"""
+    text_field: Text = FIELD
+    """field with the text in records of JSON lines, Parquet and Arrow"""
     held_out: InnerFraction = 0.05
     """fraction of the documents to measure on"""
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
     """entries of the byte-level BPE"""
+    tokenizer: Text | None = None
+    """a tokenizer.json, or a folder with one or with vocab.json and merges.txt, in place of a new one"""
     domain_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
     """batch lanes per domain in proportion to its size to this power"""
     preset: Text = "molm-tiny"
@@ -91,6 +95,8 @@ class RunOptions(Record):
     """newest checkpoints to keep"""
     log_every: Count = 10
     """steps between lines of metrics.jsonl"""
+    log: tuple[Literal["tensorboard"], ...] = ()
+    """beside metrics.jsonl"""
 
 
 class FileOptions(RunOptions):

@@ -7,8 +7,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from moduleformer_ext.data import Dataset, build_dataset, load_tokenizer, open_dataset, standard_library, text_files
-from moduleformer_ext.data.dataset import TOKENIZER
+from moduleformer_ext.data import (
+    TOKENIZER,
+    Dataset,
+    build_dataset,
+    load_tokenizer,
+    open_dataset,
+    standard_library,
+    text_files,
+    write_tokenizer,
+)
 from moduleformer_ext.files import new_directory, read_json, remove_directory, remove_partial, to_json, write_file
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.train.checkpoints import CheckpointStore
@@ -31,7 +39,8 @@ class RunDirectory:
         self.root = root
         self.config = config
         self.checkpoints = CheckpointStore(root / "checkpoints", config.keep_checkpoints)
-        self.metrics = MetricsLog(root / "metrics.jsonl")
+        events = root / "tensorboard" if "tensorboard" in config.log else None
+        self.metrics = MetricsLog(root / "metrics.jsonl", events)
         self.base = root / "base"
         self.data = root / "data"
         self.baselines = root / "baselines.json"
@@ -46,7 +55,7 @@ class RunDirectory:
     ) -> "RunDirectory":
         """Start a run in a folder that is new, empty, or holds a run that never got to its first step.
 
-        `base` is a model to start from and the file of its tokenizer; the run keeps copies of both.
+        `base` is a model to start from and its tokenizer, as `load_tokenizer` takes it; the run keeps copies of both.
         """
         run = cls(root, config)
         if not is_run(root) and root.exists() and (not root.is_dir() or any(p.name != _LOCK for p in root.iterdir())):
@@ -57,7 +66,7 @@ class RunDirectory:
                 raise FileExistsError(
                     f"run: '{root}' already holds a run; continue it with --resume, or choose another folder"
                 )
-            for made in (run.data, run.base):
+            for made in (run.data, run.base, root / "tensorboard"):
                 if made.exists():
                     remove_directory(made)
             run.baselines.unlink(missing_ok=True)
@@ -65,9 +74,19 @@ class RunDirectory:
                 model, tokenizer = base
                 with new_directory(run.base) as scratch:
                     model.save_pretrained(scratch)
-                    shutil.copyfile(tokenizer, scratch / TOKENIZER)
+                    write_tokenizer(tokenizer, scratch)
             write_file(root / _CONFIG, to_json(config))
         return run
+
+    def discard(self) -> None:
+        """Remove what `create` and the stages after it wrote, unless the run got to its first step."""
+        if not self.plan.exists():
+            for folder in (self.data, self.base):
+                shutil.rmtree(folder, ignore_errors=True)
+            for file in (self.baselines, self.root / _CONFIG, self.root / _LOCK):
+                file.unlink(missing_ok=True)
+            if not any(self.root.iterdir()):
+                self.root.rmdir()
 
     @classmethod
     def open(cls, root: Path) -> "RunDirectory":
@@ -95,13 +114,17 @@ class RunDirectory:
         if self.data.exists():
             return open_dataset(self.data)
         config = self.config
-        documents = text_files(config.text, without=self.root) if config.text else standard_library()
+        if config.text:
+            documents = text_files(config.text, field=config.text_field, without=self.root)
+        else:
+            documents = standard_library()
+        own = self.base / TOKENIZER if self.base.exists() else config.tokenizer
         return build_dataset(
             self.data,
             documents,
             vocab_size=config.vocab_size,
             held_out_fraction=config.held_out,
-            tokenizer=load_tokenizer(self.base / TOKENIZER) if self.base.exists() else None,
+            tokenizer=None if own is None else load_tokenizer(Path(own)),
         )
 
 
