@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["ExpertLayout", "RouteTopK", "Segments"]
+__all__ = ["ExpertLayout", "RouteTopK", "RoutingSums", "Segments"]
 
 Segments = Tensor | Sequence[Tensor]
 """A parameter with an expert dimension: one tensor [E, ...], or consecutive segments [E_i, ...] of it."""
@@ -34,6 +34,23 @@ class RouteTopK(NamedTuple):
     """[E] int32, the slots that each expert got."""
     logits: Tensor
     """[T, E]."""
+
+
+class RoutingSums(NamedTuple):
+    """The fields of :class:`RouteTopK` that routing losses are made of, over the tokens of several processes."""
+
+    prob_sum: Tensor
+    """[E]."""
+    plogp_sum: Tensor
+    """[]."""
+    logsumexp_sq_sum: Tensor
+    """[]."""
+    counts: Tensor
+    """[E], in the dtype of the other sums."""
+    num_tokens: Tensor
+    """[], at least 1, in the dtype of the other sums."""
+    num_slots: Tensor
+    """[], at least 1, in the dtype of the other sums."""
 
 
 class ExpertLayout(NamedTuple):

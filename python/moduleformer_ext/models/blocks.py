@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,14 @@ from moduleformer_ext.nn import (
     make_router,
 )
 from moduleformer_ext.nn.router import GateType, RouterOrder
-from moduleformer_ext.types import RouteTopK
+from moduleformer_ext.types import RouteTopK, RoutingSums
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BlockKind = TypeVar("BlockKind", bound=Block)
 
-_AUX_LOSSES: dict[str, Callable[[RouteTopK], Tensor] | None] = {
+_AUX_LOSSES: dict[str, Callable[[RouteTopK | RoutingSums], Tensor] | None] = {
     "mi": lambda route: ops.losses.mutual_information_loss(route),
     "concentration": lambda route: ops.losses.concentration_loss(route),
     "switch": lambda route: ops.losses.switch_loss(route),
@@ -35,12 +38,14 @@ _AUX_LOSSES: dict[str, Callable[[RouteTopK], Tensor] | None] = {
 """The routing loss of one layer, for each of config.AUX_LOSS_TYPES."""
 
 
-def routing_loss(kind: str, routes: Sequence[BlockRoutes]) -> Tensor:
-    """The routing loss of one pass."""
+def routing_loss(kind: str, routes: Sequence[BlockRoutes], group: ProcessGroup | None = None) -> Tensor:
+    """The routing loss of one pass: of this process's tokens, or of those of all processes of a group."""
     loss = _AUX_LOSSES[kind]
     if loss is None:
         return torch.zeros_like(routes[0].ffn.plogp_sum)
-    return torch.stack([loss(route) for block in routes for route in block]).sum()
+    own = [route for block in routes for route in block]
+    summed = own if group is None else ops.losses.sum_over_processes(own, group)
+    return torch.stack([loss(route) for route in summed]).sum()
 
 
 def make_block(config: MoLMConfig, layer: int, kind: type[BlockKind] = Block) -> BlockKind:  # type: ignore[assignment]

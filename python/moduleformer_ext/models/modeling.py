@@ -21,6 +21,7 @@ from moduleformer_ext.models.state import HEADS, canonical_state, model_from_sta
 from moduleformer_ext.nn import BlockRoutes, LayerCache, Linear, StaticLayerCache
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from moduleformer_ext.models.generation import GenerationOptions
@@ -74,6 +75,8 @@ class MoLM(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         """Recompute each block in the backward pass instead of keeping its activations."""
+        self.routing_group: ProcessGroup | None = None
+        """The processes over whose tokens together the routing loss is taken; None: over this process's own."""
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(make_block(config, layer) for layer in range(config.n_layer))
@@ -117,7 +120,7 @@ class MoLM(nn.Module):
 
         return MoLMOutput(
             last_hidden_state=x,
-            aux_loss=routing_loss(self.config.aux_loss_type, routes) if output_aux_loss else None,
+            aux_loss=routing_loss(self.config.aux_loss_type, routes, self.routing_group) if output_aux_loss else None,
             past_key_values=self._remember(past, presents) if use_cache else None,
             hidden_states=tuple(states) if output_hidden_states else None,
             routes=routes if output_routes else None,
@@ -286,6 +289,16 @@ class MoLMForCausalLM(nn.Module):
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         """Trade a second forward pass of every block for the memory of its activations."""
         self.transformer.activation_checkpointing = enabled
+
+    def set_routing_group(self, group: ProcessGroup | None) -> None:
+        """Take the routing loss of the whole batch where it is split over processes, each of which sees a part of it.
+
+        Every pass that returns ``aux_loss`` then has one all-reduce of a few numbers per expert, which all processes of
+        the group take part in. ``aux_loss`` is the same on all of them, and gradients that are averaged over the group,
+        as DDP and FSDP do, are those of one process with the whole batch. None: each process takes the loss of its own
+        tokens, the mean of which is another function.
+        """
+        self.transformer.routing_group = group
 
     @classmethod
     def from_state(
