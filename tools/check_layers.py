@@ -25,10 +25,11 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "nn": COMMON | {"ops"},
     "models": COMMON | {"ops", "nn"},
     "surgery": COMMON | {"ops", "nn", "models"},
+    "distributed": COMMON | {"nn", "models"},
     "data": COMMON,
-    "train": COMMON | {"ops", "nn", "models", "surgery", "data"},
+    "train": COMMON | {"ops", "nn", "models", "surgery", "data", "distributed"},
     "hf": COMMON | {"nn", "models", "data"},
-    "cli": COMMON | {"_extension", "ops", "nn", "models", "surgery", "data", "train", "hf"},
+    "cli": COMMON | {"_extension", "ops", "nn", "models", "surgery", "data", "train", "hf", "distributed"},
     "__init__": COMMON,
 }
 
