@@ -12,6 +12,7 @@
 
 #include "bindings/autograd.hpp"
 #include "bindings/checks.hpp"
+#include "bindings/launch.hpp"
 #include "bindings/op.hpp"
 #include "core/scratch.hpp"
 #include "moduleformer_ext/grouped_gemm.hpp"
@@ -195,19 +196,70 @@ inline void* data_or_null(const at::Tensor& tensor) {
 }
 
 // ---- Two ops of one kind: X for callers, X_forward and X_backward below it ----
+//
+// Routed describes an op:
+//   kOp, Args, Needs          its name, its arguments, and the flags that say which gradients backward shall compute
+//   check                     the arguments' checks
+//   out_shape, out_order      rows of the output
+//   hidden_shape              the pre-activation that forward may save and backward reads
+//   inputs                    what may require grad, undefined tensors included
+//   allocate_gradients        one for each input, an empty tensor for those not needed
+//   Params, BackwardParams    what the kernels take; Operands holds the tensors that they point into
+//   set_gradients             points BackwardParams to gradients
+//   launch                    runs the kernels for either params
+//   forward, backward         the ops below X, called through the dispatcher
+//   autocast                  the kernel of the Autocast keys
 
-template <typename Args>
+template <typename Routed>
 struct RoutedForwardArgs {
-  Args args;
-  bool save_hidden;  // the pre-activation
+  typename Routed::Args args;
+  bool save_hidden;
 };
-template <typename Args, typename Needs>
+template <typename Routed>
 struct RoutedBackwardArgs {
   at::Tensor grad;
-  Args args;
+  typename Routed::Args args;
   at::Tensor hidden;
-  Needs needs;
+  typename Routed::Needs needs;
 };
+
+template <typename Routed, bool kMeta>
+std::tuple<at::Tensor, at::Tensor> routed_forward(const RoutedForwardArgs<Routed>& f) {
+  const auto& a = f.args;
+  Routed::check(a);
+  const at::Tensor out = empty_rows(Routed::out_shape(a), a.x.options());
+  const at::Tensor hidden = f.save_hidden ? empty_rows(Routed::hidden_shape(a), a.x.options()) : no_tensor(a.x);
+  if constexpr (!kMeta) {
+    const Backend backend = backend_of(Routed::kOp, "x", a.x);
+    const typename Routed::Operands operands(a);
+    typename Routed::Params params = operands.params(a, backend);
+    params.out = out.mutable_data_ptr();
+    params.hidden = data_or_null(hidden);
+    Routed::launch(backend, a, params);
+  }
+  return {out, hidden};
+}
+
+template <typename Routed, bool kMeta>
+std::vector<at::Tensor> routed_backward(const RoutedBackwardArgs<Routed>& b) {
+  const auto& [grad, a, hidden, needs] = b;
+  Routed::check(a);
+  check_grad(Routed::kOp, grad, a.layout, Routed::out_order(a), Routed::out_shape(a).back(), a.x);
+  check_hidden(Routed::kOp, hidden, Routed::hidden_shape(a), a.x);
+  const std::vector<at::Tensor> gradients = Routed::allocate_gradients(a, needs);
+  if constexpr (!kMeta) {
+    const Backend backend = backend_of(Routed::kOp, "x", a.x);
+    const typename Routed::Operands operands(a);
+    const at::Tensor grad_rows = with_unit_stride(grad), saved = hidden.contiguous();
+    typename Routed::BackwardParams params{};
+    params.forward = operands.params(a, backend);
+    params.forward.hidden = data_or_null(saved);
+    params.grad = view_rows(grad_rows, Routed::out_order(a));
+    const auto pointers = Routed::set_gradients(params, gradients, operands);
+    Routed::launch(backend, a, params);
+  }
+  return gradients;
+}
 
 // A gradient for each segment of an argument; an empty tensor for those not needed.
 inline void add_gradients(std::vector<at::Tensor>& gradients, const char* op, const char* needs_name,
@@ -225,9 +277,6 @@ inline c10::List<bool> slice(const c10::List<bool>& flags, size_t begin, size_t 
   return part;
 }
 
-// Routed describes an op: its Args; kernel_forward and kernel_backward, for meta tensors and others; forward and
-// backward, which call them through the dispatcher; inputs, which lists what may require grad, undefined tensors
-// included; and autocast. Backward returns a gradient for each input.
 template <typename Routed>
 struct RoutedFunction : torch::autograd::Function<RoutedFunction<Routed>> {
   using Args = typename Routed::Args;
@@ -274,13 +323,13 @@ void define(torch::Library& library, const std::string& args, const std::string&
       .template kernel<&autograd<Routed>>({Autograd})
       .template kernel<&Routed::autocast>({AutocastCPU, AutocastCUDA});
   Definition(library, name + "_forward(" + args + ", bool save_hidden) -> (Tensor out, Tensor hidden)")
-      .template kernel<Routed::template kernel_forward<false>>({CPU, CUDA})
-      .template kernel<Routed::template kernel_forward<true>>({Meta})
+      .template kernel<&routed_forward<Routed, false>>({CPU, CUDA})
+      .template kernel<&routed_forward<Routed, true>>({Meta})
       .kernel(Autograd, not_differentiable());
   Definition(library, name + "_backward(Tensor grad, " + args + ", Tensor hidden, bool needs_x, bool needs_gates, " +
                           needs + ") -> Tensor[]")
-      .template kernel<Routed::template kernel_backward<false>>({CPU, CUDA})
-      .template kernel<Routed::template kernel_backward<true>>({Meta})
+      .template kernel<&routed_backward<Routed, false>>({CPU, CUDA})
+      .template kernel<&routed_backward<Routed, true>>({Meta})
       .kernel(Autograd, not_differentiable());
 }
 
