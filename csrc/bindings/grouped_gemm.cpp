@@ -22,9 +22,10 @@ struct GroupedGemm {
     std::string x_order, out_order;
     OptionalTensor gates;
     std::optional<std::string> activation;
+    OptionalTensor bias;
   };
   struct Needs {
-    bool x, gates;
+    bool x, gates, bias;
     c10::List<bool> weight;
   };
   using Params = GroupedGemmParams;
@@ -48,6 +49,7 @@ struct GroupedGemm {
                   c10::str("have as many features as weight has rows (", in_features, ")"), a.x.sym_size(-1));
     MFX_CHECK_ARG(!gated || columns % 2 == 0, kOp, "weight", "have an even number of columns for a gated activation",
                   columns);
+    check_bias(kOp, "bias", a.bias, a.layout, columns, a.x);
     if (a.gates) {
       check_gates(kOp, *a.gates, a.layout, a.x);
       MFX_CHECK_ARG(order == RowOrder::kToken, kOp, "out_order", "be 'token' where gates are given", "'", a.out_order,
@@ -65,15 +67,11 @@ struct GroupedGemm {
   }
 
   struct Operands {
-    at::Tensor x, gates;
-    std::vector<at::Tensor> weight;
-    std::vector<void*> pointers;
+    at::Tensor x, gates, bias;
+    MatrixOperand weight;
 
     explicit Operands(const Args& a)
-        : x(with_unit_stride(a.x)),
-          gates(a.gates ? a.gates->contiguous() : at::Tensor()),
-          weight(contiguous(a.weight)),
-          pointers(expert_pointers(weight, weight)) {}
+        : x(with_unit_stride(a.x)), gates(contiguous(a.gates)), bias(contiguous(a.bias)), weight(a.weight) {}
 
     Params params(const Args& a, Backend backend) const {
       const DType dtype = check_float_dtype(kOp, "x", x);
@@ -81,11 +79,12 @@ struct GroupedGemm {
           .dtype = dtype,
           .layout = a.layout.view(),
           .activation = activation(a),
-          .in_features = weight[0].size(1),
-          .out_features = weight[0].size(2),
+          .in_features = weight.rows(),
+          .out_features = weight.columns(),
           .x = view_rows(x, x_order(a)),
-          .weight = pointers.data(),
-          .gates = gates.defined() ? gates.const_data_ptr() : nullptr,
+          .weight = weight.view(),
+          .bias = const_data_or_null(bias),
+          .gates = const_data_or_null(gates),
           .out_order = out_order(a),
           .out = nullptr,
           .hidden = nullptr,
@@ -94,21 +93,20 @@ struct GroupedGemm {
     }
   };
 
-  static auto inputs(const Args& a) { return tensor_list(a.x, a.gates, a.weight); }
+  static auto inputs(const Args& a) { return tensor_list(a.x, a.gates, a.bias, a.weight); }
   static std::vector<at::Tensor> allocate_gradients(const Args& a, const Needs& needs) {
-    std::vector<at::Tensor> gradients{
-        needs.x ? empty_rows(a.x.sym_sizes(), a.x.options()) : no_tensor(a.x),
-        needs.gates && a.gates ? at::empty_symint(a.gates->sym_sizes(), a.gates->options()) : no_tensor(a.x)};
+    std::vector<at::Tensor> gradients{needs.x ? empty_rows(a.x.sym_sizes(), a.x.options()) : no_tensor(a.x),
+                                      gradient_like(a.gates, needs.gates, a.x), gradient_like(a.bias, needs.bias, a.x)};
     add_gradients(gradients, kOp, "needs_weight", a.weight, needs.weight);
     return gradients;
   }
-  // Returns what the parameters point into.
   static auto set_gradients(BackwardParams& params, at::TensorList gradients, const Operands& operands) {
     params.grad_x = data_or_null(gradients[0]);
     params.grad_gates = data_or_null(gradients[1]);
-    auto pointers = expert_pointers(gradients.slice(2), operands.weight);
-    params.grad_weight = pointers.data();
-    return pointers;
+    params.grad_bias = data_or_null(gradients[2]);
+    MatrixOperand grad_weight(gradients.slice(3), operands.weight);
+    params.grad_weight = grad_weight.view();
+    return grad_weight;
   }
 
   static void launch(Backend backend, const Args& a, const Params& params) {
@@ -126,13 +124,14 @@ struct GroupedGemm {
   }
   static auto backward(const at::Tensor& grad, const Args& a, const at::Tensor& hidden, const c10::List<bool>& needs) {
     return call<"grouped_gemm_backward", &routed_backward<GroupedGemm, false>>(
-        {grad, a, hidden, {needs[0], needs[1], slice(needs, 2, needs.size())}});
+        {grad, a, hidden, {needs[0], needs[1], needs[2], slice(needs, 3, needs.size())}});
   }
-  // x and the matrices in the autocast type; gates stay float32, as the router made them.
+  // x, matrices and biases in the autocast type; gates stay float32, as the router made them.
   static at::Tensor autocast(Args a) {
     const Autocast cast(a.x);
     cast(a.x);
     cast(a.weight);
+    cast(a.bias);
     if (a.gates) cast.cast(*a.gates, at::kFloat);
     return call<"grouped_gemm", &autocast>(a);
   }
@@ -141,12 +140,12 @@ struct GroupedGemm {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
-  // The backward op's results: gradients of x, gates and each segment; an empty tensor for those not needed.
+  // The backward op's results: gradients of x, gates, bias and each segment; an empty tensor for those not needed.
   define<GroupedGemm>(
       m,
       "Tensor x, Tensor[] weight, Tensor offsets, Tensor slot_order, Tensor position, int num_choices, str x_order, "
-      "str out_order, Tensor? gates, str? activation",
-      "bool[] needs_weight");
+      "str out_order, Tensor? gates, str? activation, Tensor? bias",
+      "bool needs_bias, bool[] needs_weight");
 }
 
 }  // namespace mfx

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -159,24 +160,75 @@ inline void check_hidden(const char* op, const at::Tensor& hidden, at::SymIntArr
   check_tensor(op, "hidden", hidden, shape, x.scalar_type(), "x", x);
 }
 
-inline std::vector<at::Tensor> contiguous(at::TensorList tensors) {
-  std::vector<at::Tensor> result;
-  for (const at::Tensor& tensor : tensors) result.push_back(tensor.contiguous());
-  return result;
+// Biases [E, columns], one for each expert, added to what its matrix makes.
+inline void check_bias(const char* op, const char* argument, const OptionalTensor& bias, const LayoutTensors& layout,
+                       const c10::SymInt& columns, const at::Tensor& x) {
+  if (bias) check_tensor(op, argument, *bias, {layout.num_experts(), columns}, x.scalar_type(), "x", x);
 }
 
-// One pointer per expert; experts of undefined segments get null.
-inline std::vector<void*> expert_pointers(at::TensorList segments, at::TensorList shapes) {
-  std::vector<void*> pointers;
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const int64_t experts = shapes[i].size(0);
-    const bool present = segments[i].numel() > 0 || experts == 0;
-    char* data = present && experts > 0 ? static_cast<char*>(const_cast<void*>(segments[i].const_data_ptr())) : nullptr;
-    const int64_t bytes = shapes[i].size(1) * shapes[i].size(2) * static_cast<int64_t>(shapes[i].element_size());
-    for (int64_t e = 0; e < experts; ++e) pointers.push_back(present ? data + e * bytes : nullptr);
+// Whether memory holds every matrix of all segments as contiguous rows, or those of its transpose, at the same
+// distances.
+inline bool lie_in_rows(at::TensorList segments, bool transposed) {
+  const int64_t row = transposed ? 2 : 1, inner = 3 - row;
+  std::optional<c10::SymInt> distance;  // between the matrices of a segment
+  for (const at::Tensor& t : segments) {
+    if (t.sym_size(inner) > 1 && t.sym_stride(inner) != 1) return false;
+    const bool same_rows = t.sym_stride(row) == segments[0].sym_stride(row) && t.sym_stride(row) >= t.sym_size(inner);
+    if (t.sym_size(row) > 1 && !same_rows) return false;
+    if (t.sym_size(0) <= 1) continue;
+    if (distance && *distance != t.sym_stride(0)) return false;
+    distance = t.sym_stride(0);
   }
-  return pointers;
+  return true;
 }
+inline bool holds_transposes(at::TensorList segments) {
+  return !lie_in_rows(segments, false) && lie_in_rows(segments, true);
+}
+
+// The matrices of an argument, or gradients of them, for the kernels. Matrices that lie otherwise are copied.
+class MatrixOperand {
+ public:
+  explicit MatrixOperand(at::TensorList segments) : transposed_(holds_transposes(segments)) {
+    const bool readable = transposed_ || lie_in_rows(segments, false);
+    for (const at::Tensor& segment : segments) segments_.push_back(readable ? segment : segment.contiguous());
+    add_pointers(segments_);
+  }
+  // Gradients that add_gradients() made; no pointers for experts of those not needed.
+  MatrixOperand(at::TensorList gradients, const MatrixOperand& of)
+      : transposed_(of.transposed_), segments_(gradients.vec()) {
+    add_pointers(of.segments_);
+  }
+
+  int64_t rows() const { return segments_[0].size(1); }
+  int64_t columns() const { return segments_[0].size(2); }
+  size_t num_segments() const { return segments_.size(); }
+  RoutedMatrices view() const { return {pointers_.data(), stride_, expert_stride_, transposed_}; }
+
+ private:
+  void add_pointers(const std::vector<at::Tensor>& shapes) {
+    const int64_t rows = shapes[0].size(1), columns = shapes[0].size(2);
+    stride_ = transposed_ ? rows : columns;
+    expert_stride_ = rows * columns;
+    for (size_t i = 0; i < segments_.size(); ++i) {
+      const at::Tensor& segment = segments_[i];
+      const int64_t experts = shapes[i].size(0), row = transposed_ ? 2 : 1;
+      if (segment.numel() == 0) {
+        pointers_.insert(pointers_.end(), experts, nullptr);
+        continue;
+      }
+      if (segment.size(row) > 1) stride_ = segment.stride(row);
+      if (experts > 1) expert_stride_ = segment.stride(0);
+      char* const data = static_cast<char*>(const_cast<void*>(segment.const_data_ptr()));
+      const int64_t bytes = segment.stride(0) * static_cast<int64_t>(segment.element_size());
+      for (int64_t e = 0; e < experts; ++e) pointers_.push_back(data + e * bytes);
+    }
+  }
+
+  bool transposed_;
+  std::vector<at::Tensor> segments_;
+  std::vector<void*> pointers_;
+  int64_t stride_ = 0, expert_stride_ = 0;
+};
 
 // Fresh memory of any size is written at once by the kernels: large pages save most of the faults.
 inline at::Tensor empty_rows(at::SymIntArrayRef shape, const at::TensorOptions& options) {
@@ -194,6 +246,14 @@ inline at::Tensor no_tensor(const at::Tensor& like) {
 inline void* data_or_null(const at::Tensor& tensor) {
   return tensor.numel() > 0 ? tensor.data_ptr() : nullptr;
 }
+inline const void* const_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.numel() > 0 ? tensor.const_data_ptr() : nullptr;
+}
+
+// Undefined for none.
+inline at::Tensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? tensor->contiguous() : at::Tensor();
+}
 
 // ---- Two ops of one kind: X for callers, X_forward and X_backward below it ----
 //
@@ -205,7 +265,7 @@ inline void* data_or_null(const at::Tensor& tensor) {
 //   inputs                    what may require grad, undefined tensors included
 //   allocate_gradients        one for each input, an empty tensor for those not needed
 //   Params, BackwardParams    what the kernels take; Operands holds the tensors that they point into
-//   set_gradients             points BackwardParams to gradients
+//   set_gradients             points BackwardParams to gradients, and returns what the pointers need to live
 //   launch                    runs the kernels for either params
 //   forward, backward         the ops below X, called through the dispatcher
 //   autocast                  the kernel of the Autocast keys
@@ -261,14 +321,27 @@ std::vector<at::Tensor> routed_backward(const RoutedBackwardArgs<Routed>& b) {
   return gradients;
 }
 
-// A gradient for each segment of an argument; an empty tensor for those not needed.
+// A gradient for each segment of an argument, laid out as the argument is; an empty tensor for those not needed.
 inline void add_gradients(std::vector<at::Tensor>& gradients, const char* op, const char* needs_name,
                           at::TensorList segments, const c10::List<bool>& needs) {
   MFX_CHECK_ARG(needs.size() == segments.size(), op, needs_name,
                 c10::str("have one entry per segment (", segments.size(), ")"), needs.size());
+  const bool transposed = holds_transposes(segments);
   for (size_t i = 0; i < segments.size(); ++i) {
-    gradients.push_back(needs[i] ? empty_rows(segments[i].sym_sizes(), segments[i].options()) : no_tensor(segments[i]));
+    if (!needs[i]) {
+      gradients.push_back(no_tensor(segments[i]));
+      continue;
+    }
+    const c10::SymInt experts = segments[i].sym_size(0), rows = segments[i].sym_size(1),
+                      columns = segments[i].sym_size(2);
+    gradients.push_back(transposed ? empty_rows({experts, columns, rows}, segments[i].options()).transpose(1, 2)
+                                   : empty_rows({experts, rows, columns}, segments[i].options()));
   }
+}
+
+// The gradient of an argument that may be missing or not needed.
+inline at::Tensor gradient_like(const OptionalTensor& tensor, bool needed, const at::Tensor& x) {
+  return needed && tensor ? empty_rows(tensor->sym_sizes(), tensor->options()) : no_tensor(x);
 }
 
 inline c10::List<bool> slice(const c10::List<bool>& flags, size_t begin, size_t end) {

@@ -71,15 +71,17 @@ struct Rows {
 inline constexpr int kDotRows = 4;
 inline constexpr int kDotRowsAhead = 3 * kDotRows;  // prefetched; with fewer, two threads wait for memory
 
-// c[t * ldc + r] = a_t . row_r for kTokens rows of A and kDotRows of the weight, of which `valid` are wanted.
+// c[t * ldc + r] = a_t . row_r for kTokens rows of A, lda apart, and kDotRows of the weight, row_stride apart, of which
+// `valid` are wanted.
 template <int kTokens, typename S, typename A>
-inline void dot_block(std::int64_t length, const S* const* rows, int valid, const A* a, A* c, std::int64_t ldc) {
+inline void dot_block(std::int64_t length, const S* const* rows, std::int64_t row_stride, int valid, const A* a,
+                      std::int64_t lda, A* c, std::int64_t ldc) {
   Vec<A> sums[kDotRows][kTokens] = {};
   for_lanes<A>(length, [&](std::int64_t l, int lanes) {
     Vec<A> token[kTokens];
-    for (int t = 0; t < kTokens; ++t) token[t] = load_lanes_of(a + t * length + l, lanes);
+    for (int t = 0; t < kTokens; ++t) token[t] = load_lanes_of(a + t * lda + l, lanes);
     for (int r = 0; r < kDotRows; ++r) {
-      prefetch_far(rows[r] + kDotRowsAhead * length + l);
+      prefetch_far(rows[r] + kDotRowsAhead * row_stride + l);
       const Vec<A> weight = load_lanes_of(rows[r] + l, lanes);
       for (int t = 0; t < kTokens; ++t) sums[r][t] += weight * token[t];
     }
@@ -103,8 +105,12 @@ inline void multiply_few(std::int64_t m, const A* a, const Rows& rows, A* c, std
         }
         const int valid = static_cast<int>(std::min<std::int64_t>(kDotRows, rows.num_rows - first));
         std::int64_t t = 0;
-        for (; t + 2 <= m; t += 2) dot_block<2>(length, row, valid, a + t * length, c + t * ldc + first, ldc);
-        if (t < m) dot_block<1>(length, row, valid, a + t * length, c + t * ldc + first, ldc);
+        const auto dot = [&]<int kTokens>() {
+          dot_block<kTokens>(length, row, length, valid, a + t * length, length, c + t * ldc + first, ldc);
+          t += kTokens;
+        };
+        while (t + 2 <= m) dot.template operator()<2>();
+        if (t < m) dot.template operator()<1>();
       }
     });
   });

@@ -6,18 +6,21 @@
 #include "grouped_gemm/weight_grad_kernel.cuh"
 
 // X(name of the kernel, its class). A row for another architecture goes here.
-#define MFX_GROUPED_PRODUCTS(X, type, Op)                                                                        \
-  X(grouped_forward_##type##_16x32_sm80, RowProduct<Op, SmallTile, Product::kForward, true>)                     \
-  X(grouped_forward_##type##_64x128_sm80, RowProduct<Op, MediumTile, Product::kForward, true>)                   \
-  X(grouped_forward_##type##_128x128_sm80, RowProduct<Op, LargeTile, Product::kForward, true>)                   \
-  X(grouped_forward_##type##_64x128_unaligned_sm80, RowProduct<Op, MediumTile, Product::kForward, false>)        \
-  X(grouped_input_grad_##type##_64x128_sm80, RowProduct<Op, MediumTile, Product::kInputGrad, true>)              \
-  X(grouped_input_grad_##type##_128x128_sm80, RowProduct<Op, LargeTile, Product::kInputGrad, true>)              \
-  X(grouped_input_grad_##type##_64x128_unaligned_sm80, RowProduct<Op, MediumTile, Product::kInputGrad, false>)   \
-  X(grouped_hidden_grad_##type##_64x128_sm80, RowProduct<Op, MediumTile, Product::kHiddenGrad, true>)            \
-  X(grouped_hidden_grad_##type##_128x128_sm80, RowProduct<Op, LargeTile, Product::kHiddenGrad, true>)            \
-  X(grouped_hidden_grad_##type##_64x128_unaligned_sm80, RowProduct<Op, MediumTile, Product::kHiddenGrad, false>) \
-  X(grouped_weight_grad_##type##_128x128_sm80, WeightGrad<Op, LargeTile, true>)                                  \
+#define MFX_GROUPED_TILES(X, name, Op, product, transposed)                              \
+  X(grouped_##name##_64x128_sm80, RowProduct<Op, MediumTile, product, transposed, true>) \
+  X(grouped_##name##_128x128_sm80, RowProduct<Op, LargeTile, product, transposed, true>) \
+  X(grouped_##name##_64x128_unaligned_sm80, RowProduct<Op, MediumTile, product, transposed, false>)
+
+#define MFX_GROUPED_PRODUCTS(X, type, Op)                                                                     \
+  X(grouped_forward_##type##_16x32_sm80, RowProduct<Op, SmallTile, Product::kForward, false, true>)           \
+  MFX_GROUPED_TILES(X, forward_##type, Op, Product::kForward, false)                                          \
+  MFX_GROUPED_TILES(X, input_grad_##type, Op, Product::kInputGrad, false)                                     \
+  MFX_GROUPED_TILES(X, hidden_grad_##type, Op, Product::kHiddenGrad, false)                                   \
+  X(grouped_forward_transposed_##type##_16x32_sm80, RowProduct<Op, SmallTile, Product::kForward, true, true>) \
+  MFX_GROUPED_TILES(X, forward_transposed_##type, Op, Product::kForward, true)                                \
+  MFX_GROUPED_TILES(X, input_grad_transposed_##type, Op, Product::kInputGrad, true)                           \
+  MFX_GROUPED_TILES(X, hidden_grad_transposed_##type, Op, Product::kHiddenGrad, true)                         \
+  X(grouped_weight_grad_##type##_128x128_sm80, WeightGrad<Op, LargeTile, true>)                               \
   X(grouped_weight_grad_##type##_64x128_unaligned_sm80, WeightGrad<Op, MediumTile, false>)
 
 #define MFX_GROUPED_KERNEL(name, ...)                                                                                \
@@ -51,6 +54,7 @@ ProductInstance describe(const char* name, Kernel* kernel) {
   return {name,
           reinterpret_cast<const void*>(kernel),
           P::kProduct,
+          P::kTransposed,
           Shape::kRows,
           Shape::kColumns,
           Shape::kColumnsPerWarp,

@@ -12,6 +12,7 @@ struct ProductInstance {
   const char* name;
   const void* kernel;
   Product product;
+  bool transposed;                      // memory holds the rows of the matrices' transposes
   int rows, columns, columns_per_warp;  // of its tiles
   bool aligned;                         // operands, and rows on the way out, lie at multiples of 16 bytes
   int arch;                             // the first it runs on, 10 times its compute capability
@@ -39,11 +40,12 @@ inline int rows_of_tile(Product product, bool aligned, std::int64_t slots, std::
 
 // The instance with tiles of this height, of the newest architecture that a device of this compute capability, times
 // 10, has; null where there is none.
-inline const ProductInstance* choose_instance(const Instances& table, Product product, int rows, bool aligned,
-                                              int capability) {
+inline const ProductInstance* choose_instance(const Instances& table, Product product, bool transposed, int rows,
+                                              bool aligned, int capability) {
   const ProductInstance* best = nullptr;
   for (const ProductInstance* i = table.first; i != table.first + table.count; ++i) {
-    const bool serves = i->product == product && i->rows == rows && i->aligned == aligned && i->arch <= capability;
+    const bool serves = i->product == product && i->transposed == transposed && i->rows == rows &&
+                        i->aligned == aligned && i->arch <= capability;
     if (serves && (best == nullptr || i->arch > best->arch)) best = i;
   }
   return best;

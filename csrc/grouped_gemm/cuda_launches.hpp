@@ -15,7 +15,7 @@ inline bool sums_choices(const RoutedLayout& layout, RowOrder order) {
   return order == RowOrder::kToken && layout.num_choices > 1;
 }
 
-bool any(void* const* pointers, std::int64_t n);
+bool any(const RoutedMatrices& matrices, std::int64_t n);
 
 // Launches on one stream, for one layout and dtype. After a failure nothing further is launched.
 class Launches {
@@ -31,18 +31,22 @@ class Launches {
   }
   // Where a product's rows go: contiguous to `out`, times their gates (or null), or, with `rows`, there for combine().
   void write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, float* rows);
-  // [rows, columns] matrices, one pointer per expert.
-  ExpertMatrices matrices(const void* const* pointers, std::int64_t rows, std::int64_t columns);
+  // [rows, columns] matrices.
+  ExpertMatrices matrices(const RoutedMatrices& matrices, std::int64_t rows, std::int64_t columns);
 
   // rows, depth, matrices, columns and what the product's way out needs are the caller's; the rest is filled in.
-  // With grad_gates, the dots are summed into it.
-  void row_product(Product product, RowProductParams params, void* grad_gates = nullptr);
-  void weight_grad(const RowMap& x, const RowMap& grad, void* const* grad_weight, std::int64_t in_features,
+  // With grad_gates, the dots and those of the biases (or null) are summed into it.
+  void row_product(Product product, RowProductParams params, void* grad_gates = nullptr,
+                   const float* bias_dots = nullptr);
+  void weight_grad(const RowMap& x, const RowMap& grad, const RoutedMatrices& grad_weight, std::int64_t in_features,
                    std::int64_t out_features);
   // out <- sum over the choices of gates * rows, which a product was told to write; nothing without rows.
   void combine(const float* rows, const void* gates, void* out, std::int64_t columns);
   void scale(const RowMap& x, const void* gates, char* to, std::int64_t columns);
   void activation_grad(const ActivationGradRows& rows, const RowMap& grad, const void* gates, void* grad_gates);
+  // Nothing where `to` is null.
+  void bias_dots(const RowMap& grad, const void* bias, float* to, std::int64_t columns);
+  void bias_grad(const RowMap& grad, const void* gates, void* to, std::int64_t columns);
 
  private:
   RowMap map(const RoutedRows& rows, std::int64_t element_bytes);
@@ -50,7 +54,7 @@ class Launches {
   bool aligned(const RowMap& map) const;
   bool aligned(const ExpertMatrices& matrices) const;
   bool aligned(const void* data, std::int64_t columns) const;
-  const ProductInstance& choose(Product product, bool aligned);
+  const ProductInstance& choose(Product product, bool transposed, bool aligned);
   void launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params);
   int pointwise_blocks(std::int64_t rows) const;
   // Refuses more; `what` reads "<argument> must ...".

@@ -1,12 +1,12 @@
-// What happens to a finished block of a product, [rows, kPanel] in the accumulation type: activation, its backward,
-// and the way out to rows in token, slot or expert order.
+// What happens to a finished block of a product, [rows, kPanel] in the accumulation type: bias, activation, its
+// backward, and the way out to rows in token, slot or expert order.
 #pragma once
 
 #include "core/brgemm.hpp"
 #include "core/parallel.hpp"
 #include "core/scratch.hpp"
 #include "grouped_gemm/activation.hpp"
-#include "grouped_gemm/pack.hpp"
+#include "grouped_gemm/products.hpp"
 
 namespace mfx::MFX_ISA {
 
@@ -20,6 +20,15 @@ inline void dispatch_types(DType dtype, F f) {
     case DType::kBFloat16:
       if (brgemm_available_bf16()) return f.template operator()<BFloat16, BFloat16>();
       return f.template operator()<BFloat16, float>();
+  }
+}
+
+// Adds the same row to all rows of a block.
+template <typename T, typename Acc>
+void add_to_rows(const T* row, std::int64_t rows, int columns, Acc* c) {
+  for (int j = 0; j < columns; j += kWidth<Acc>) {
+    const Vec<Acc> v = load_columns(row, j, columns);
+    for (std::int64_t r = 0; r < rows; ++r) store(c + r * kPanel + j, load(c + r * kPanel + j) + v);
   }
 }
 
@@ -93,17 +102,17 @@ class RowTarget {
     if (sums_) rows_ = Scratch<Acc>(layout.num_slots() * columns);
   }
 
-  void write(std::int64_t p, std::int64_t rows, std::int64_t first_column, int columns, const Acc* c) const {
-    for (std::int64_t r = 0; r < rows; ++r, c += kPanel) {
+  void write(const BlockAt& at, const Acc* c) const {
+    for (std::int64_t p = at.position; p < at.position + at.rows; ++p, c += kPanel) {
       if (sums_) {
-        Acc* row = rows_.data() + (p + r) * columns_ + first_column;
-        for (int j = 0; j < columns; j += kWidth<Acc>) store_columns(row, j, columns, load(c + j));
+        Acc* row = rows_.data() + p * columns_ + at.column;
+        for (int j = 0; j < at.columns; j += kWidth<Acc>) store_columns(row, j, at.columns, load(c + j));
         continue;
       }
-      const std::int64_t slot = layout_.slot_order[p + r];
-      T* row = out_ + (in_expert_order_ ? p + r : slot) * stride_ + first_column;
+      const std::int64_t slot = layout_.slot_order[p];
+      T* row = out_ + (in_expert_order_ ? p : slot) * stride_ + at.column;
       const Acc gate = gates_ != nullptr ? gates_[slot] : Acc(1);
-      for (int j = 0; j < columns; j += kWidth<Acc>) store_columns(row, j, columns, gate * load(c + j));
+      for (int j = 0; j < at.columns; j += kWidth<Acc>) store_columns(row, j, at.columns, gate * load(c + j));
     }
   }
 
@@ -146,16 +155,21 @@ class GateGradient {
   void add(std::int64_t p, std::int64_t first_column, Acc dot) const {
     if (wanted()) partial_.data()[first_column / kPanel * layout_.num_slots() + p] = dot;
   }
-  void finish() const {
+  // Also adds dot(p) to the gradient of each position's gate.
+  template <typename Dot>
+  void finish(Dot dot) const {
     if (!wanted()) return;
     const std::int64_t slots = layout_.num_slots();
     parallel_for(slots, 1024, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t p = begin; p < end; ++p) {
-        Acc sum = 0;
+        Acc sum = dot(p);
         for (std::int64_t block = 0; block < blocks_; ++block) sum += partial_.data()[block * slots + p];
         out_[layout_.slot_order[p]] = sum;
       }
     });
+  }
+  void finish() const {
+    finish([](std::int64_t) { return Acc(0); });
   }
 
  private:

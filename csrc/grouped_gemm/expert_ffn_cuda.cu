@@ -27,7 +27,7 @@ std::int64_t up_columns(const ExpertFfnParams& p) {
 
 struct BackwardMemory {
   char *grad_hidden, *gated = nullptr;
-  float *dots = nullptr, *rows = nullptr;
+  float *dots = nullptr, *bias_dots = nullptr, *rows = nullptr;
   std::int64_t bytes;
 
   explicit BackwardMemory(const ExpertFfnBackwardParams& p) {
@@ -36,7 +36,10 @@ struct BackwardMemory {
     Workspace memory(p.workspace);
     grad_hidden = memory.take<char>(row_elements * up_columns(f));
     if (any(p.grad_down, f.layout.num_experts)) gated = memory.take<char>(row_elements * f.hidden_features);
-    if (p.grad_gates != nullptr) dots = memory.take<float>(num_dots(f.layout, f.hidden_features));
+    if (p.grad_gates != nullptr) {
+      dots = memory.take<float>(num_dots(f.layout, f.hidden_features));
+      if (f.down_bias != nullptr) bias_dots = memory.take<float>(f.layout.num_slots());
+    }
     if (p.grad_x != nullptr && sums_choices(f.layout, RowOrder::kToken)) {
       rows = memory.take<float>(f.layout.num_slots() * f.model_features);
     }
@@ -67,6 +70,7 @@ Status mfx_expert_ffn_cuda(const ExpertFfnParams& p, Stream stream) {
   up.columns = static_cast<std::int32_t>(p.hidden_features);
   up.matrices = launches.matrices(p.up, p.model_features, up_columns(p));
   up.activation = p.activation;
+  up.bias = static_cast<const char*>(p.up_bias);
   up.hidden = static_cast<char*>(p.hidden);
   up.out = activated;
   launches.row_product(Product::kForward, up);
@@ -76,6 +80,7 @@ Status mfx_expert_ffn_cuda(const ExpertFfnParams& p, Stream stream) {
   down.depth = static_cast<std::int32_t>(p.hidden_features);
   down.columns = static_cast<std::int32_t>(p.model_features);
   down.matrices = launches.matrices(p.down, p.hidden_features, p.model_features);
+  down.bias = static_cast<const char*>(p.down_bias);
   launches.write_to(&down, p.out, RowOrder::kToken, p.gates, memory.rows);
   launches.row_product(Product::kForward, down);
   launches.combine(memory.rows, p.gates, p.out, p.model_features);
@@ -98,8 +103,11 @@ Status mfx_expert_ffn_backward_cuda(const ExpertFfnBackwardParams& p, Stream str
   through_down.hidden_grad = {f.activation, through_down.columns, static_cast<const char*>(f.hidden),
                               memory.grad_hidden, memory.gated};
   through_down.dots = memory.dots;
-  launches.row_product(Product::kHiddenGrad, through_down, p.grad_gates);
+  launches.bias_dots(grad, f.down_bias, memory.bias_dots, f.model_features);
+  launches.row_product(Product::kHiddenGrad, through_down, p.grad_gates, memory.bias_dots);
 
+  launches.bias_grad(grad, f.gates, p.grad_down_bias, f.model_features);
+  launches.bias_grad(grad_hidden, nullptr, p.grad_up_bias, up_columns(f));
   if (any(p.grad_down, f.layout.num_experts)) {
     launches.weight_grad(launches.map(memory.gated, RowOrder::kExpert, f.hidden_features), grad, p.grad_down,
                          f.hidden_features, f.model_features);

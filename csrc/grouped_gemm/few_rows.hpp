@@ -1,15 +1,17 @@
 // The expert product for decoding, when an expert has a handful of rows: multiply_few_rows, beside multiply_experts
 // of products.hpp and with the same epilogue.
 //
-// The time is that of reading the matrices once, so they are read as they lie in memory, never packed: a task takes
-// consecutive whole rows of one matrix and adds x[r, i] W[i, :] to its own sums, eight matrix rows at a time, which
-// touches the sums, in the first-level cache, once per eight; the next eight are prefetched in step. The last task
-// of an expert adds the sums up, in order, and hands them to the epilogue.
+// The time is that of reading the matrices once, so they are read as they lie in memory, never packed. Where memory
+// holds rows of W, a task takes consecutive whole rows of one matrix and adds x[r, i] W[i, :] to its own sums, eight
+// matrix rows at a time, which touches the sums, in the first-level cache, once per eight; the next eight are
+// prefetched in step. The last task of an expert adds the sums up, in order, and hands them to the epilogue. Where
+// memory holds columns of W, a task takes a panel of them and every sum is one dot product.
 #pragma once
 
 #include <atomic>
 #include <vector>
 
+#include "core/dot_rows.hpp"
 #include "core/parallel.hpp"
 #include "core/prefetch.hpp"
 #include "core/scratch.hpp"
@@ -102,17 +104,19 @@ inline void add_row_groups(std::int64_t rows, const Accumulate<T>* x, std::int64
 // y = x[:, 0..depth) W[0..depth, :], columns in the order of load_pair.
 template <typename T>
 void multiply_rows(std::int64_t rows, const Accumulate<T>* x, std::int64_t x_stride, const T* matrix,
-                   std::int64_t depth, std::int64_t columns, Accumulate<T>* y, std::int64_t y_stride) {
+                   std::int64_t matrix_stride, std::int64_t depth, std::int64_t columns, Accumulate<T>* y,
+                   std::int64_t y_stride) {
   std::fill_n(y, rows * y_stride, Accumulate<T>(0));
   const std::int64_t strip = rows <= 2 ? columns : kFewRowsStrip;
   for (std::int64_t begin = 0; begin < columns; begin += strip) {
     const std::int64_t end = std::min(columns, begin + strip);
     std::int64_t k = 0;
     for (; k + kFewRowsDepth <= depth; k += kFewRowsDepth) {
-      add_row_groups<kFewRowsDepth>(rows, x + k, x_stride, matrix + k * columns, columns, begin, end, y, y_stride);
+      add_row_groups<kFewRowsDepth>(rows, x + k, x_stride, matrix + k * matrix_stride, matrix_stride, begin, end, y,
+                                    y_stride);
     }
     for (; k < depth; ++k) {
-      add_row_groups<1>(rows, x + k, x_stride, matrix + k * columns, columns, begin, end, y, y_stride);
+      add_row_groups<1>(rows, x + k, x_stride, matrix + k * matrix_stride, matrix_stride, begin, end, y, y_stride);
     }
   }
 }
@@ -139,8 +143,8 @@ void add_chunks(Accumulate<T>* sums, std::int64_t chunks, std::int64_t rows, std
 }
 
 template <int kParts, typename T, typename Epilogue>
-void multiply_few_rows(const RoutedLayout& layout, const Operand<Accumulate<T>>& a, std::int64_t in_features,
-                       const void* const* weight, std::int64_t out_features, Epilogue epilogue) {
+void multiply_few_rows_by_rows(const RoutedLayout& layout, const Operand<Accumulate<T>>& a, std::int64_t in_features,
+                               const RoutedMatrices& weight, std::int64_t out_features, Epilogue epilogue) {
   using Acc = Accumulate<T>;
   const auto blocks = expert_blocks(layout, kPanel);
   const std::int64_t row_bytes = std::max<std::int64_t>(1, out_features) * static_cast<std::int64_t>(sizeof(T));
@@ -158,7 +162,7 @@ void multiply_few_rows(const RoutedLayout& layout, const Operand<Accumulate<T>>&
     const std::int64_t chunk = task % chunks, first = chunk * depth;
     Acc* const block_sums = sums.data() + block.begin * chunks * stride;
     multiply_rows(block.rows, a.data + block.begin * a.stride + first, a.stride,
-                  static_cast<const T*>(weight[block.expert]) + first * out_features,
+                  static_cast<const T*>(weight.data[block.expert]) + first * weight.stride, weight.stride,
                   std::min(depth, in_features - first), out_features, block_sums + chunk * block.rows * stride, stride);
     if (unfinished[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
 
@@ -174,9 +178,64 @@ void multiply_few_rows(const RoutedLayout& layout, const Operand<Accumulate<T>>&
           std::copy_n(row, columns, parts[part] + r * kPanel);
         }
       }
-      epilogue(block.begin, block.rows, n, columns, parts);
+      epilogue({block.expert, block.begin, block.rows, n, columns}, parts);
     }
   });
+}
+
+// Rows of x that one pass over a column of W serves.
+inline constexpr int kFewRowsDots = kVectorRegisters == 32 ? 4 : 2;
+
+// c[r, j] = x_r . column_j for the block's rows and `columns` columns, which lie `stride` apart.
+template <typename T>
+void dot_columns(std::int64_t rows, const Accumulate<T>* x, std::int64_t x_stride, const T* matrix, std::int64_t stride,
+                 std::int64_t depth, int columns, Accumulate<T>* c) {
+  for (int j = 0; j < columns; j += kDotRows) {
+    const T* column[kDotRows];  // beyond the end, the last one again
+    for (int i = 0; i < kDotRows; ++i) column[i] = matrix + std::min(j + i, columns - 1) * stride;
+    const int valid = std::min(kDotRows, columns - j);
+    std::int64_t r = 0;
+    const auto dot = [&]<int kRows>() {
+      dot_block<kRows>(depth, column, stride, valid, x + r * x_stride, x_stride, c + r * kPanel + j, kPanel);
+      r += kRows;
+    };
+    while (r + kFewRowsDots <= rows) dot.template operator()<kFewRowsDots>();
+    while (r + 2 <= rows) dot.template operator()<2>();
+    if (r < rows) dot.template operator()<1>();
+  }
+}
+
+template <int kParts, typename T, typename Epilogue>
+void multiply_few_rows_by_columns(const RoutedLayout& layout, const Operand<Accumulate<T>>& a, std::int64_t in_features,
+                                  const RoutedMatrices& weight, std::int64_t out_features, Epilogue epilogue) {
+  using Acc = Accumulate<T>;
+  const auto blocks = expert_blocks(layout, kPanel);
+  const std::int64_t limit = out_features / kParts, panels = (limit + kPanel - 1) / kPanel;
+  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * panels, [&](std::int64_t task) {
+    const ExpertBlock& block = blocks[static_cast<std::size_t>(task / panels)];
+    const std::int64_t n = task % panels * kPanel;
+    const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, limit - n));
+    Acc* const c = static_cast<Acc*>(thread_scratch(kParts * block.rows * kPanel * sizeof(Acc)));
+    Acc* parts[2] = {};
+    for (int part = 0; part < kParts; ++part) {
+      parts[part] = c + part * block.rows * kPanel;
+      dot_columns(block.rows, a.data + block.begin * a.stride, a.stride,
+                  static_cast<const T*>(weight.data[block.expert]) + (part * limit + n) * weight.stride, weight.stride,
+                  in_features, columns, parts[part]);
+    }
+    epilogue({block.expert, block.begin, block.rows, n, columns}, parts);
+  });
+}
+
+template <int kParts, typename T, typename Epilogue>
+void multiply_few_rows(const RoutedLayout& layout, const RoutedRows& rows, std::int64_t in_features,
+                       const RoutedMatrices& weight, std::int64_t out_features, Epilogue epilogue) {
+  const auto a = gather_operand<T, Accumulate<T>>(layout, rows, in_features);
+  if (weight.transposed) {
+    multiply_few_rows_by_columns<kParts, T>(layout, a, in_features, weight, out_features, epilogue);
+  } else {
+    multiply_few_rows_by_rows<kParts, T>(layout, a, in_features, weight, out_features, epilogue);
+  }
 }
 
 }  // namespace mfx::MFX_ISA

@@ -25,7 +25,7 @@ struct ForwardMemory {
 
 struct BackwardMemory {
   char *grad_hidden = nullptr, *scaled = nullptr;
-  float *dots = nullptr, *rows = nullptr;
+  float *dots = nullptr, *bias_dots = nullptr, *rows = nullptr;
   std::int64_t bytes;
 
   explicit BackwardMemory(const GroupedGemmBackwardParams& p) {
@@ -34,7 +34,10 @@ struct BackwardMemory {
     const bool activated = f.activation.function != Activation::kNone;
     Workspace memory(p.workspace);
     if (activated) grad_hidden = memory.take<char>(row_elements * f.out_features);
-    if (!activated && p.grad_gates != nullptr) dots = memory.take<float>(num_dots(f.layout, f.in_features));
+    if (!activated && p.grad_gates != nullptr) {
+      dots = memory.take<float>(num_dots(f.layout, f.in_features));
+      if (f.bias != nullptr) bias_dots = memory.take<float>(f.layout.num_slots());
+    }
     if (p.grad_x != nullptr && sums_choices(f.layout, f.x.order))
       rows = memory.take<float>(f.layout.num_slots() * f.in_features);
     if (!activated && f.gates != nullptr && any(p.grad_weight, f.layout.num_experts)) {
@@ -66,6 +69,7 @@ Status mfx_grouped_gemm_cuda(const GroupedGemmParams& p, Stream stream) {
   product.columns = static_cast<std::int32_t>(columns);
   product.matrices = launches.matrices(p.weight, p.in_features, p.out_features);
   product.activation = p.activation;
+  product.bias = static_cast<const char*>(p.bias);
   product.hidden = static_cast<char*>(p.hidden);
   launches.write_to(&product, p.out, p.out_order, p.gates, memory.rows);
   launches.row_product(Product::kForward, product);
@@ -88,21 +92,24 @@ Status mfx_grouped_gemm_backward_cuda(const GroupedGemmBackwardParams& p, Stream
     grad = launches.map(memory.grad_hidden, RowOrder::kExpert, f.out_features);
   }
   const RowMap x = launches.map(f.x);
+  const void* const gates = activated ? nullptr : f.gates;
   if (p.grad_x != nullptr || memory.dots != nullptr) {
     RowProductParams product = {};
     product.rows = grad;
     product.depth = static_cast<std::int32_t>(f.out_features);
     product.columns = static_cast<std::int32_t>(f.in_features);
     product.matrices = launches.matrices(f.weight, f.in_features, f.out_features);
-    const void* gates = activated ? nullptr : f.gates;
     if (p.grad_x != nullptr) launches.write_to(&product, p.grad_x, f.x.order, gates, memory.rows);
     if (memory.dots != nullptr) {
       product.x = x;
       product.dots = memory.dots;
     }
-    launches.row_product(Product::kInputGrad, product, memory.dots != nullptr ? p.grad_gates : nullptr);
+    launches.bias_dots(grad, f.bias, memory.bias_dots, f.out_features);
+    launches.row_product(Product::kInputGrad, product, memory.dots != nullptr ? p.grad_gates : nullptr,
+                         memory.bias_dots);
     launches.combine(memory.rows, gates, p.grad_x, f.in_features);
   }
+  launches.bias_grad(grad, gates, p.grad_bias, f.out_features);
   if (any(p.grad_weight, f.layout.num_experts)) {
     RowMap left = x;
     if (memory.scaled != nullptr) {

@@ -44,6 +44,7 @@ struct ExpertMatrices {
   char* data[kMaxSegments];
   std::int32_t first_expert[kMaxSegments];
   std::int32_t segments;
+  bool transposed;  // memory holds the rows of the transposes
   std::int64_t row_bytes, matrix_bytes;
 
   __device__ char* operator[](std::int32_t expert) const {
@@ -71,7 +72,7 @@ struct ActivationGradRows {
 };
 
 // y_p = x_p B_e(p) for every position p, and what happens to it on the way out:
-//   forward      x W          out <- gate * activation(y), hidden <- y
+//   forward      x W          y <- y + bias, out <- gate * activation(y), hidden <- y
 //   input grad   g W^T        out <- gate * y, dots <- <y, x>
 //   hidden grad  g D^T        y is the gradient of a = gate * activation(h): see ActivationGradRows; dots <- <y, a /
 //   gate>
@@ -88,6 +89,7 @@ struct RowProductParams {
   const std::int32_t* slot_order;  // position -> slot
   const float* gates;              // by slot, or null
   ActivationSpec activation;       // forward
+  const char* bias;                // forward: [num_experts, columns], or [num_experts, 2 columns] if gated; or null
   char* hidden;                    // forward: [S, columns], or [S, 2 columns] if gated, in expert order; or null
   RowMap x;                        // input grad with dots
   ActivationGradRows hidden_grad;
@@ -134,8 +136,28 @@ struct ActivationGradParams {
   std::int32_t slots;
 };
 
-// grad_gates[slot of p] = sum over the groups of columns, in their order, of dots[group][p].
+// dots_p = <grad_p, bias of the expert of p>.
+struct BiasDotParams {
+  const std::int32_t *offsets, *slot_order;
+  std::int32_t num_experts;
+  RowMap grad;
+  const char* bias;  // [num_experts, columns]
+  float* dots;       // [S]
+  std::int32_t slots, columns;
+};
+
+// grad_bias_e = sum over the positions p of expert e of gate * grad_p.
+struct BiasGradParams {
+  const std::int32_t *offsets, *slot_order;
+  RowMap grad;
+  const float* gates;  // or null
+  char* grad_bias;     // [num_experts, columns]
+  std::int32_t columns;
+};
+
+// grad_gates[slot of p] = bias_dots[p] + sum over the groups of columns, in their order, of dots[group][p].
 struct GateGradParams {
+  const float* bias_dots;  // or null
   const float* dots;
   const std::int32_t* slot_order;
   float* grad_gates;

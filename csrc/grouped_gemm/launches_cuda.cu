@@ -25,7 +25,8 @@ const KernelList kListed("grouped_gemm", [](const char* op, KernelSink sink, voi
     for (int i = 0; i < table.count; ++i) sink(context, op, table.first[i].name, table.first[i].arch);
   }
 });
-MFX_LIST_KERNELS(kListedSteps, "grouped_gemm", 80, "combine", "scale", "activation_grad", "sum_gate_grads");
+MFX_LIST_KERNELS(kListedSteps, "grouped_gemm", 80, "combine", "scale", "activation_grad", "bias_dots", "bias_grad",
+                 "sum_gate_grads");
 
 constexpr std::int64_t kMaxInt = std::numeric_limits<std::int32_t>::max();
 
@@ -47,8 +48,9 @@ void dispatch(DType dtype, bool aligned, F f) {
 
 }  // namespace
 
-bool any(void* const* pointers, std::int64_t n) {
-  return pointers != nullptr && std::any_of(pointers, pointers + n, [](const void* p) { return p != nullptr; });
+bool any(const RoutedMatrices& matrices, std::int64_t n) {
+  return matrices.data != nullptr &&
+         std::any_of(matrices.data, matrices.data + n, [](const void* matrix) { return matrix != nullptr; });
 }
 
 Launches::Launches(DType dtype, bool allow_tf32, const RoutedLayout& layout, Stream stream)
@@ -100,14 +102,15 @@ void Launches::write_to(RowProductParams* product, void* out, RowOrder order, co
   product->out_unrounded = true;
 }
 
-ExpertMatrices Launches::matrices(const void* const* pointers, std::int64_t rows, std::int64_t columns) {
+ExpertMatrices Launches::matrices(const RoutedMatrices& matrices, std::int64_t rows, std::int64_t columns) {
   ExpertMatrices result = {};
-  result.row_bytes = columns * element_size(dtype_);
-  result.matrix_bytes = rows * result.row_bytes;
+  result.transposed = matrices.transposed;
+  result.row_bytes = matrices.stride * element_size(dtype_);
+  result.matrix_bytes = matrices.expert_stride * element_size(dtype_);
   require_at_most((1 << 28) - 1, std::max(rows, columns), "weight must have rows and columns of");
   const char* expected = nullptr;  // where the next matrix of the current segment lies
   for (std::int64_t e = 0; e < layout_.num_experts; ++e) {
-    const char* matrix = static_cast<const char*>(pointers[e]);
+    const char* matrix = static_cast<const char*>(matrices.data[e]);
     if (result.segments == 0 || matrix != expected) {
       require_at_most(ExpertMatrices::kMaxSegments, result.segments + 1,
                       "weight must lie in runs of matrices at one distance, which must number");
@@ -132,10 +135,10 @@ bool Launches::aligned(const void* data, std::int64_t columns) const {
   return multiple_of_16(data) && columns * element_size(dtype_) % 16 == 0;
 }
 
-const ProductInstance& Launches::choose(Product product, bool aligned) {
+const ProductInstance& Launches::choose(Product product, bool transposed, bool aligned) {
   if (!aligned) slow_ = "rows of a tensor do not begin at multiples of 16 bytes and are read element by element";
   const int rows = rows_of_tile(product, aligned, layout_.num_slots(), layout_.num_experts);
-  if (const auto* chosen = choose_instance(instances_, product, rows, aligned, capability_)) return *chosen;
+  if (const auto* chosen = choose_instance(instances_, product, transposed, rows, aligned, capability_)) return *chosen;
   if (status_.ok()) {
     status_ = refusal("x must lie on a GPU of compute capability 8.0 or newer for the CUDA kernels, got " +
                       std::to_string(capability_ / 10) + "." + std::to_string(capability_ % 10));
@@ -156,7 +159,7 @@ int Launches::pointwise_blocks(std::int64_t rows) const {
       std::min<std::int64_t>(ceil_div(rows * 32, kPointwiseThreads), processors_ * (2048 / kPointwiseThreads)));
 }
 
-void Launches::row_product(Product product, RowProductParams params, void* grad_gates) {
+void Launches::row_product(Product product, RowProductParams params, void* grad_gates, const float* bias_dots) {
   const std::int64_t slots = layout_.num_slots();
   if (!status_.ok() || slots == 0) return;
   params.offsets = layout_.offsets;
@@ -164,10 +167,12 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
   params.slot_order = layout_.slot_order;
   params.slots = static_cast<std::int32_t>(slots);
   const ActivationGradRows& hidden_grad = params.hidden_grad;
-  const ProductInstance& instance = choose(
-      product, aligned(params.rows) && aligned(params.matrices) && aligned(params.out) && aligned(params.x) &&
-                   aligned(params.hidden, params.columns) && aligned(hidden_grad.hidden, params.columns) &&
-                   aligned(hidden_grad.grad_hidden, params.columns) && aligned(hidden_grad.gated, params.columns));
+  const bool all_aligned = aligned(params.rows) && aligned(params.matrices) && aligned(params.out) &&
+                           aligned(params.x) && aligned(params.bias, params.columns) &&
+                           aligned(params.hidden, params.columns) && aligned(hidden_grad.hidden, params.columns) &&
+                           aligned(hidden_grad.grad_hidden, params.columns) &&
+                           aligned(hidden_grad.gated, params.columns);
+  const ProductInstance& instance = choose(product, params.matrices.transposed, all_aligned);
   const std::int64_t folded = product == Product::kForward && params.activation.gated ? 2 : 1;
   const std::int64_t column_tiles = ceil_div(params.columns * folded, instance.columns);
   const std::int64_t row_tiles = slots / instance.rows + std::min(slots, layout_.num_experts);  // at most
@@ -176,11 +181,12 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
   if (grad_gates == nullptr || !status_.ok()) return;
   const auto groups = static_cast<std::int32_t>(ceil_div(params.columns, instance.columns_per_warp));
   status_ = launch(sum_gate_grads, pointwise_blocks(ceil_div(slots, 32)), kPointwiseThreads, 0, stream_,
-                   {params.dots, layout_.slot_order, static_cast<float*>(grad_gates), groups, params.slots});
+                   {bias_dots, params.dots, layout_.slot_order, static_cast<float*>(grad_gates), groups, params.slots});
 }
 
-void Launches::weight_grad(const RowMap& x, const RowMap& grad, void* const* grad_weight, std::int64_t in_features,
-                           std::int64_t out_features) {
+void Launches::weight_grad(const RowMap& x, const RowMap& grad, const RoutedMatrices& grad_weight,
+                           std::int64_t in_features, std::int64_t out_features) {
+  if (grad_weight.transposed) return weight_grad(grad, x, grad_weight.transpose(), out_features, in_features);
   const WeightGradParams params{layout_.offsets,
                                 layout_.slot_order,
                                 static_cast<std::int32_t>(layout_.num_experts),
@@ -190,7 +196,7 @@ void Launches::weight_grad(const RowMap& x, const RowMap& grad, void* const* gra
                                 grad,
                                 matrices(grad_weight, in_features, out_features)};
   const ProductInstance& instance =
-      choose(Product::kWeightGrad, aligned(x) && aligned(grad) && aligned(params.grad_weight));
+      choose(Product::kWeightGrad, /*transposed=*/false, aligned(x) && aligned(grad) && aligned(params.grad_weight));
   const std::int64_t tiles =
       ceil_div(in_features, instance.rows) * ceil_div(out_features, instance.columns) * layout_.num_experts;
   require_at_most(kMaxInt, tiles, "weight must have tiles numbering");
@@ -241,6 +247,40 @@ void Launches::activation_grad(const ActivationGradRows& rows, const RowMap& gra
                            aligned(rows.grad_hidden, rows.columns) && aligned(rows.gated, rows.columns);
   dispatch(dtype_, all_aligned, [&](auto element, auto aligned) {
     status_ = launch(grouped::activation_grad<decltype(element), decltype(aligned)::value>, pointwise_blocks(slots),
+                     kPointwiseThreads, 0, stream_, params);
+  });
+}
+
+void Launches::bias_dots(const RowMap& grad, const void* bias, float* to, std::int64_t columns) {
+  const std::int64_t slots = layout_.num_slots();
+  if (!status_.ok() || slots == 0 || to == nullptr) return;
+  const BiasDotParams params{layout_.offsets,
+                             layout_.slot_order,
+                             static_cast<std::int32_t>(layout_.num_experts),
+                             grad,
+                             static_cast<const char*>(bias),
+                             to,
+                             static_cast<std::int32_t>(slots),
+                             static_cast<std::int32_t>(columns)};
+  dispatch(dtype_, aligned(grad) && aligned(bias, columns), [&](auto element, auto aligned) {
+    status_ = launch(grouped::bias_dots<decltype(element), decltype(aligned)::value>, pointwise_blocks(slots),
+                     kPointwiseThreads, 0, stream_, params);
+  });
+}
+
+void Launches::bias_grad(const RowMap& grad, const void* gates, void* to, std::int64_t columns) {
+  if (!status_.ok() || to == nullptr) return;
+  const BiasGradParams params{layout_.offsets,
+                              layout_.slot_order,
+                              grad,
+                              static_cast<const float*>(gates),
+                              static_cast<char*>(to),
+                              static_cast<std::int32_t>(columns)};
+  const std::int64_t blocks = ceil_div(columns, 32 * kVector) * layout_.num_experts;
+  require_at_most(kMaxInt, blocks, "bias must have pieces of 128 columns numbering");
+  if (!status_.ok()) return;
+  dispatch(dtype_, aligned(grad) && aligned(to, columns), [&](auto element, auto aligned) {
+    status_ = launch(grouped::bias_grad<decltype(element), decltype(aligned)::value>, static_cast<unsigned>(blocks),
                      kPointwiseThreads, 0, stream_, params);
   });
 }

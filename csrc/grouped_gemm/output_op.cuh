@@ -41,26 +41,49 @@ struct OutRows {
   }
 };
 
+// The bias of a tile's expert at this lane's columns, and at their partners'.
+template <typename T, bool kFolded, bool kAligned>
+struct Bias {
+  const char* const data;  // or null
+  const std::int64_t half_bytes;
+
+  __device__ Bias(const RowProductParams& p, const RowTile& tile, int column)
+      : data(p.bias == nullptr ? nullptr
+                               : p.bias + (std::int64_t{tile.expert} * p.columns * (kFolded ? 2 : 1) + column) *
+                                              static_cast<std::int64_t>(sizeof(T))),
+        half_bytes(std::int64_t{p.columns} * sizeof(T)) {}
+
+  __device__ void add(float4& y, float4& partner, int left) const {
+    if (data == nullptr) return;
+    y = y + load4<T, kAligned>(data, left);
+    if (kFolded) partner = partner + load4<T, kAligned>(data + half_bytes, left);
+  }
+};
+
+// out <- gate * (y + bias).
 template <typename T, bool kAligned>
 struct PlainOp {
   const int left;  // columns that exist
   const OutRows<T, kAligned> out;
+  const Bias<T, false, kAligned> bias;
 
-  __device__ PlainOp(const RowProductParams& p, const RowTile&, int column)
-      : left(p.columns - column), out(p, column) {}
+  __device__ PlainOp(const RowProductParams& p, const RowTile& tile, int column)
+      : left(p.columns - column), out(p, column), bias(p, tile, column) {}
 
   template <typename Table>
-  __device__ void operator()(int row, const float4& y, const float4&, const Table& table) const {
+  __device__ void operator()(int row, float4 y, float4 partner, const Table& table) const {
+    bias.add(y, partner, left);
     out.store(table.out[row], y, left);
   }
 };
 
-// out <- gate * activation(y), hidden <- y; y is (y, partner) and the activation gated if kFolded.
+// y <- y + bias, out <- gate * activation(y), hidden <- y; y is (y, partner) and the activation gated if kFolded.
 template <typename T, bool kFolded, bool kAligned>
 struct ForwardOp {
   const int left;
   const Activation function;
   const OutRows<T, kAligned> out;
+  const Bias<T, kFolded, kAligned> bias;
   char* const hidden;  // or null
   const std::int64_t half_bytes;
 
@@ -68,13 +91,15 @@ struct ForwardOp {
       : left(p.columns - column),
         function(p.activation.function),
         out(p, column),
+        bias(p, tile, column),
         hidden(p.hidden == nullptr ? nullptr
                                    : p.hidden + (std::int64_t{tile.first} * p.columns * (kFolded ? 2 : 1) + column) *
                                                     static_cast<std::int64_t>(sizeof(T))),
         half_bytes(std::int64_t{p.columns} * sizeof(T)) {}
 
   template <typename Table>
-  __device__ void operator()(int row, float4 y, const float4& partner, const Table& table) const {
+  __device__ void operator()(int row, float4 y, float4 partner, const Table& table) const {
+    bias.add(y, partner, left);
     if (hidden != nullptr) {
       char* const to = hidden + row * (half_bytes * (kFolded ? 2 : 1));
       store4<T, kAligned>(to, y, left);

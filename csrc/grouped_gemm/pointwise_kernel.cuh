@@ -68,10 +68,60 @@ __global__ void __launch_bounds__(kPointwiseThreads) activation_grad(const Activ
   });
 }
 
+// The expert of a position.
+__device__ inline int expert_of(std::int32_t position, const std::int32_t* offsets, int num_experts) {
+  int expert = 0;
+  for (int end = num_experts; end - expert > 1;) {
+    const int middle = (expert + end) / 2;
+    (offsets[middle] <= position ? expert : end) = middle;
+  }
+  return expert;
+}
+
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kPointwiseThreads) bias_dots(const BiasDotParams p) {
+  for_each_row(p.slots, [&](std::int64_t row) {
+    const auto position = static_cast<std::int32_t>(row);
+    const std::int64_t expert = expert_of(position, p.offsets, p.num_experts);
+    const char* const grad = p.grad.data + p.grad.offset(position, p.slot_order);
+    const char* const bias = p.bias + expert * p.columns * static_cast<std::int64_t>(sizeof(T));
+    float dot = 0.0f;
+    for_each_vector(p.columns, [&](int column) {
+      const int left = p.columns - column;
+      dot += dot4(load4<T, kAligned>(grad + column * sizeof(T), left),
+                  load4<T, kAligned>(bias + column * sizeof(T), left));
+    });
+    dot = device::lanes_sum(dot);
+    if (threadIdx.x % 32 == 0) p.dots[position] = dot;
+  });
+}
+
+// A block has 128 columns of one expert; its warps share the positions, and their sums meet in the warps' order.
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kPointwiseThreads) bias_grad(const BiasGradParams p) {
+  constexpr int kWarps = kPointwiseThreads / 32, kColumns = 32 * kVector;
+  __shared__ float4 sums[kWarps][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int groups = (p.columns + kColumns - 1) / kColumns;
+  const std::int64_t expert = blockIdx.x / groups;
+  const int column = blockIdx.x % groups * kColumns + lane * kVector, left = p.columns - column;
+  float4 sum = {};
+  for (int position = p.offsets[expert] + warp; position < p.offsets[expert + 1] && left > 0; position += kWarps) {
+    const char* const grad = p.grad.data + p.grad.offset(position, p.slot_order);
+    const float4 g = load4<T, kAligned>(grad + column * sizeof(T), left);
+    sum = sum + (p.gates != nullptr ? p.gates[p.slot_order[position]] * g : g);
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || left <= 0) return;
+  for (int other = 1; other < kWarps; ++other) sum = sum + sums[other][lane];
+  store4<T, kAligned>(p.grad_bias + (expert * p.columns + column) * static_cast<std::int64_t>(sizeof(T)), sum, left);
+}
+
 __global__ void __launch_bounds__(kPointwiseThreads) sum_gate_grads(const GateGradParams p) {
   const std::int64_t threads = std::int64_t{gridDim.x} * kPointwiseThreads;
   for (std::int64_t q = std::int64_t{blockIdx.x} * kPointwiseThreads + threadIdx.x; q < p.slots; q += threads) {
-    float total = 0.0f;
+    float total = p.bias_dots != nullptr ? p.bias_dots[q] : 0.0f;
     for (int group = 0; group < p.groups; ++group) total += p.dots[std::int64_t{group} * p.slots + q];
     p.grad_gates[p.slot_order[q]] = total;
   }

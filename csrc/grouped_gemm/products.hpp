@@ -1,13 +1,14 @@
-// The three expert products, each a grid of (expert, rows, columns) tasks whose shape depends on sizes alone, so that
-// results do not depend on the number of threads:
+// The expert products, each a grid of (expert, rows, columns) tasks whose shape depends on sizes alone, so that results
+// do not depend on the number of threads:
 //
-//   multiply_experts             c[p, n] = a[p, :] W_e[:, n]         forward
-//   multiply_experts_transposed  c[p, i] = g[p, :] W_e[i, :]^T       gradient of the rows
-//   accumulate_experts           dW_e    = sum over p of a[p]^T g[p] gradient of the matrices
+//   multiply_experts    c[p, n] = a[p, :] B_e[:, n]          forward, with B = W; gradient of the rows, with B = W^T
+//   accumulate_experts  dW_e    = sum over p of a[p]^T g[p]  gradient of the matrices
 //
-// The first two hand each finished block of c to an epilogue while it is in the first-level cache. T is the storage
-// type, Op the operand type, sums are Accumulate<T>. brgemm compiles one micro-kernel
-// per shape, so shapes are kept few: depths come in two or three sizes, heights up to 64.
+// The first hands each finished block of c to an epilogue while it is in the first-level cache, and is one of two, by
+// how B lies in memory: multiply_packed packs rows of depth, multiply_in_place reads rows of columns where they are.
+//
+// T is the storage type, Op the operand type, sums are Accumulate<T>. brgemm compiles one micro-kernel per shape, so
+// shapes are kept few: depths come in two or three sizes, heights up to 64.
 #pragma once
 
 #include <vector>
@@ -21,7 +22,7 @@ namespace mfx::MFX_ISA {
 
 inline constexpr std::int64_t kBlockRows = 256;        // positions of one expert that share a pass over its matrix
 inline constexpr std::int64_t kPanelBytes = 1 << 18;   // of one packed panel: a quarter of a second-level cache
-inline constexpr std::int64_t kSlabBytes = 1 << 19;    // of what multiply_experts packs at once
+inline constexpr std::int64_t kSlabBytes = 1 << 19;    // of what multiply_packed packs at once
 inline constexpr std::int64_t kSumBytes = 1 << 20;     // of its sums: half of a second-level cache
 inline constexpr std::int64_t kMaxDepth = 256;         // of one product in accumulate_experts
 inline constexpr std::int64_t kStreamBytes = 1 << 25;  // of dW: more than caches hold until somebody reads it
@@ -102,18 +103,23 @@ inline void prefetch_panel(const T* row) {
   for (int i = 0; i < kPanel; i += kLine) __builtin_prefetch(row + i, 0, 2);
 }
 
-// For every block of rows and columns: epilogue(p, rows, n, columns, parts) with the block's first position p and first
-// column n, and parts[0] the sums, [rows, kPanel]. Where the activation is gated, parts[1] holds the columns half the
-// matrix further on.
+// Where a block of sums belongs.
+struct BlockAt {
+  std::int64_t expert, position, rows;  // the first position
+  std::int64_t column;                  // the first one
+  int columns;
+};
+
+// For every block of rows and columns: epilogue(at, parts) with parts[0] the sums, [rows, kPanel]. Where the activation
+// is gated, parts[1] holds the columns half the matrix further on.
 //
 // A task takes a strip of the columns, as wide as its sums fit the second-level cache, and goes down the matrix slab by
 // slab: packs whole rows of the strip, in the order of memory, which is twice as fast as packing panel by panel, then
 // multiplies. The order of a sum depends on neither the strip's width nor the block's height.
-template <bool kGated, typename T, typename Op, typename Epilogue>
-void multiply_experts(const RoutedLayout& layout, const Operand<Op>& a, std::int64_t in_features,
-                      const void* const* weight, std::int64_t out_features, Epilogue epilogue) {
+template <int kParts, typename T, typename Op, typename Epilogue>
+void multiply_packed(const RoutedLayout& layout, const Operand<Op>& a, std::int64_t in_features,
+                     const RoutedMatrices& weight, std::int64_t out_features, Epilogue epilogue) {
   using Acc = Accumulate<T>;
-  constexpr std::int64_t kParts = kGated ? 2 : 1;
   const auto blocks = expert_blocks(layout, kBlockRows);
   if (blocks.empty()) return;
   std::int64_t most_rows = 0;
@@ -139,7 +145,7 @@ void multiply_experts(const RoutedLayout& layout, const Operand<Op>& a, std::int
     Acc* const c = static_cast<Acc*>(
         thread_scratch(static_cast<std::size_t>(kParts * used) * (c_size * sizeof(Acc) + packed_size * sizeof(Op))));
     Op* const packed = reinterpret_cast<Op*>(c + kParts * used * c_size);
-    const T* const matrix = static_cast<const T*>(weight[block.expert]) + first;
+    const T* const matrix = static_cast<const T*>(weight.data[block.expert]) + first;
     const auto columns_of = [&](std::int64_t panel) {
       return static_cast<int>(std::min<std::int64_t>(kPanel, limit - first - panel * kPanel));
     };
@@ -148,7 +154,7 @@ void multiply_experts(const RoutedLayout& layout, const Operand<Op>& a, std::int
     for (std::int64_t k0 = 0; k0 < depth; k0 += slab) {
       const std::int64_t k = std::min(slab, depth - k0);
       for (std::int64_t l = 0; l < k; l += 2) {
-        const T* const rows = matrix + (k0 + l) * out_features;
+        const T* const rows = matrix + (k0 + l) * weight.stride;
         const std::int64_t here = std::min<std::int64_t>(2, k - l);
         const std::int64_t read = std::min<std::int64_t>(2, in_features - k0 - l);
         for (std::int64_t part = 0; part < kParts; ++part) {
@@ -156,10 +162,10 @@ void multiply_experts(const RoutedLayout& layout, const Operand<Op>& a, std::int
             const T* const corner = rows + part * limit + panel * kPanel;
             const int columns = columns_of(panel);
             if (k0 + l + kPrefetchRows + 2 <= in_features) {
-              prefetch_panel(corner + kPrefetchRows * out_features);
-              prefetch_panel(corner + (kPrefetchRows + 1) * out_features);
+              prefetch_panel(corner + kPrefetchRows * weight.stride);
+              prefetch_panel(corner + (kPrefetchRows + 1) * weight.stride);
             }
-            pack_panel<T>([&](std::int64_t row) { return corner + row * out_features; }, read, here, columns,
+            pack_panel<T>([&](std::int64_t row) { return corner + row * weight.stride; }, read, here, columns,
                           static_cast<int>(round_up(columns, kPad)),
                           packed + (part * used + panel) * packed_size + l * kPanel);
           }
@@ -175,25 +181,27 @@ void multiply_experts(const RoutedLayout& layout, const Operand<Op>& a, std::int
             tile_gemm(rows, round_up(columns, kPad), k, a_block, a.stride, packed + (part * used + panel) * packed_size,
                       kPanel, parts[part], kPanel, k0 > 0);
           }
-          if (k0 + k == depth) epilogue(block.begin + row, rows, first + panel * kPanel, columns, parts);
+          if (k0 + k == depth) {
+            epilogue({block.expert, block.begin + row, rows, first + panel * kPanel, columns}, parts);
+          }
         }
       });
     }
   });
 }
 
-// For every block: epilogue(p, rows, i, columns, c), c [rows, kPanel] as above, a single part. The product is computed
-// as W_e g^T, which takes the matrices as they lie in memory and packs the (smaller) rows instead.
-template <typename T, typename Op, typename Epilogue>
-void multiply_experts_transposed(const RoutedLayout& layout, const RoutedRows& grad, const void* const* weight,
-                                 std::int64_t in_features, std::int64_t out_features, Epilogue epilogue) {
+// The same where memory holds the columns of the matrices as rows. The product is computed as B_e^T a^T, which takes
+// the matrices as they lie in memory and packs the (smaller) rows instead.
+template <int kParts, typename T, typename Op, typename Epilogue>
+void multiply_in_place(const RoutedLayout& layout, const RoutedRows& rows_of_a, std::int64_t in_features,
+                       const RoutedMatrices& weight, std::int64_t out_features, Epilogue epilogue) {
   using Acc = Accumulate<T>;
   const auto blocks = expert_blocks(layout, kBlockRows);
   if (blocks.empty()) return;
-  const std::int64_t depth = round_up(out_features, kInterleave<Op>);
+  const std::int64_t limit = out_features / kParts, depth = round_up(in_features, kInterleave<Op>);
   const std::int64_t padded_slots = blocks.back().padded + round_up(blocks.back().rows, kPad);
   Scratch<Op> packed(padded_slots * depth);
-  const RowReader<T> row(grad, layout);
+  const RowReader<T> row(rows_of_a, layout);
 
   constexpr std::int64_t kPanels = kBlockRows / kPanel;
   parallel_tasks(static_cast<std::int64_t>(blocks.size()) * kPanels, [&](std::int64_t task) {
@@ -205,61 +213,85 @@ void multiply_experts_transposed(const RoutedLayout& layout, const RoutedRows& g
     Op* out = packed.data() + (block.padded + first) * depth;
     const auto source = [&](std::int64_t s) { return row(block.begin + first + s); };
     if constexpr (kInterleave<Op> == 2) {
-      pack_transposed_pairs(source, rows, width, out_features, out, width);
+      pack_transposed_pairs(source, rows, width, in_features, out, width);
     } else {
-      pack_transposed<T>(source, [](std::int64_t) { return Acc(1); }, rows, width, out_features, out, width);
+      pack_transposed<T>(source, [](std::int64_t) { return Acc(1); }, rows, width, in_features, out, width);
     }
   });
 
-  // The matrix is an operand as it is, unless it needs converting or its odd rows need padding.
-  const bool in_place = std::is_same_v<T, Op> && out_features % kInterleave<Op> == 0;
+  // A row is an operand as it is, unless it needs converting or an odd one padding.
+  const bool in_place = std::is_same_v<T, Op> && in_features % kInterleave<Op> == 0;
   const std::int64_t step = std::min<std::int64_t>(depth, kPanelBytes / (kPanel * sizeof(Op)));
-  const std::int64_t row_blocks = (in_features + kPanel - 1) / kPanel;
-  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * row_blocks, [&](std::int64_t task) {
-    const ExpertBlock& block = blocks[static_cast<std::size_t>(task / row_blocks)];
-    const std::int64_t i = task % row_blocks * kPanel;
-    const std::int64_t columns = std::min<std::int64_t>(kPanel, in_features - i);
-    Acc* const c = static_cast<Acc*>(thread_scratch((kPanels + 1) * kPanel * kPanel * sizeof(Acc) +
+  const std::int64_t column_blocks = (limit + kPanel - 1) / kPanel;
+  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * column_blocks, [&](std::int64_t task) {
+    const ExpertBlock& block = blocks[static_cast<std::size_t>(task / column_blocks)];
+    const std::int64_t column = task % column_blocks * kPanel;
+    const std::int64_t columns = std::min<std::int64_t>(kPanel, limit - column);
+    constexpr std::int64_t kPartSize = kPanels * kPanel * kPanel;
+    Acc* const c = static_cast<Acc*>(thread_scratch(kParts * (kPartSize + kPanel * kPanel) * sizeof(Acc) +
                                                     static_cast<std::size_t>(step) * kPanel * sizeof(Op)));
-    Acc* const turned = c + kPanels * kPanel * kPanel;
-    Op* const converted = reinterpret_cast<Op*>(turned + kPanel * kPanel);
-    const T* matrix = static_cast<const T*>(weight[block.expert]) + i * out_features;
+    Acc* const turned = c + kParts * kPartSize;
+    Op* const converted = reinterpret_cast<Op*>(turned + kParts * kPanel * kPanel);
     const BrgemmScope scope;
 
     for (std::int64_t k0 = 0; k0 < depth; k0 += step) {
       const std::int64_t k = std::min(step, depth - k0);
-      const Op* a = reinterpret_cast<const Op*>(matrix + k0);
-      std::int64_t stride = out_features;
-      if (!in_place) {
-        if constexpr (sizeof(Op) >= sizeof(T)) {
-          for (std::int64_t r = 0; r < columns; ++r) {
-            pack_row(matrix + r * out_features + k0, std::min(k, out_features - k0), k, converted + r * k);
+      for (std::int64_t part = 0; part < kParts; ++part) {
+        const T* const matrix =
+            static_cast<const T*>(weight.data[block.expert]) + (part * limit + column) * weight.stride + k0;
+        const Op* b = reinterpret_cast<const Op*>(matrix);
+        std::int64_t stride = weight.stride;
+        if (!in_place) {
+          if constexpr (sizeof(Op) >= sizeof(T)) {
+            for (std::int64_t r = 0; r < columns; ++r) {
+              pack_row(matrix + r * weight.stride, std::min(k, in_features - k0), k, converted + r * k);
+            }
           }
+          b = converted;
+          stride = k;
         }
-        a = converted;
-        stride = k;
-      }
-      for (std::int64_t first = 0; first < block.rows; first += kPanel) {
-        const std::int64_t width = round_up(std::min<std::int64_t>(kPanel, block.rows - first), kPad);
-        const Op* b = packed.data() + (block.padded + first) * depth + k0 * width;
-        for_row_pieces<Op>(columns, [&](std::int64_t r, std::int64_t rows) {
-          tile_gemm(rows, width, k, a + r * stride, stride, b, width, c + (first + r) * kPanel, kPanel, k0 > 0);
-        });
+        for (std::int64_t first = 0; first < block.rows; first += kPanel) {
+          const std::int64_t width = round_up(std::min<std::int64_t>(kPanel, block.rows - first), kPad);
+          const Op* const a = packed.data() + (block.padded + first) * depth + k0 * width;
+          for_row_pieces<Op>(columns, [&](std::int64_t r, std::int64_t rows) {
+            tile_gemm(rows, width, k, b + r * stride, stride, a, width, c + part * kPartSize + (first + r) * kPanel,
+                      kPanel, k0 > 0);
+          });
+        }
       }
     }
     for (std::int64_t first = 0; first < block.rows; first += kPanel) {
       const std::int64_t rows = std::min<std::int64_t>(kPanel, block.rows - first);
-      pack_transposed<Acc>([&](std::int64_t s) { return c + (first + s) * kPanel; },
-                           [](std::int64_t) { return Acc(1); }, columns, round_up(columns, kPad), rows, turned, kPanel);
-      epilogue(block.begin + first, rows, i, static_cast<int>(columns), turned);
+      Acc* parts[2] = {};
+      for (std::int64_t part = 0; part < kParts; ++part) {
+        parts[part] = turned + part * kPanel * kPanel;
+        pack_transposed<Acc>([&](std::int64_t s) { return c + part * kPartSize + (first + s) * kPanel; },
+                             [](std::int64_t) { return Acc(1); }, columns, round_up(columns, kPad), rows, parts[part],
+                             kPanel);
+      }
+      epilogue({block.expert, block.begin + first, rows, column, static_cast<int>(columns)}, parts);
     }
   });
+}
+
+template <int kParts, typename T, typename Op, typename Epilogue>
+void multiply_experts(const RoutedLayout& layout, const RoutedRows& rows, std::int64_t in_features,
+                      const RoutedMatrices& weight, std::int64_t out_features, Epilogue epilogue) {
+  if (weight.transposed) {
+    multiply_in_place<kParts, T, Op>(layout, rows, in_features, weight, out_features, epilogue);
+  } else {
+    multiply_packed<kParts, T>(layout, gather_operand<T, Op>(layout, rows, in_features), in_features, weight,
+                               out_features, epilogue);
+  }
 }
 
 // grad_weight[e] = sum over the expert's positions of scale(p) * a[p]^T g[p], for experts whose pointer is not null.
 template <typename T, typename Op, typename Scale>
 void accumulate_experts(const RoutedLayout& layout, const RoutedRows& a, Scale scale, const RoutedRows& grad,
-                        void* const* grad_weight, std::int64_t in_features, std::int64_t out_features) {
+                        const RoutedMatrices& grad_weight, std::int64_t in_features, std::int64_t out_features) {
+  if (grad_weight.transposed) {
+    return accumulate_experts<T, Op>(layout, grad, scale, a, grad_weight.transpose(), out_features, in_features);
+  }
   using Acc = Accumulate<T>;
   struct Expert {
     T* out;
@@ -271,11 +303,11 @@ void accumulate_experts(const RoutedLayout& layout, const RoutedRows& a, Scale s
   std::vector<Expert> experts;
   std::int64_t a_size = 0, b_size = 0;
   for (std::int64_t e = 0; e < layout.num_experts; ++e) {
-    if (grad_weight[e] == nullptr) continue;
+    if (grad_weight.data[e] == nullptr) continue;
     const std::int64_t rows = layout.offsets[e + 1] - layout.offsets[e];
     const std::int64_t depth = round_up(rows, kPad);
     const std::int64_t stride = operand_stride<Op>(depth);
-    experts.push_back({static_cast<T*>(grad_weight[e]), layout.offsets[e], rows, depth, stride, a_size, b_size});
+    experts.push_back({static_cast<T*>(grad_weight.data[e]), layout.offsets[e], rows, depth, stride, a_size, b_size});
     a_size += in_features * stride;
     b_size += panels * kPanel * depth;
   }

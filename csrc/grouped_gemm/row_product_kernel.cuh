@@ -39,19 +39,21 @@ __device__ inline bool find_row_tile(const std::int32_t* offsets, int num_expert
   return false;
 }
 
-template <typename Op, typename Shape_, Product kProduct_, bool kAligned_>
+// kTransposed: memory holds the rows of W^T.
+template <typename Op, typename Shape_, Product kProduct_, bool kTransposed_, bool kAligned_>
 class RowProduct {
  public:
   using Params = RowProductParams;
   using Shape = Shape_;
   static constexpr Product kProduct = kProduct_;
-  static constexpr bool kAligned = kAligned_;
+  static constexpr bool kTransposed = kTransposed_, kAligned = kAligned_;
 
  private:
   using T = typename Storage<Op>::Type;
   static constexpr bool kForward = kProduct == Product::kForward;
   static constexpr int kElement = sizeof(T);
-  using Gemm = WarpGemm<Op, Shape, Major::kK, kForward ? Major::kMN : Major::kK>;
+  static constexpr Major kMajor = kForward != kTransposed ? Major::kMN : Major::kK;  // how B lies
+  using Gemm = WarpGemm<Op, Shape, Major::kK, kMajor>;
   using Table = RowTable<Shape::kRows>;
   using Gated = GatedColumns<Shape>;
   using Out = Epilogue<Shape>;
@@ -86,23 +88,23 @@ class RowProduct {
  private:
   static __device__ auto rows_of(const RowProductParams& p, const RowTile& tile) {
     return RowLoader<T, Shape, Shape::kRows, kAligned>(
-        tile.rows, p.depth, [&](int row) { return p.rows.data + p.rows.offset(tile.first + row, p.slot_order); });
+        p.depth, [&](int row) { return p.rows.data + p.rows.offset(tile.first + row, p.slot_order); },
+        [&](int row) { return row < tile.rows; });
   }
 
   static __device__ auto matrix_of(const RowProductParams& p, const RowTile& tile, int column, bool gated) {
     const char* matrix = p.matrices[tile.expert];
-    if constexpr (kForward) {
+    const auto column_of = [&](int c) -> std::int64_t {
+      return gated ? column + Gated::within_half(c) + (Gated::second_half(c) ? p.columns : 0) : column + c;
+    };
+    const auto columns_left = [&](int c) { return p.columns - column - (gated ? Gated::within_half(c) : c); };
+    if constexpr (kMajor == Major::kMN) {
       return MatrixLoader<T, Shape, Shape::kColumns, kAligned>(
-          p.matrices.row_bytes, p.depth,
-          [&](int c) {
-            const int at =
-                gated ? column + Gated::within_half(c) + (Gated::second_half(c) ? p.columns : 0) : column + c;
-            return matrix + std::int64_t{at} * kElement;
-          },
-          [&](int c) { return p.columns - column - (gated ? Gated::within_half(c) : c); });
+          p.matrices.row_bytes, p.depth, [&](int c) { return matrix + column_of(c) * kElement; }, columns_left);
     } else {
       return RowLoader<T, Shape, Shape::kColumns, kAligned>(
-          p.columns - column, p.depth, [&](int c) { return matrix + (column + c) * p.matrices.row_bytes; });
+          p.depth, [&](int c) { return matrix + column_of(c) * p.matrices.row_bytes; },
+          [&](int c) { return columns_left(c) > 0; });
     }
   }
 

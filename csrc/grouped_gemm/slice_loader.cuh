@@ -41,15 +41,15 @@ class RowLoader {
  public:
   static constexpr int kDepth = S::kDepth;
 
-  // row_of(i): the address of row i < rows.
-  template <typename RowOf>
-  __device__ RowLoader(int rows, int depth, RowOf row_of) {
+  // row_of(i): the address of row i, which has(i) says to exist; the first one does.
+  template <typename RowOf, typename Has>
+  __device__ RowLoader(int depth, RowOf row_of, Has has) {
     const int row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
     bytes_left_ = depth * static_cast<int>(sizeof(T)) - chunk * 16;
     to_ = S::offset(row, chunk);
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      const bool present = row + i * kRowsPerPass < rows;
+      const bool present = has(row + i * kRowsPerPass);
       from_[i] = row_of(present ? row + i * kRowsPerPass : 0) + chunk * 16;
       bytes_[i] = present ? 16 : 0;
       device::pin_in_register(from_[i]);

@@ -71,7 +71,7 @@ class WeightGrad {
   using Params = WeightGradParams;
   using Shape = Shape_;
   static constexpr Product kProduct = Product::kWeightGrad;
-  static constexpr bool kAligned = kAligned_;
+  static constexpr bool kTransposed = false, kAligned = kAligned_;
   static constexpr int kSharedBytes = std::max(Shape::kPipelineBytes, Epilogue<Shape>::kSharedBytes);
 
  private:

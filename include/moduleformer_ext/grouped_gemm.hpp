@@ -1,8 +1,9 @@
 // grouped_gemm and expert_ffn: every routed slot is multiplied by the matrix of its expert.
 //
 // Slot s = t * K + j is choice j of token t; the layout sorts slots by expert (see expert_layout.hpp), and a position
-// p is a place in that order. Matrices are [in, out], row-major and contiguous, one pointer per expert, so that a
-// parameter may lie in several tensors. All rows have their last dimension contiguous; strides count elements.
+// p is a place in that order. Matrices are [in, out], or lie in memory as [out, in], one pointer per expert, so that a
+// parameter may lie in several tensors. All rows have their last dimension contiguous; strides count elements. Biases
+// are [num_experts, out], contiguous.
 #pragma once
 
 #include "moduleformer_ext/common.hpp"
@@ -37,19 +38,32 @@ struct RoutedRows {
   std::int64_t choice_stride = 0;  // slot order: between the choices of a token
 };
 
-// y_s = activation(x_s W_e(s)). Gates are float32, or float64 beside float64 data, and need the token order.
+// One matrix per expert.
+struct RoutedMatrices {
+  void* const* data = nullptr;     // [num_experts], null for an expert without; or null
+  std::int64_t stride = 0;         // between the rows that memory holds
+  std::int64_t expert_stride = 0;  // between the matrices of experts that follow one another in one tensor
+  bool transposed = false;         // memory holds the rows of the transpose
+
+  // The same memory as the transposes of these matrices.
+  RoutedMatrices transpose() const { return {data, stride, expert_stride, !transposed}; }
+};
+
+// y_s = activation(x_s W_e(s) + bias_e(s)). Gates are float32, or float64 beside float64 data, and need the token
+// order.
 struct GroupedGemmParams {
-  DType dtype;  // of x, weight, out, hidden
+  DType dtype;  // of x, weight, bias, out, hidden
   RoutedLayout layout;
   ActivationSpec activation;
   std::int64_t in_features;
   std::int64_t out_features;  // columns of the matrices: twice the columns of `out` where the activation is gated
   RoutedRows x;
-  const void* const* weight;  // [num_experts] of [in_features, out_features]
-  const void* gates;          // [T, K], or null
+  RoutedMatrices weight;  // [in_features, out_features]
+  const void* bias;       // or null
+  const void* gates;      // [T, K], or null
   RowOrder out_order;
   void* out;     // [T, n], [T, K, n] or [S, n], contiguous
-  void* hidden;  // [S, out_features] before the activation, in expert order; or null
+  void* hidden;  // [S, out_features] before the activation, bias included, in expert order; or null
   // CUDA only, like the same two below: float32 products may be rounded to TF32; as much memory as
   // mfx_<op>_cuda_workspace says.
   bool allow_tf32 = false;
@@ -57,15 +71,16 @@ struct GroupedGemmParams {
 };
 
 struct GroupedGemmBackwardParams {
-  GroupedGemmParams forward;  // `out` is not read; `hidden` is, where there is an activation
-  RoutedRows grad;            // in out_order
-  void* grad_x;               // contiguous, in the order of x; or null
-  void* grad_gates;           // [T, K], dtype of the gates; or null
-  void* const* grad_weight;   // [num_experts] of [in_features, out_features], null for experts without; or null
+  GroupedGemmParams forward;   // `out` is not read; `hidden` is, where there is an activation
+  RoutedRows grad;             // in out_order
+  void* grad_x;                // contiguous, in the order of x; or null
+  void* grad_gates;            // [T, K], dtype of the gates; or null
+  RoutedMatrices grad_weight;  // dense
+  void* grad_bias;             // or null
   void* workspace = nullptr;
 };
 
-// y_t = sum over k of gate_tk * activation(x_t up_e) down_e.
+// y_t = sum over k of gate_tk * (activation(x_t up_e + up_bias_e) down_e + down_bias_e).
 struct ExpertFfnParams {
   DType dtype;
   RoutedLayout layout;
@@ -73,11 +88,11 @@ struct ExpertFfnParams {
   std::int64_t model_features;
   std::int64_t hidden_features;  // rows of down; up has twice as many columns where the activation is gated
   RoutedRows x;                  // token order
-  const void* const* up;
-  const void* const* down;
-  const void* gates;  // [T, K]
-  void* out;          // [T, model_features]
-  void* hidden;       // [S, columns of up] before the activation, in expert order; or null
+  RoutedMatrices up, down;
+  const void *up_bias, *down_bias;  // or null
+  const void* gates;                // [T, K]
+  void* out;                        // [T, model_features]
+  void* hidden;                     // [S, columns of up] before the activation, in expert order; or null
   bool allow_tf32 = false;
   void* workspace = nullptr;
 };
@@ -87,8 +102,8 @@ struct ExpertFfnBackwardParams {
   RoutedRows grad;          // token order
   void* grad_x;             // or null, like the others
   void* grad_gates;
-  void* const* grad_up;
-  void* const* grad_down;
+  RoutedMatrices grad_up, grad_down;
+  void *grad_up_bias, *grad_down_bias;
   void* workspace = nullptr;
 };
 

@@ -74,6 +74,12 @@ class Maker:
         parts = self.lengths(experts, self.random.randint(1, min(3, experts)))
         return [self.normal(n, *shape, **options) for n in parts]
 
+    def matrices(self, experts: int, rows: int, columns: int) -> list[Tensor]:
+        """Segments, in memory as they are or as their transposes."""
+        if self.chance():
+            return self.segments(experts, rows, columns)
+        return [segment.transpose(1, 2) for segment in self.segments(experts, columns, rows)]
+
     def chance(self, probability: float = 0.5) -> bool:
         return self.random.random() < probability
 
@@ -135,7 +141,9 @@ def grouped_gemm(m: Maker) -> Call:
     }
     if out_order == "token" and m.chance():
         options["gates"] = m.normal(tokens, choices, dtype=m.result_dtype)
-    args = [m.normal(*shapes[x_order], inner), m.segments(experts, inner, outer), layout]
+    if m.chance():
+        options["bias"] = m.segments(experts, outer)
+    args = [m.normal(*shapes[x_order], inner), m.matrices(experts, inner, outer), layout]
     return Call("grouped_gemm", ops.grouped_gemm, args, options, reference.grouped_gemm, differentiable=True)
 
 
@@ -146,12 +154,16 @@ def expert_ffn(m: Maker) -> Call:
     columns = 2 * hidden if activation in GATED else hidden
     args = [
         m.normal(tokens, dim),
-        m.segments(experts, dim, columns),
-        m.segments(experts, hidden, dim),
+        m.matrices(experts, dim, columns),
+        m.matrices(experts, hidden, dim),
         layout,
         m.normal(tokens, choices, dtype=m.result_dtype),
     ]
-    options = {"activation": activation}
+    options: dict[str, Any] = {"activation": activation}
+    if m.chance():
+        options["up_bias"] = m.segments(experts, columns)
+    if m.chance():
+        options["down_bias"] = m.normal(experts, dim)
     return Call("expert_ffn", ops.expert_ffn, args, options, reference.expert_ffn, differentiable=True)
 
 

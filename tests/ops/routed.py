@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from devices import on_cuda
 from torch import Tensor
 
 from moduleformer_ext import reference
@@ -105,21 +104,28 @@ def ffn_values(layout: ExpertLayout, d: int, f: int, dtype: torch.dtype, activat
 
 
 def compare(
-    op: Callable[..., Tensor], layout: ExpertLayout, values: list[Tensor | None], device: torch.device, **options: Any
+    op: Callable[..., Tensor],
+    layout: ExpertLayout,
+    values: list[Tensor | None],
+    device: torch.device,
+    biases: dict[str, Tensor] | None = None,
+    **options: Any,
 ) -> list[Tensor]:
     """An op's output and every gradient against its twin's, in the same dtype and in float64."""
     plain = getattr(reference, op.__name__)
+    biases = biases or {}
     results = []
     for function, dtype in ((op, None), (plain, None), (plain, torch.float64)):
         where = device if function is op else CPU
-        inputs = as_leaves(*values, dtype=dtype, device=where)
-        *operands, gates = inputs
-        out = function(*operands, on(layout, where), gates=gates, **options)
+        inputs = as_leaves(*values, *biases.values(), dtype=dtype, device=where)
+        *operands, gates = inputs[: len(values)]
+        given = dict(zip(biases, inputs[len(values) :], strict=True))
+        out = function(*operands, on(layout, where), gates=gates, **given, **options)
         if not results:
             grad = randn(*out.shape, dtype=out.dtype)
         results.append([t.cpu() for t in (out, *gradients(out, inputs, grad.to(where)))])
-    # On CUDA a gated activation multiplies two saved, that is rounded, halves.
-    roundings = 2 if on_cuda(device) and options.get("activation") in GATED else 1
+    # A gated activation multiplies two saved, that is rounded, halves.
+    roundings = 2 if options.get("activation") in GATED else 1
     for i, (ours, same, exact) in enumerate(zip(*results, strict=True)):
         assert_as_accurate(f"result {i}", ours, same, exact, values[0].dtype, roundings)
     return results[0]

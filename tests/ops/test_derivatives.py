@@ -136,11 +136,11 @@ def raw_calls():
             [X, (3, 8)],
         ),
         "grouped_gemm_forward": (
-            lambda x, w: RAW.grouped_gemm_forward(x, [w], *layout, "token", "expert", None, None, True)[0],
+            lambda x, w: RAW.grouped_gemm_forward(x, [w], *layout, "token", "expert", None, None, None, True)[0],
             [X, UP],
         ),
         "expert_ffn_forward": (
-            lambda x, u, d, g: RAW.expert_ffn_forward(x, [u], [d], *layout, g, "relu", True)[0],
+            lambda x, u, d, g: RAW.expert_ffn_forward(x, [u], [d], *layout, g, "relu", None, None, True)[0],
             [X, UP, DOWN, GATES],
         ),
         "route_topk_backward": (
@@ -165,13 +165,13 @@ def raw_calls():
         ),
         "grouped_gemm_backward": (
             lambda g, x, w: RAW.grouped_gemm_backward(
-                g, x, [w], *layout, "token", "expert", None, None, torch.empty(0), True, False, [True]
+                g, x, [w], *layout, "token", "expert", None, None, None, torch.empty(0), True, False, False, [True]
             )[0],
             [(8, 8), X, UP],
         ),
         "expert_ffn_backward": (
             lambda g, x, u, d, gates, hidden: RAW.expert_ffn_backward(
-                g, x, [u], [d], *layout, gates, "relu", hidden, True, True, [True], [True]
+                g, x, [u], [d], *layout, gates, "relu", None, None, hidden, True, True, False, False, [True], [True]
             )[0],
             [X, X, UP, DOWN, GATES, (8, 8)],
         ),

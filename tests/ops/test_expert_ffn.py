@@ -136,7 +136,7 @@ def test_opcheck(dtype):
     first, second = as_leaves(up[:1], up[1:])
     tensors = (layout.offsets, layout.slot_order, layout.position, layout.num_choices)
     torch.library.opcheck(
-        torch.ops.moduleformer_ext.expert_ffn.default, (x, [first, second], [down], *tensors, gates, "silu")
+        torch.ops.moduleformer_ext.expert_ffn.default, (x, [first, second], [down], *tensors, gates, "silu", None, None)
     )
 
 

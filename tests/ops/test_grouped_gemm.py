@@ -190,8 +190,8 @@ def test_gradients_only_where_required(device):
 
     op = torch.ops.moduleformer_ext.grouped_gemm_backward
     arguments = op_arguments(layout, x, [frozen, new], "expert")
-    grads = op(torch.randn(24, 6).to(device), *arguments, x.new_empty(0), False, False, [False, True])
-    assert [g.numel() for g in grads] == [0, 0, 0, new.numel()]
+    grads = op(torch.randn(24, 6).to(device), *arguments, x.new_empty(0), False, False, False, [False, True])
+    assert [g.numel() for g in grads] == [0, 0, 0, 0, new.numel()]
 
 
 def test_rows_need_neither_contiguity_nor_alignment(device):
@@ -210,7 +210,7 @@ def test_rows_need_neither_contiguity_nor_alignment(device):
     ):
         leaf, same = x.detach().requires_grad_(), x.contiguous().detach().requires_grad_()
         out = grouped_gemm(leaf, weight, layout, x_order=x_order, out_order=out_order)
-        expected = grouped_gemm(same, weight.contiguous(), layout, x_order=x_order, out_order=out_order)
+        expected = grouped_gemm(same, weight, layout, x_order=x_order, out_order=out_order)
         torch.testing.assert_close(out, expected, **({"rtol": 0, "atol": 0} if same_bits else {}))
         out.sum().backward()  # an expanded gradient
         plain = x.detach().cpu().clone().requires_grad_()
@@ -289,9 +289,9 @@ def test_float32_is_as_accurate_as_sgemm(depth, device):
     assert relative_error(y, exact) <= 2 * relative_error(x @ weight[0], exact)
 
 
-def op_arguments(layout, x, weights, out_order="token", gates=None, activation=None):
+def op_arguments(layout, x, weights, out_order="token", gates=None, activation=None, bias=None):
     tensors = (layout.offsets, layout.slot_order, layout.position, layout.num_choices)
-    return (x, weights, *tensors, "token", out_order, gates, activation)
+    return (x, weights, *tensors, "token", out_order, gates, activation, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -315,7 +315,7 @@ def test_compiles_to_one_graph_for_any_number_of_tokens():
         return torch.ops.moduleformer_ext.grouped_gemm(*args)
 
     def op_arguments_from(layout, x, weight, gates):
-        return (x, [weight], layout[1], layout[2], layout[3], 2, "token", "token", gates, "geglu")
+        return (x, [weight], layout[1], layout[2], layout[3], 2, "token", "token", gates, "geglu", None)
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (5, 9):
@@ -404,15 +404,18 @@ from moduleformer_ext import reference
 from moduleformer_ext.ops import expert_ffn
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float64, 1e-12)):
-    layout = random_layout(50, 4, 2)
-    gates = torch.rand(50, 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    inputs = as_leaves(randn(50, 37, dtype=dtype), randn(4, 37, 58, dtype=dtype, scale=0.2),
-                       randn(4, 29, 37, dtype=dtype, scale=0.2), gates)
-    exact = as_leaves(*inputs, dtype=torch.float64)
-    for function, (x, up, down, g) in ((expert_ffn, inputs), (reference.expert_ffn, exact)):
-        function(x, up, down, layout, g, activation="geglu").square().sum().backward()
-    for a, b in zip(inputs, exact):
-        assert (a.grad.double() - b.grad).abs().max() <= tolerance * b.grad.abs().max(), dtype
+    for tokens in (3, 50):
+        layout = random_layout(tokens, 4, 2)
+        gates = torch.rand(tokens, 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        x, bias = randn(tokens, 37, dtype=dtype), randn(4, 58, dtype=dtype)
+        up, down = randn(4, 37, 58, dtype=dtype, scale=0.2), randn(4, 29, 37, dtype=dtype, scale=0.2)
+        for stored in (lambda w: w, lambda w: w.transpose(1, 2).contiguous().transpose(1, 2)):
+            inputs = as_leaves(x, stored(up), stored(down), gates, bias)
+            exact = as_leaves(*inputs, dtype=torch.float64)
+            for function, (x_, u, d, g, b) in ((expert_ffn, inputs), (reference.expert_ffn, exact)):
+                function(x_, u, d, layout, g, activation="geglu", up_bias=b).square().sum().backward()
+            for a, b in zip(inputs, exact):
+                assert (a.grad.double() - b.grad).abs().max() <= tolerance * b.grad.abs().max(), dtype
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moduleformer_ext.ops._segments import segments
+from moduleformer_ext.ops._segments import joined, segments
 from moduleformer_ext.types import ExpertLayout, Segments
 
 
@@ -18,8 +18,9 @@ def grouped_gemm(
     out_order: str = "expert",
     gates: Tensor | None = None,
     activation: str | None = None,
+    bias: Segments | None = None,
 ) -> Tensor:
-    """y_s = activation(x_s W_e(s)) for every slot s, with e(s) the expert of s.
+    """y_s = activation(x_s W_e(s) + b_e(s)) for every slot s, with e(s) the expert of s.
 
     Rows come and go in one of three orders, with no copy in between:
 
@@ -36,21 +37,24 @@ def grouped_gemm(
     ``x_order="slot", out_order="token", gates=...``.
 
     Sums run in float32 (float64 for float64), over the K slots in the order of the choices: results do not depend
-    on the number of threads and repeat bitwise. Saved for backward: x, weight, gates, and the pre-activation
+    on the number of threads and repeat bitwise. Saved for backward: x, weight, bias, gates, and the pre-activation
     ``[S, out]`` if there is an activation; never the output. Gradients are computed only for what requires them,
-    segment by segment. Under autocast x and weight take its dtype. Differentiable once, in
-    reverse mode.
+    segment by segment, and lie in memory as the weight does. Under autocast x, weight and bias take its dtype.
+    Differentiable once, in reverse mode.
 
     Args:
         x: float32, float64, bfloat16 or float16 rows in ``x_order`` with ``in`` features, any strides (rows whose
             last dimension is not contiguous are copied).
-        weight: ``[E, in, out]`` of x's dtype, or a sequence of segments ``[E_i, in, out]`` of consecutive experts.
+        weight: ``[E, in, out]`` of x's dtype, or a sequence of segments ``[E_i, in, out]`` of consecutive experts. Read
+            as it lies in memory where one of the last two dimensions is contiguous, in all segments the same: a weight
+            that is stored ``[E, out, in]`` comes as ``w.transpose(1, 2)``. Any other is copied.
         layout: from :func:`~moduleformer_ext.ops.expert_layout`, for these T tokens.
         x_order, out_order: as above.
         gates: ``[T, K]`` float32 (float64 beside float64 x); only with ``out_order="token"``.
         activation: None; ``"gelu_tanh"`` (also known as gelu_new), ``"gelu"`` (erf), ``"silu"``, ``"relu"``; or
             gated: ``"geglu_tanh"``, ``"geglu"``, ``"swiglu"``, ``"reglu"``, which activate the first half of the
             ``out`` columns and multiply it by the second, leaving ``out / 2``.
+        bias: ``[E, out]`` of x's dtype, or segments, which need not be split where those of ``weight`` are.
 
     Returns:
         y in ``out_order``, contiguous, in x's dtype.
@@ -70,4 +74,5 @@ def grouped_gemm(
         out_order,
         gates,
         activation,
+        joined("grouped_gemm", "bias", bias),
     )

@@ -43,8 +43,9 @@ def grouped_gemm(
     out_order: str = "expert",
     gates: Tensor | None = None,
     activation: str | None = None,
+    bias: Segments | None = None,
 ) -> Tensor:
-    """y_s = activation(x_s W_e(s)) for every slot s, with weight [E, in, out].
+    """y_s = activation(x_s W_e(s) + b_e(s)) for every slot s, with weight [E, in, out] and bias [E, out].
 
     x is [T, in] in ``"token"`` order (slot s reads row s // K), [T, K, in] in ``"slot"`` order, [S, in] in
     ``"expert"`` order. y is [S, out] in ``"expert"`` order, [T, K, out] in ``"slot"`` order; in ``"token"``
@@ -69,6 +70,8 @@ def grouped_gemm(
         rows = x
     groups = torch.split(rows.to(dtype), layout.counts.tolist())
     y = torch.cat([group @ w.to(dtype) for group, w in zip(groups, full_weight, strict=True)])
+    if bias is not None:
+        y = y + joined(bias).to(dtype).repeat_interleave(layout.counts.long(), dim=0)
     y = _activate(y, activation)
 
     if out_order != "expert":
@@ -86,10 +89,12 @@ def expert_ffn(
     gates: Tensor,
     *,
     activation: str = "gelu_tanh",
+    up_bias: Segments | None = None,
+    down_bias: Segments | None = None,
 ) -> Tensor:
-    """y_t = Σ_k gate_tk · activation(x_t up_e) down_e with e = expert of (t, k).
+    """y_t = Σ_k gate_tk · (activation(x_t up_e + up_bias_e) down_e + down_bias_e) with e = expert of (t, k).
 
     x [T, D], up [E, D, F] ([E, D, 2F] for a gated activation), down [E, F, D], gates [T, K]; y [T, D].
     """
-    hidden = grouped_gemm(x, up, layout, x_order="token", out_order="expert", activation=activation)
-    return grouped_gemm(hidden, down, layout, x_order="expert", out_order="token", gates=gates)
+    hidden = grouped_gemm(x, up, layout, x_order="token", out_order="expert", activation=activation, bias=up_bias)
+    return grouped_gemm(hidden, down, layout, x_order="expert", out_order="token", gates=gates, bias=down_bias)
