@@ -7,14 +7,10 @@
 #include <string>
 #include <type_traits>
 
+#include "core/divide.hpp"
 #include "moduleformer_ext/common.hpp"
 
 namespace mfx {
-
-// Pieces of b that hold a.
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // For what the kernels do not serve: "<argument> must ..., got ...".
 Status refusal(const std::string& text);

@@ -1,56 +1,14 @@
-// Rows in any storage type, in vectors; and products of a few of them with a matrix, which read it once.
+// Products of a few rows with a matrix of any storage type, which read it once.
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
+#include "core/divide.hpp"
 #include "core/parallel.hpp"
 #include "core/prefetch.hpp"
 #include "core/simd.hpp"
-#include "moduleformer_ext/common.hpp"
 
 namespace mfx::MFX_ISA {
-
-// f(T{}) with the type that values are stored in: only double computes in double.
-template <typename A, typename F>
-inline void with_storage(DType dtype, F f) {
-  if constexpr (std::is_same_v<A, double>) {
-    f(double{});
-  } else {
-    switch (dtype) {
-      case DType::kBFloat16: return f(BFloat16{});
-      case DType::kFloat16: return f(Float16{});
-      case DType::kFloat32:
-      case DType::kFloat64: return f(float{});
-    }
-  }
-}
-
-// f(column, lanes) over [0, n) in whole vectors and one partial one.
-template <typename A, typename F>
-inline void for_lanes(std::int64_t n, F f) {
-  std::int64_t column = 0;
-  for (; column + kWidth<A> <= n; column += kWidth<A>) f(column, kWidth<A>);
-  if (column < n) f(column, static_cast<int>(n - column));
-}
-template <typename S>
-inline Vec<Accumulate<S>> load_lanes_of(const S* p, int lanes) {
-  return lanes == kWidth<Accumulate<S>> ? load(p) : load_partial(p, lanes);
-}
-template <typename S>
-inline void store_lanes_of(S* p, Vec<Accumulate<S>> v, int lanes) {
-  if (lanes == kWidth<Accumulate<S>>) {
-    store(p, v);
-  } else {
-    store_partial(p, v, lanes);
-  }
-}
-
-template <typename From, typename To>
-inline void convert(const From* from, std::int64_t n, To* to) {
-  for_lanes<Accumulate<From>>(
-      n, [&](std::int64_t i, int lanes) { store_lanes_of(to + i, load_lanes_of(from + i, lanes), lanes); });
-}
 
 // Rows of a matrix that lies in consecutive pieces.
 struct Rows {
@@ -95,7 +53,7 @@ inline void dot_block(std::int64_t length, const S* const* rows, std::int64_t ro
 // token in generation reads the weights once). Parallel over the weight's rows.
 template <typename A>
 inline void multiply_few(std::int64_t m, const A* a, const Rows& rows, A* c, std::int64_t ldc) {
-  const std::int64_t length = rows.length, blocks = (rows.num_rows + kDotRows - 1) / kDotRows;
+  const std::int64_t length = rows.length, blocks = ceil_div(rows.num_rows, kDotRows);
   parallel_for(blocks, 8, [&](std::int64_t begin, std::int64_t end) {
     with_storage<A>(rows.dtype, [&](auto storage) {
       for (std::int64_t first = begin * kDotRows; first < std::min(end * kDotRows, rows.num_rows); first += kDotRows) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace mfx {
 
@@ -38,6 +39,18 @@ class Scratch {
 
  private:
   ScratchBytes bytes_;
+};
+
+// Arrays that live as long as this.
+class ScratchArrays {
+ public:
+  template <typename T>
+  T* take(std::int64_t size) {
+    return static_cast<T*>(blocks_.emplace_back(static_cast<std::size_t>(size) * sizeof(T)).data());
+  }
+
+ private:
+  std::vector<ScratchBytes> blocks_;
 };
 
 // At least `size` bytes that belong to the calling thread until it asks again: for the tiles of one task.

@@ -269,6 +269,32 @@ inline void store_partial<float>(float* p, VecF v, int n) {
 }
 #endif
 
+// f(column, lanes) over [0, n) in whole vectors and one partial one.
+template <typename A, typename F>
+inline void for_lanes(std::int64_t n, F f) {
+  std::int64_t column = 0;
+  for (; column + kWidth<A> <= n; column += kWidth<A>) f(column, kWidth<A>);
+  if (column < n) f(column, static_cast<int>(n - column));
+}
+template <typename S>
+inline Vec<Accumulate<S>> load_lanes_of(const S* p, int lanes) {
+  return lanes == kWidth<Accumulate<S>> ? load(p) : load_partial(p, lanes);
+}
+template <typename S>
+inline void store_lanes_of(S* p, Vec<Accumulate<S>> v, int lanes) {
+  if (lanes == kWidth<Accumulate<S>>) {
+    store(p, v);
+  } else {
+    store_partial(p, v, lanes);
+  }
+}
+
+template <typename From, typename To>
+inline void convert(const From* from, std::int64_t n, To* to) {
+  for_lanes<Accumulate<From>>(
+      n, [&](std::int64_t i, int lanes) { store_lanes_of(to + i, load_lanes_of(from + i, lanes), lanes); });
+}
+
 // Two rows of B for a bf16 brgemm: lane i holds the pair (even[i], odd[i]) of a VNNI row.
 inline VecU32 interleave_bf16(VecF even, VecF odd) {
 #if defined(MFX_ISA_AVX512_BF16)
@@ -422,6 +448,25 @@ inline VecD exp(VecD x) {
   const VecD high = x > 709.782712893384 ? broadcast(__builtin_inf()) : inside * exp_bounded(x - 709.0);
   const VecD value = x > 709.0 ? high : inside;
   return x < -708.0 ? VecD{} : (x == x ? value : x);
+}
+
+// f(T{}) with the type that values of a dtype are stored in.
+template <typename F>
+inline void with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat64: return f(double{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Float16{});
+  }
+}
+
+// The same where it computes in A: only double computes in double.
+template <typename A, typename F>
+inline void with_storage(DType dtype, F f) {
+  with_dtype(dtype, [&](auto storage) {
+    if constexpr (std::is_same_v<Accumulate<decltype(storage)>, A>) f(storage);
+  });
 }
 
 }  // namespace mfx::MFX_ISA

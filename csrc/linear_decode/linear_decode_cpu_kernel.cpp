@@ -27,12 +27,7 @@ void run(const LinearDecodeParams& p) {
 }  // namespace
 
 Status linear_decode(const LinearDecodeParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat64: run<double>(p); break;
-    case DType::kFloat32: run<float>(p); break;
-    case DType::kBFloat16: run<BFloat16>(p); break;
-    case DType::kFloat16: run<Float16>(p); break;
-  }
+  with_dtype(p.dtype, [&](auto storage) { run<decltype(storage)>(p); });
   return {};
 }
 

@@ -18,6 +18,7 @@
 #include "core/aligned_buffer.hpp"
 #include "core/denormals.hpp"
 #include "core/parallel.hpp"
+#include "core/scratch.hpp"
 #include "stick_attention/stick_non_finite.hpp"
 #include "stick_attention/stick_scan.hpp"
 #include "stick_attention/stick_tiles.hpp"
@@ -46,13 +47,13 @@ class StickBackward {
 
   void run() {
     parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) {
-      const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, packs_[i].sequence, packs_[i].head);
+      const StickKeys<const T> k(p_.k, p_.k_strides, g_, packs_[i].sequence, packs_[i].head);
       packs_[i].keys_left_out = pack_finite_keys(k, packs_[i].tile * kTileKeys, p_.head_dim, packed(i));
       measure_values(packs_[i]);
     });
     parallel_tasks_with<Worker>(
         static_cast<std::int64_t>(tasks_.size()),
-        [&] { return Worker(g_.tile_rows, p_.head_dim, padded_dim_, plan_.most_tiles * tile_grads_); },
+        [&] { return Worker{g_.tile_rows, p_.head_dim, padded_dim_, plan_.most_tiles * tile_grads_}; },
         [&](std::int64_t i, Worker& worker) { accumulate(tasks_[i], worker); });
     parallel_tasks(static_cast<std::int64_t>(packs_.size()), [&](std::int64_t i) {
       if (!has_one_task(packs_[i])) write_grads(packs_[i]);
@@ -84,7 +85,7 @@ class StickBackward {
   Plan plan() {
     Plan sizes{0, 0};
     const std::int64_t heads = std::max<std::int64_t>(1, p_.sequences * p_.heads);
-    const std::int64_t chunks = std::clamp<std::int64_t>((kTasksWanted + heads - 1) / heads, 1, kMostChunks);
+    const std::int64_t chunks = std::clamp<std::int64_t>(ceil_div(kTasksWanted, heads), 1, kMostChunks);
     for (std::int64_t i = 0; i < p_.sequences; ++i) {
       const StickSequence& s = g_.sequences[i];
       for (std::int64_t h = 0; h < p_.heads; ++h) {
@@ -139,8 +140,7 @@ class StickBackward {
 
   // Which of a tile's values are not finite, and how long the others are, of those that rows can see.
   void measure_values(Pack& pack) const {
-    constexpr int w = kWidth<Real>;
-    const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, pack.sequence, pack.head);
+    const StickKeys<const T> v(p_.v, p_.v_strides, g_, pack.sequence, pack.head);
     const std::int64_t first = pack.tile * kTileKeys, count = std::min(kTileKeys, v.count - first);
     pack.values_not_finite = non_finite_rows(count, p_.head_dim, [&](std::int64_t key) { return v[first + key]; });
     std::uint8_t bytes[kTileKeys];
@@ -149,51 +149,44 @@ class StickBackward {
     for (std::int64_t j = 0; j < count; ++j) {
       if ((keep != nullptr && !keep[j]) || (pack.values_not_finite >> j & 1)) continue;
       Vec<Real> squares{};
-      for (std::int64_t d = 0; d < p_.head_dim; d += w) {
-        const Vec<Real> x = load_words(v[first + j] + d, static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d)));
+      for_lanes<Real>(p_.head_dim, [&](std::int64_t d, int n) {
+        const Vec<Real> x = load_lanes_of(v[first + j] + d, n);
         squares += x * x;
-      }
+      });
       pack.v_norm_max = std::max(pack.v_norm_max, std::sqrt(reduce_add(squares)));
     }
   }
 
+  // The memory of one thread, for tiles of m rows; of the tasks that it does alone the gradients, too.
   struct Worker {
-    ScopedFlushDenormals flush;
-    BrgemmScope scope;
-    AlignedBuffer<Real> grads, reals;
-    AlignedBuffer<Op> operands;
-    Real *scores, *grad_weights, *g, *grad_q, *rem, *newest, *delta, *sum_g, *dp_bound;
-    Op *q_columns, *grad_o_columns, *q_rows, *grad_o_rows, *weights, *grad_scores, *grad_scores_vnni;
-    Op *key_scratch, *value_scratch;
-
-    Worker(std::int64_t m, std::int64_t dim, std::int64_t padded, std::int64_t grads_size)
-        : grads(grads_size),
-          reals(3 * kTileKeys * m + dim * m + 5 * m),
-          operands(2 * dim * m + 2 * padded * m + 3 * kTileKeys * m + 2 * kTileKeys * dim) {
-      scores = reals.data();
-      grad_weights = scores + kTileKeys * m;
-      g = grad_weights + kTileKeys * m;
-      grad_q = g + kTileKeys * m;
-      rem = grad_q + dim * m;
-      newest = rem + m;
-      delta = newest + m;
-      sum_g = delta + m;
-      dp_bound = sum_g + m;
-      q_columns = operands.data();
-      grad_o_columns = q_columns + dim * m;
-      q_rows = grad_o_columns + dim * m;
-      grad_o_rows = q_rows + padded * m;
-      weights = grad_o_rows + padded * m;
-      grad_scores = weights + kTileKeys * m;
-      grad_scores_vnni = grad_scores + kTileKeys * m;
-      key_scratch = grad_scores_vnni + kTileKeys * m;
-      value_scratch = key_scratch + kTileKeys * dim;
-    }
+    std::int64_t m, dim, padded, grads_size;
+    ScopedFlushDenormals flush{};
+    BrgemmScope scope{};
+    ScratchArrays arrays{};
+    Real* const grads = arrays.take<Real>(grads_size);
+    Real* const scores = arrays.take<Real>(kTileKeys * m);
+    Real* const grad_weights = arrays.take<Real>(kTileKeys * m);
+    Real* const g = arrays.take<Real>(kTileKeys * m);
+    Real* const grad_q = arrays.take<Real>(dim * m);
+    Real* const rem = arrays.take<Real>(m);
+    Real* const newest = arrays.take<Real>(m);
+    Real* const delta = arrays.take<Real>(m);
+    Real* const sum_g = arrays.take<Real>(m);
+    Real* const dp_bound = arrays.take<Real>(m);
+    Op* const q_columns = arrays.take<Op>(dim * m);
+    Op* const grad_o_columns = arrays.take<Op>(dim * m);
+    Op* const q_rows = arrays.take<Op>(padded * m);
+    Op* const grad_o_rows = arrays.take<Op>(padded * m);
+    Op* const weights = arrays.take<Op>(kTileKeys * m);
+    Op* const grad_scores = arrays.take<Op>(kTileKeys * m);
+    Op* const grad_scores_vnni = arrays.take<Op>(kTileKeys * m);
+    Op* const key_scratch = arrays.take<Op>(kTileKeys * dim);
+    Op* const value_scratch = arrays.take<Op>(kTileKeys * dim);
   };
 
   void accumulate(Task& task, Worker& worker) {
     const bool alone = has_one_task(packs_[task.first_pack]);
-    task.grads = alone ? worker.grads.data() : partial_grads_.data() + task.partial * tile_grads_;
+    task.grads = alone ? worker.grads : partial_grads_.data() + task.partial * tile_grads_;
     std::fill_n(task.grads, (task.tiles.end - task.tiles.begin) * tile_grads_, Real(0));
     Real v_norm_max = 0;
     for (std::int64_t t = task.tiles.begin; t < task.tiles.end; ++t) {
@@ -209,10 +202,10 @@ class StickBackward {
 
   void walk(const Task& task, const StickQueryTile& tile, Real v_norm_max, Worker& x) {
     const std::int64_t m = g_.tile_rows, dim = p_.head_dim, padded = padded_dim_;
-    const StickRows<const T> q(static_cast<const T*>(p_.q), p_.q_strides, g_, tile);
-    const StickRows<const T> grad_o(static_cast<const T*>(params_.grad_o), params_.grad_o_strides, g_, tile);
-    const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, tile.sequence, tile.head);
-    const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, tile.sequence, tile.head);
+    const StickRows<const T> q(p_.q, p_.q_strides, g_, tile);
+    const StickRows<const T> grad_o(params_.grad_o, params_.grad_o_strides, g_, tile);
+    const StickKeys<const T> k(p_.k, p_.k_strides, g_, tile.sequence, tile.head);
+    const StickKeys<const T> v(p_.v, p_.v_strides, g_, tile.sequence, tile.head);
     StickSight sight(g_, tile);
 
     pack_rows_transposed(q, dim, m, x.q_columns);
@@ -273,21 +266,19 @@ class StickBackward {
           [&](std::int64_t row, std::int64_t d) -> Real& { return x.grad_q[d * m + row]; });
     }
     if (!started) std::fill_n(x.grad_q, dim * m, Real(0));
-    const StickRows<T> grad_q(static_cast<T*>(params_.grad_q), params_.grad_q_strides, g_, tile);
+    const StickRows<T> grad_q(params_.grad_q, params_.grad_q_strides, g_, tile);
     transpose_words<Real>(
         dim, m, [&](std::int64_t d, std::int64_t row, int) { return load(x.grad_q + d * m + row); },
         [&](std::int64_t row, std::int64_t d, Vec<Real> values, int n) {
-          if (row < grad_q.count) store_words(grad_q[row] + d, values, n);
+          if (row < grad_q.count) store_lanes_of(grad_q[row] + d, values, n);
         });
   }
 
   // The rows' state at the newest key, and delta = do . o + d_remainder * remainder, with o as it was before rounding.
   void start_rows(const StickQueryTile& tile, const StickRows<const T>& grad_o, Real v_norm_max, Worker& x) {
-    constexpr int w = kWidth<Real>;
-    const StickRows<const T> o(static_cast<const T*>(params_.o), params_.o_strides, g_, tile);
-    const T* const residual_base = static_cast<const T*>(params_.residual);
-    const StickRows<const T> residual(residual_base == nullptr ? static_cast<const T*>(params_.o) : residual_base,
-                                      params_.o_strides, g_, tile);
+    const StickRows<const T> o(params_.o, params_.o_strides, g_, tile);
+    const bool rounded = params_.residual != nullptr;
+    const StickRows<const T> residual(rounded ? params_.residual : params_.o, params_.o_strides, g_, tile);
     const Real* const remainder = static_cast<const Real*>(params_.remainder);
     const Real* const grad_remainder = static_cast<const Real*>(params_.grad_remainder);
     for (std::int64_t row = 0; row < g_.tile_rows; ++row) {
@@ -297,14 +288,13 @@ class StickBackward {
       x.dp_bound[row] = 0;
       if (row >= o.count) continue;
       Vec<Real> sum{}, squares{};
-      for (std::int64_t d = 0; d < p_.head_dim; d += w) {
-        const int n = static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d));
-        Vec<Real> unrounded = load_words(o[row] + d, n);
-        if (residual_base != nullptr) unrounded += load_words(residual[row] + d, n);
-        const Vec<Real> grad = load_words(grad_o[row] + d, n);
+      for_lanes<Real>(p_.head_dim, [&](std::int64_t d, int n) {
+        Vec<Real> unrounded = load_lanes_of(o[row] + d, n);
+        if (rounded) unrounded += load_lanes_of(residual[row] + d, n);
+        const Vec<Real> grad = load_lanes_of(grad_o[row] + d, n);
         sum += grad * unrounded;
         squares += grad * grad;
-      }
+      });
       const std::int64_t flat = g_.flat_row(tile, tile.first_row + row);
       x.delta[row] = reduce_add(sum);
       // 1.01 for the rounding of weights and of the lengths.
@@ -324,25 +314,23 @@ class StickBackward {
 
   // Adds up one key tile's gradients over the tasks of its head that visited it, and writes them.
   void write_grads(const Pack& pack) {
-    constexpr int w = kWidth<Real>;
     const Range tasks = contributors_[pack.at];
     for (const bool value : {false, true}) {
       if (value && params_.grad_v == nullptr) break;
-      const StickKeys<T> grad(static_cast<T*>(value ? params_.grad_v : params_.grad_k),
+      const StickKeys<T> grad(value ? params_.grad_v : params_.grad_k,
                               value ? params_.grad_v_strides : params_.grad_k_strides, g_, pack.sequence, pack.head);
       const std::int64_t first = pack.tile * kTileKeys;
       for (std::int64_t j = 0; j < std::min(kTileKeys, grad.count - first); ++j) {
-        for (std::int64_t d = 0; d < p_.head_dim; d += w) {
-          const int n = static_cast<int>(std::min<std::int64_t>(w, p_.head_dim - d));
+        for_lanes<Real>(p_.head_dim, [&](std::int64_t d, int n) {
           Vec<Real> sum{};
           for (std::int64_t i = tasks.begin; i < tasks.end; ++i) {
             const Range tiles = tasks_[i].tiles;
             if (pack.tile < tiles.begin || pack.tile >= tiles.end) continue;
             const Real* part = tasks_[i].grads + (pack.tile - tiles.begin) * tile_grads_;
-            sum += load_words(part + ((value ? kTileKeys : 0) + j) * padded_dim_ + d, n);
+            sum += load_lanes_of(part + ((value ? kTileKeys : 0) + j) * padded_dim_ + d, n);
           }
-          store_words(grad[first + j] + d, sum, n);
-        }
+          store_lanes_of(grad[first + j] + d, sum, n);
+        });
       }
     }
   }

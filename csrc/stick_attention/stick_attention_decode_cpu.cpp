@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/aligned_buffer.hpp"
+#include "core/divide.hpp"
 #include "core/parallel.hpp"
 #include "stick_attention/stick_exhausted.hpp"
 
@@ -54,7 +55,7 @@ class HeadWalk {
   HeadWalk(const StickAttentionDecodeParams& params, std::int64_t batch, std::int64_t kv_head, std::int64_t split_keys)
       : p_(params), batch_(batch), kv_head_(kv_head), split_keys_(split_keys), total_(params) {
     const std::int64_t older = std::max<std::int64_t>(0, p_.lengths[batch] - kFirstSplitKeys);
-    pending_.resize((older + split_keys - 1) / split_keys);
+    pending_.resize(ceil_div(older, split_keys));
   }
 
   void walk_newest() {

@@ -114,27 +114,24 @@ class SplitWalk {
     const Rows<T> k = keys_at(begin), v = values_at(begin);
     // The tile before this one; at the start of the cache this one again, which costs nothing.
     const Rows<T> next = begin - split.begin >= kTileKeys ? keys_at(begin - kTileKeys) : k;
-    for (std::int64_t row = 0; row < rows; row += kMaxRowBlock) {
-      const bool first = row == 0;
-      switch (rows - row) {
-        case 1: scores<1>(row, k, keys, first, v); break;
-        case 2: scores<2>(row, k, keys, first, v); break;
-        case 3: scores<3>(row, k, keys, first, v); break;
-        default: scores<4>(row, k, keys, first, v); break;
-      }
-    }
+    for_row_blocks([&]<int kRows>(std::int64_t row) { scores<kRows>(row, k, keys, row == 0, v); });
     for (std::int64_t row = 0; row < rows; ++row) scan(row, begin, keys);
     if (!all_seen(begin, keys)) {
       for (std::int64_t row = 0; row < rows; ++row) values_seen(row, begin, v, keys, next);
       return;
     }
+    for_row_blocks([&]<int kRows>(std::int64_t row) { values<kRows>(row, 0, v, keys, row == 0, next); });
+  }
+
+  // Calls f.operator()<kRows>(row) for all rows in blocks of kRows, from `row` on.
+  template <typename F>
+  void for_row_blocks(F f) const {
     for (std::int64_t row = 0; row < rows; row += kMaxRowBlock) {
-      const bool first = row == 0;
       switch (rows - row) {
-        case 1: values<1>(row, 0, v, keys, first, next); break;
-        case 2: values<2>(row, 0, v, keys, first, next); break;
-        case 3: values<3>(row, 0, v, keys, first, next); break;
-        default: values<4>(row, 0, v, keys, first, next); break;
+        case 1: f.template operator()<1>(row); break;
+        case 2: f.template operator()<2>(row); break;
+        case 3: f.template operator()<3>(row); break;
+        default: f.template operator()<4>(row); break;
       }
     }
   }
@@ -345,32 +342,21 @@ void store_result(const StickAttentionDecodeParams& p, std::int64_t batch, std::
   }
 }
 
-// Calls f with a value of the storage type.
-template <typename F>
-void for_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kFloat64: return f(double{});
-    case DType::kBFloat16: return f(BFloat16{});
-    case DType::kFloat16: return f(Float16{});
-  }
-}
-
 }  // namespace
 
 void stick_decode_split(const StickAttentionDecodeParams& params, const StickDecodeSplit& split,
                         const StickDecodePart& part) {
-  for_dtype(params.dtype, [&](auto type) { SplitWalk<decltype(type)>(params, split, part).run(); });
+  with_dtype(params.dtype, [&](auto type) { SplitWalk<decltype(type)>(params, split, part).run(); });
 }
 
 void stick_decode_combine(const StickAttentionDecodeParams& params, const StickDecodePart& total,
                           const StickDecodePart& older) {
-  for_dtype(params.dtype, [&](auto type) { combine<decltype(type)>(params, total, older); });
+  with_dtype(params.dtype, [&](auto type) { combine<decltype(type)>(params, total, older); });
 }
 
 void stick_decode_store(const StickAttentionDecodeParams& params, std::int64_t batch, std::int64_t kv_head,
                         const StickDecodePart& total) {
-  for_dtype(params.dtype, [&](auto type) { store_result<decltype(type)>(params, batch, kv_head, total); });
+  with_dtype(params.dtype, [&](auto type) { store_result<decltype(type)>(params, batch, kv_head, total); });
 }
 
 }  // namespace mfx::MFX_ISA

@@ -13,6 +13,7 @@
 #include "core/aligned_buffer.hpp"
 #include "core/denormals.hpp"
 #include "core/parallel.hpp"
+#include "core/scratch.hpp"
 #include "stick_attention/stick_exhausted.hpp"
 #include "stick_attention/stick_non_finite.hpp"
 #include "stick_attention/stick_scan.hpp"
@@ -42,7 +43,7 @@ class StickForward {
     for (const Round& round : rounds_) {
       parallel_tasks(round.packs - done.packs, [&](std::int64_t i) { pack(packs_[done.packs + i]); });
       parallel_tasks_with<Worker>(
-          round.tiles - done.tiles, [&] { return Worker(g_.tile_rows, p_.head_dim); },
+          round.tiles - done.tiles, [&] { return Worker{g_.tile_rows, p_.head_dim}; },
           [&](std::int64_t i, Worker& worker) { walk(tiles_[done.tiles + i], worker); });
       done = round;
     }
@@ -52,25 +53,20 @@ class StickForward {
   struct Pack {
     std::int64_t sequence, head, tile;
   };
+  // The memory of one thread, for tiles of m rows.
   struct Worker {
-    ScopedFlushDenormals flush;
-    BrgemmScope scope;
-    AlignedBuffer<Real> reals;
-    AlignedBuffer<Op> operands;
-    Real *out, *scores, *rem, *newest;
-    Op *queries, *weights, *key_scratch, *value_scratch;
-
-    Worker(std::int64_t m, std::int64_t dim)
-        : reals(dim * m + kTileKeys * m + 2 * m), operands(dim * m + kTileKeys * m + 2 * kTileKeys * dim) {
-      out = reals.data();  // O^T
-      scores = out + dim * m;
-      rem = scores + kTileKeys * m;
-      newest = rem + m;
-      queries = operands.data();
-      weights = queries + dim * m;
-      key_scratch = weights + kTileKeys * m;
-      value_scratch = key_scratch + kTileKeys * dim;
-    }
+    std::int64_t m, dim;
+    ScopedFlushDenormals flush{};
+    BrgemmScope scope{};
+    ScratchArrays arrays{};
+    Real* const out = arrays.take<Real>(dim * m);  // O^T
+    Real* const scores = arrays.take<Real>(kTileKeys * m);
+    Real* const rem = arrays.take<Real>(m);
+    Real* const newest = arrays.take<Real>(m);
+    Op* const queries = arrays.take<Op>(dim * m);
+    Op* const weights = arrays.take<Op>(kTileKeys * m);
+    Op* const key_scratch = arrays.take<Op>(kTileKeys * dim);
+    Op* const value_scratch = arrays.take<Op>(kTileKeys * dim);
   };
   struct PackedAt {
     std::int64_t first;  // of a head's packed tiles of V, or -1
@@ -91,7 +87,7 @@ class StickForward {
     Round begin = {};
     for (std::int64_t i = 0; i < p_.sequences; ++i) {
       const StickSequence& s = g_.sequences[i];
-      const std::int64_t query_tiles = (s.rows + g_.tile_rows - 1) / g_.tile_rows;
+      const std::int64_t query_tiles = ceil_div(s.rows, g_.tile_rows);
       for (std::int64_t h = 0; h < p_.heads; ++h) {
         if (std::ssize(tiles_) - begin.tiles >= enough) {
           begin = listed();
@@ -114,7 +110,7 @@ class StickForward {
   Op* packed(std::int64_t at) { return values_.data() + at * kTileKeys * p_.head_dim; }
 
   void pack(const Pack& t) {
-    const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, t.sequence, t.head);
+    const StickKeys<const T> v(p_.v, p_.v_strides, g_, t.sequence, t.head);
     const std::int64_t at = packed_at_[t.sequence * p_.heads + t.head].first + t.tile;
     left_out_[at] = pack_finite_keys(v, t.tile * kTileKeys, p_.head_dim, packed(at));
   }
@@ -127,9 +123,9 @@ class StickForward {
 
   void walk(const StickQueryTile& task, Worker& x) {
     const std::int64_t m = g_.tile_rows, dim = p_.head_dim;
-    const StickRows<const T> q(static_cast<const T*>(p_.q), p_.q_strides, g_, task);
-    const StickKeys<const T> k(static_cast<const T*>(p_.k), p_.k_strides, g_, task.sequence, task.head);
-    const StickKeys<const T> v(static_cast<const T*>(p_.v), p_.v_strides, g_, task.sequence, task.head);
+    const StickRows<const T> q(p_.q, p_.q_strides, g_, task);
+    const StickKeys<const T> k(p_.k, p_.k_strides, g_, task.sequence, task.head);
+    const StickKeys<const T> v(p_.v, p_.v_strides, g_, task.sequence, task.head);
     StickSight sight(g_, task);
     pack_rows_transposed(q, dim, m, x.queries);
     for (std::int64_t row = 0; row < m; ++row) x.rem[row] = row < q.count ? 1 : 0;
@@ -171,17 +167,16 @@ class StickForward {
   // Writes o, what its rounding lost, the remainders and the note for backward.
   void finish(const StickQueryTile& task, const Real* out, const Real* rem, std::int64_t first_tile) {
     const std::int64_t m = g_.tile_rows;
-    const StickRows<T> o(static_cast<T*>(params_.o), params_.o_strides, g_, task);
-    T* const residual_base = static_cast<T*>(params_.residual);
-    const StickRows<T> residual(residual_base == nullptr ? static_cast<T*>(params_.o) : residual_base,
-                                params_.o_strides, g_, task);
+    const bool leaves_residual = params_.residual != nullptr;
+    const StickRows<T> o(params_.o, params_.o_strides, g_, task);
+    const StickRows<T> residual(leaves_residual ? params_.residual : params_.o, params_.o_strides, g_, task);
     transpose_words<Real>(
         p_.head_dim, m, [&](std::int64_t d, std::int64_t row, int) { return load(out + d * m + row); },
         [&](std::int64_t row, std::int64_t d, Vec<Real> values, int n) {
           if (row >= o.count) return;
-          store_words(o[row] + d, values, n);
+          store_lanes_of(o[row] + d, values, n);
           if constexpr (!std::is_same_v<T, Real>) {
-            if (residual_base != nullptr) store_words(residual[row] + d, values - load_words(o[row] + d, n), n);
+            if (leaves_residual) store_lanes_of(residual[row] + d, values - load_lanes_of(o[row] + d, n), n);
           }
         });
     for (std::int64_t row = 0; row < o.count; ++row) {

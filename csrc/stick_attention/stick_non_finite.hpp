@@ -26,7 +26,8 @@ inline std::uint64_t non_finite_rows(std::int64_t count, std::int64_t head_dim, 
         second += pair.second * Accumulate<T>(0);
       }
       for (; d < head_dim; d += w) {
-        first += load_words(row(i) + d, static_cast<int>(std::min<std::int64_t>(w, head_dim - d))) * Accumulate<T>(0);
+        first +=
+            load_lanes_of(row(i) + d, static_cast<int>(std::min<std::int64_t>(w, head_dim - d))) * Accumulate<T>(0);
       }
       zero += first + second;
     }

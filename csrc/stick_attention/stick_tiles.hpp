@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/divide.hpp"
 #include "core/parallel.hpp"
 #include "core/simd.hpp"
 #include "core/tile_gemm.hpp"
@@ -15,12 +16,7 @@ namespace mfx::MFX_ISA {
 
 inline constexpr std::int64_t kTileKeys = 64;
 inline constexpr std::int64_t kMostTileRows = 64;
-inline constexpr std::int64_t kWideHead =
-    256;  // from here on a tile of 64 rows and its accumulators outgrow the L2 cache
-
-inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
+inline constexpr std::int64_t kWideHead = 256;  // from here on a tile of 64 rows outgrows the L2 cache
 
 // One sequence of the batch. A row is (query position, group): row = position * G + g.
 struct StickSequence {
@@ -76,7 +72,7 @@ class StickGeometry {
     }
   }
 
-  std::int64_t key_tiles(const StickSequence& s) const { return (s.keys + kTileKeys - 1) / kTileKeys; }
+  std::int64_t key_tiles(const StickSequence& s) const { return ceil_div(s.keys, kTileKeys); }
 
   // Index of row (in sequence) of a head in [B, Tq, H, G].
   std::int64_t flat_row(const StickQueryTile& t, std::int64_t row) const {
@@ -90,17 +86,22 @@ class StickGeometry {
   std::int64_t tile_rows;  // rows per query tile
 };
 
+// A pointer to a tensor of elements T.
+template <typename T>
+using TensorPointer = std::conditional_t<std::is_const_v<T>, const void*, void*>;
+
 // The rows of one query tile in a tensor of q's shape.
 template <typename T>
 class StickRows {
  public:
   std::int64_t count;
 
-  StickRows(T* tensor, const StickQueryStrides& strides, const StickGeometry& g, const StickQueryTile& t) {
+  StickRows(TensorPointer<T> tensor, const StickQueryStrides& strides, const StickGeometry& g,
+            const StickQueryTile& t) {
     const StickSequence& s = g.sequences[t.sequence];
     count = std::min(g.tile_rows, s.rows - t.first_row);
     std::int64_t group = t.first_row % g.problem.group;
-    T* token = tensor + s.batch * strides.batch + t.head * strides.head +
+    T* token = static_cast<T*>(tensor) + s.batch * strides.batch + t.head * strides.head +
                (s.q_begin + t.first_row / g.problem.group) * strides.token;
     for (std::int64_t row = 0; row < count; ++row) {
       rows_[row] = token + group * strides.group;
@@ -121,10 +122,11 @@ struct StickKeys {
   T* base;
   std::int64_t stride, count;
 
-  StickKeys(T* tensor, const StickKeyStrides& strides, const StickGeometry& g, std::int64_t sequence, std::int64_t head)
+  StickKeys(TensorPointer<T> tensor, const StickKeyStrides& strides, const StickGeometry& g, std::int64_t sequence,
+            std::int64_t head)
       : stride(strides.token), count(g.sequences[sequence].keys) {
     const StickSequence& s = g.sequences[sequence];
-    base = tensor + s.batch * strides.batch + s.k_begin * strides.token + head * strides.head;
+    base = static_cast<T*>(tensor) + s.batch * strides.batch + s.k_begin * strides.token + head * strides.head;
   }
   T* operator[](std::int64_t key) const { return base + key * stride; }
 };
@@ -242,16 +244,6 @@ inline void transpose_words(std::int64_t rows, std::int64_t columns, Load&& load
   }
 }
 
-template <typename T>
-inline auto load_words(const T* p, int n) {
-  constexpr int w = kWidth<Accumulate<T>>;
-  return n == w ? load(p) : load_partial(p, n);
-}
-template <typename T>
-inline void store_words(T* p, Vec<Accumulate<T>> words, int n) {
-  constexpr int w = kWidth<Accumulate<T>>;
-  n == w ? store(p, words) : store_partial(p, words, n);
-}
 inline VecU32 load_pairs(const BFloat16* p, int pairs) {
   if (pairs == kWidth<float>) return load_raw<VecU32>(p);
   std::uint32_t words[kWidth<float>] = {};
@@ -282,7 +274,7 @@ inline void pack_rows_transposed(const StickRows<const T>& rows, std::int64_t he
     transpose_words<Op>(
         tile_rows, head_dim,
         [&](std::int64_t row, std::int64_t d, int n) {
-          return row < rows.count ? load_words(rows[row] + d, n) : Vec<Op>{};
+          return row < rows.count ? load_lanes_of(rows[row] + d, n) : Vec<Op>{};
         },
         [&](std::int64_t d, std::int64_t row, Vec<Op> words, int) { store(out + d * tile_rows + row, words); });
   }
@@ -312,8 +304,8 @@ inline void pack_rows(const StickRows<const T>& rows, std::uint64_t leave_out, s
         if (odd != nullptr) pair |= load_bits(odd + d, n) << 16;
         std::memcpy(out + row * ld + 2 * d, &pair, sizeof pair);
       } else {
-        store(out + row * ld + d, even != nullptr ? load_words(even + d, n) : Vec<Op>{});
-        store(out + (row + 1) * ld + d, odd != nullptr ? load_words(odd + d, n) : Vec<Op>{});
+        store(out + row * ld + d, even != nullptr ? load_lanes_of(even + d, n) : Vec<Op>{});
+        store(out + (row + 1) * ld + d, odd != nullptr ? load_lanes_of(odd + d, n) : Vec<Op>{});
       }
     }
   }
@@ -341,7 +333,7 @@ inline void pack_keys_transposed(const StickKeys<const T>& keys, std::int64_t fi
     transpose_words<Op>(
         kTileKeys, head_dim,
         [&](std::int64_t key, std::int64_t d, int n) {
-          return taken >> key & 1 ? load_words(keys[first + key] + d, n) : Vec<Op>{};
+          return taken >> key & 1 ? load_lanes_of(keys[first + key] + d, n) : Vec<Op>{};
         },
         [&](std::int64_t d, std::int64_t key, Vec<Op> words, int) { store(out + d * kTileKeys + key, words); });
   }
@@ -363,16 +355,7 @@ inline OperandA<Op> row_operand(const StickKeys<const T>& keys, std::int64_t fir
     if (here == count) return {keys[first], keys.stride};
     for (std::int64_t j = 0; j < here; ++j) std::copy_n(keys[first + j], head_dim, scratch + j * head_dim);
   } else {
-    constexpr int w = kWidth<Op>;
-    for (std::int64_t j = 0; j < here; ++j) {
-      const T* row = keys[first + j];
-      std::int64_t d = 0;
-      for (; d + w <= head_dim; d += w) store(scratch + j * head_dim + d, load(row + d));
-      if (d < head_dim) {
-        store_partial(scratch + j * head_dim + d, load_partial(row + d, static_cast<int>(head_dim - d)),
-                      static_cast<int>(head_dim - d));
-      }
-    }
+    for (std::int64_t j = 0; j < here; ++j) convert(keys[first + j], head_dim, scratch + j * head_dim);
   }
   std::fill_n(scratch + here * head_dim, (count - here) * head_dim, Op{});
   return {scratch, head_dim};
