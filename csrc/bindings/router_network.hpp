@@ -26,10 +26,6 @@ inline const char* op_name(RouterGate gate) {
   return kNames[static_cast<int>(gate)];
 }
 
-inline bool has_hidden_layer(RouterGate gate) {
-  return gate == RouterGate::kMlp || gate == RouterGate::kGmm;
-}
-
 // What every op of the router takes for its gate network. Sizes may be symbolic.
 struct Network {
   at::Tensor x;

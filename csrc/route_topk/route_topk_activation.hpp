@@ -9,8 +9,6 @@
 
 namespace mfx::MFX_ISA {
 
-inline constexpr double kNormFloor = 1e-12;  // as torch.nn.functional.normalize
-
 template <typename A>
 inline A dot_row(const A* a, const A* b, std::int64_t n) {
   Vec<A> sum = {};
@@ -21,7 +19,7 @@ inline A dot_row(const A* a, const A* b, std::int64_t n) {
 // 1 / max(|z|, floor)
 template <typename A>
 inline A inverse_norm(const A* z, std::int64_t n) {
-  return A{1} / std::max(std::sqrt(dot_row(z, z, n)), static_cast<A>(kNormFloor));
+  return A{1} / std::max(std::sqrt(dot_row(z, z, n)), static_cast<A>(kRouterNormFloor));
 }
 
 // z [count, ld] in place; what comes before the nonlinearity goes to saved [count, G] too, unless it is null.

@@ -149,7 +149,7 @@ void weight_gradient(std::int64_t tokens, TransposedChunks<Op>& chunks, std::int
       blocks.push_back({before + row, row, std::min(kRowBlock, segment_rows[s] - row), segments[s]});
     }
   }
-  const std::int64_t panels = (columns + kPanel - 1) / kPanel;
+  const std::int64_t panels = ceil_div(columns, kPanel);
   parallel_tasks(panels * static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task) {
     const BrgemmScope scope;
     const Block& block = blocks[static_cast<std::size_t>(task / panels)];
@@ -181,11 +181,11 @@ class Backward {
   explicit Backward(const RouteTopKBackwardParams& p)
       : p_(p),
         n_(p.network),
-        hidden_layer_(n_.gate == RouterGate::kMlp || n_.gate == RouterGate::kGmm),
+        hidden_layer_(has_hidden_layer(n_.gate)),
         wants_experts_(std::any_of(p.grad_segments, p.grad_segments + n_.num_segments, [](void* g) { return g; })),
         wants_input_weight_(hidden_layer_ ? p.grad_hidden_weight != nullptr : wants_experts_),
-        num_tiles_((n_.num_tokens + kTileTokens - 1) / kTileTokens),
-        num_chunks_((n_.num_tokens + kChunkTokens - 1) / kChunkTokens),
+        num_tiles_(ceil_div(n_.num_tokens, kTileTokens)),
+        num_chunks_(ceil_div(n_.num_tokens, kChunkTokens)),
         // Rows of the product that meets x: V's, or W's where there is no V.
         inner_(hidden_layer_ ? n_.hidden_dim : n_.num_experts),
         grad_inner_(wants_input_weight_ ? num_chunks_ : 0, inner_),
@@ -274,7 +274,7 @@ class Backward {
       if (n_.gate == RouterGate::kGmm) {
         scale = inverse_norm(z, size);
         // Below the floor the norm is a constant.
-        along = scale < static_cast<A>(1 / kNormFloor) ? dot_row(z, grad, size) * scale * scale : A{0};
+        along = scale < static_cast<A>(1 / kRouterNormFloor) ? dot_row(z, grad, size) * scale * scale : A{0};
       }
       for_lanes<A>(size, [&](std::int64_t column, int lanes) {
         const Vec<A> value = load_lanes_of(z + column, lanes), g = load_lanes_of(grad + column, lanes);

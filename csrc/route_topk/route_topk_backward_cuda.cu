@@ -9,50 +9,39 @@
 
 namespace mfx::router {
 
-struct Backward {
-  Network network;
-  std::int64_t k;
-  RouterOrder order;
-  const float* logits;
-  const float* z;
-  const std::int32_t* expert_ids;
-  const float* grad_gates;
-  const float* grad_prob_sum;
-  const float* grad_plogp_sum;
-  const float* grad_logsumexp_sq_sum;
-  const float* grad_logits_in;
-  void* grad_x;
-  void* grad_hidden_weight;
-  float* grad_hidden_bias;
-  Segments grad_experts;  // null where not wanted
+struct Backward : RouteTopKBackwardParams {
+  Segments experts, grad_experts;  // of the gradients, null where not wanted
   bool wants_experts;
+  std::int64_t num_tiles;
   // Between the launches.
-  float* grad_logits;  // [T, E]
-  float* grad_z;       // [T, G], before the nonlinearity
+  float* logit_grads;  // [T, E]
+  float* z_grads;      // [T, G], before the nonlinearity
   float* scales;       // [T], kGmm alone
   float* bias_sums;    // [tiles, G]
-  std::int64_t num_tiles;
 
   // Rows of the product that meets x: V's, or W's where there is no V; and their gradient.
   __device__ std::int64_t inner() const {
-    return network.has_hidden_layer() ? network.hidden_dim : network.num_experts;
+    return has_hidden_layer(network.gate) ? network.hidden_dim : network.num_experts;
   }
-  __device__ const float* grad_inner() const { return network.has_hidden_layer() ? grad_z : grad_logits; }
+  __device__ const float* grad_inner() const { return has_hidden_layer(network.gate) ? z_grads : logit_grads; }
 };
 
 // d logits of a token, by one warp.
 __device__ void logit_gradient(const Backward& p, std::int64_t token) {
-  const Network& n = p.network;
-  const auto at = [](const float* rows, std::int64_t offset) { return rows == nullptr ? nullptr : rows + offset; };
+  const RouterGateParams& n = p.network;
+  const auto at = [](const void* rows, std::int64_t offset) {
+    return rows == nullptr ? nullptr : floats(rows) + offset;
+  };
+  const auto value = [](const void* scalar) { return scalar == nullptr ? 0.0f : *floats(scalar); };
   const std::int64_t row = token * n.num_experts;
   const LogitGradient gradient = {
-      p.logits + row,
+      floats(p.logits) + row,
       p.expert_ids + token * p.k,
       at(p.grad_gates, token * p.k),
-      at(p.grad_logits_in, row),
-      p.grad_prob_sum,
-      p.grad_plogp_sum == nullptr ? 0.0f : *p.grad_plogp_sum,
-      p.grad_logsumexp_sq_sum == nullptr ? 0.0f : *p.grad_logsumexp_sq_sum,
+      at(p.grad_logits, row),
+      floats(p.grad_prob_sum),
+      value(p.grad_plogp_sum),
+      value(p.grad_logsumexp_sq_sum),
       n.num_experts,
       p.k,
       p.order,
@@ -61,16 +50,16 @@ __device__ void logit_gradient(const Backward& p, std::int64_t token) {
     if (n.gate == RouterGate::kLogits) {
       store(p.grad_x, n.x_dtype, row + e, value);
     } else {
-      p.grad_logits[row + e] = value;
+      p.logit_grads[row + e] = value;
     }
   });
 }
 
 // grad_z of a token from after the nonlinearity to before it, by one warp.
 __device__ void activate_backward(const Backward& p, std::int64_t token) {
-  const Network& n = p.network;
-  const float* z = p.z + token * n.hidden_dim;
-  float* grad = p.grad_z + token * n.hidden_dim;
+  const RouterGateParams& n = p.network;
+  const float* z = floats(p.hidden) + token * n.hidden_dim;
+  float* grad = p.z_grads + token * n.hidden_dim;
   if (n.gate == RouterGate::kMlp) {
     for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) grad[g] *= gelu_slope(z[g]);
     return;
@@ -79,7 +68,7 @@ __device__ void activate_backward(const Backward& p, std::int64_t token) {
   float along = 0.0f;
   for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) along += z[g] * grad[g];
   along = device::lanes_sum(along) * scale * scale;
-  if (scale >= 1.0f / kNormFloor) along = 0.0f;  // below the floor the norm is a constant
+  if (scale >= 1.0f / static_cast<float>(kRouterNormFloor)) along = 0.0f;  // below the floor the norm is a constant
   for (std::int64_t g = lane_id(); g < n.hidden_dim; g += device::kWarp) grad[g] = scale * (grad[g] - z[g] * along);
   if (lane_id() == 0) p.scales[token] = scale;
 }
@@ -88,23 +77,23 @@ template <typename Op>
 __global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
     route_topk_backward_tokens(const __grid_constant__ Backward p) {
   __shared__ ProductTiles tiles;
-  const Network& n = p.network;
+  const RouterGateParams& n = p.network;
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileRows;
   const std::int64_t end = min(first + kTileRows, n.num_tokens);
   for_each_token(first, end, [&](std::int64_t token) { logit_gradient(p, token); });
   if (n.gate == RouterGate::kLogits) return;
   __syncthreads();
-  if (n.has_hidden_layer()) {
+  if (has_hidden_layer(n.gate)) {
     product_rows<float>(  // d h = d logits W
-        tiles, Matrix{p.grad_logits, DType::kFloat32, n.num_experts, true},
-        ExpertMatrix{n.experts, n.hidden_dim, false}, first, end, n.hidden_dim, n.num_experts,
-        [&](std::int64_t token, std::int64_t g, float value) { p.grad_z[token * n.hidden_dim + g] = value; });
+        tiles, Matrix{p.logit_grads, DType::kFloat32, n.num_experts, true},
+        ExpertMatrix{p.experts, n.hidden_dim, false}, first, end, n.hidden_dim, n.num_experts,
+        [&](std::int64_t token, std::int64_t g, float value) { p.z_grads[token * n.hidden_dim + g] = value; });
     __syncthreads();
     for_each_token(first, end, [&](std::int64_t token) { activate_backward(p, token); });
     __syncthreads();
     for (std::int64_t g = threadIdx.x; p.grad_hidden_bias != nullptr && g < n.hidden_dim; g += kThreads) {
       float sum = 0.0f;
-      for (std::int64_t token = first; token < end; ++token) sum += p.grad_z[token * n.hidden_dim + g];
+      for (std::int64_t token = first; token < end; ++token) sum += p.z_grads[token * n.hidden_dim + g];
       p.bias_sums[blockIdx.x * n.hidden_dim + g] = sum;
     }
   }
@@ -113,11 +102,11 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
   const auto write = [&](std::int64_t token, std::int64_t d, float value) {
     store(p.grad_x, n.x_dtype, token * n.dim + d, value);
   };
-  if (n.has_hidden_layer()) {  // dx = dz V, or d logits W
+  if (has_hidden_layer(n.gate)) {  // dx = dz V, or d logits W
     product_rows<Op>(tiles, grad, Matrix{n.hidden_weight, n.hidden_weight_dtype, n.dim, false}, first, end, n.dim,
                      p.inner(), write);
   } else {
-    product_rows<Op>(tiles, grad, ExpertMatrix{n.experts, n.dim, false}, first, end, n.dim, p.inner(), write);
+    product_rows<Op>(tiles, grad, ExpertMatrix{p.experts, n.dim, false}, first, end, n.dim, p.inner(), write);
   }
 }
 
@@ -135,7 +124,7 @@ template <typename Op>
 __global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
     route_topk_backward_weights(const __grid_constant__ Backward p, WeightBlocks blocks) {
   __shared__ ProductTiles tiles;
-  const Network& n = p.network;
+  const RouterGateParams& n = p.network;
   std::int64_t block = blockIdx.x;
   const auto write_expert = [&](std::int64_t columns) {
     return [&p, columns](std::int64_t expert, std::int64_t column, float value) {
@@ -146,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
     const std::int64_t row = block / blocks.input_columns * kTileRows;
     const std::int64_t column = block % blocks.input_columns * kTileColumns;
     const Matrix grad = {p.grad_inner(), DType::kFloat32, p.inner(), false}, x = {n.x, n.x_dtype, n.dim, false};
-    if (n.has_hidden_layer()) {
+    if (has_hidden_layer(n.gate)) {
       product_tile<Op>(tiles, grad, x, row, column, p.inner(), n.dim, n.num_tokens,
                        [&](std::int64_t g, std::int64_t d, float value) {
                          store(p.grad_hidden_weight, n.hidden_weight_dtype, g * n.dim + d, value);
@@ -158,8 +147,8 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
   }
   block -= blocks.input;
   if (block < blocks.experts) {  // dW = d logits^T h
-    product_tile<float>(tiles, Matrix{p.grad_logits, DType::kFloat32, n.num_experts, false},
-                        Activated{n.gate, p.z, p.scales, n.hidden_dim, false},
+    product_tile<float>(tiles, Matrix{p.logit_grads, DType::kFloat32, n.num_experts, false},
+                        Activated{n.gate, floats(p.hidden), p.scales, n.hidden_dim, false},
                         block / blocks.expert_columns * kTileRows, block % blocks.expert_columns * kTileColumns,
                         n.num_experts, n.hidden_dim, n.num_tokens, write_expert(n.hidden_dim));
     return;
@@ -167,30 +156,39 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
   block -= blocks.experts;
   const std::int64_t column = block * 32 + lane_id();
   const double sum = sum_tiles(p.bias_sums, p.num_tiles, n.hidden_dim, column);
-  if (threadIdx.x < device::kWarp && column < n.hidden_dim) p.grad_hidden_bias[column] = static_cast<float>(sum);
+  if (threadIdx.x < device::kWarp && column < n.hidden_dim)
+    floats(p.grad_hidden_bias)[column] = static_cast<float>(sum);
 }
 
 MFX_LIST_KERNELS(kListed, "route_topk_backward", 80, "route_topk_backward_tokens_bf16",
                  "route_topk_backward_tokens_fp32", "route_topk_backward_weights_bf16",
                  "route_topk_backward_weights_fp32");
 
-std::int64_t place(const RouteTopKBackwardParams& p, Backward& backward) {
+struct Placed {
+  Backward backward;
+  std::int64_t bytes;  // of the workspace
+};
+
+Placed place(const RouteTopKBackwardParams& p) {
   const RouterGateParams& n = p.network;
+  Backward backward = {p, segments_of(n, n.segments), segments_of(n, p.grad_segments)};
+  backward.wants_experts = std::any_of(p.grad_segments, p.grad_segments + n.num_segments, [](void* g) { return g; });
+  backward.num_tiles = num_tiles(n);
   Workspace workspace(p.workspace);
-  backward.grad_logits = workspace.take<float>(n.gate == RouterGate::kLogits ? 0 : n.num_tokens * n.num_experts);
-  backward.grad_z = workspace.take<float>(n.num_tokens * n.hidden_dim);
+  backward.logit_grads = workspace.take<float>(n.gate == RouterGate::kLogits ? 0 : n.num_tokens * n.num_experts);
+  backward.z_grads = workspace.take<float>(n.num_tokens * n.hidden_dim);
   backward.scales = workspace.take<float>(n.gate == RouterGate::kGmm ? n.num_tokens : 0);
   backward.bias_sums = workspace.take<float>(p.grad_hidden_bias != nullptr ? num_tiles(n) * n.hidden_dim : 0);
-  return workspace.bytes();
+  return {backward, workspace.bytes()};
 }
 
 WeightBlocks weight_blocks(const Backward& p) {
-  const Network& n = p.network;
+  const RouterGateParams& n = p.network;
   WeightBlocks blocks = {};
   const auto row_tiles = [](std::int64_t rows) { return ceil_div(rows, kTileRows); };
   blocks.input_columns = ceil_div(n.dim, kTileColumns);
   blocks.expert_columns = ceil_div(n.hidden_dim, kTileColumns);
-  if (n.has_hidden_layer()) {
+  if (has_hidden_layer(n.gate)) {
     if (p.grad_hidden_weight != nullptr) blocks.input = row_tiles(n.hidden_dim) * blocks.input_columns;
     if (p.wants_experts) blocks.experts = row_tiles(n.num_experts) * blocks.expert_columns;
     if (p.grad_hidden_bias != nullptr) blocks.bias = ceil_div(n.hidden_dim, 32);
@@ -217,34 +215,14 @@ Status launch_backward(const Backward& p, Stream stream) {
 namespace mfx {
 
 std::int64_t mfx_route_topk_backward_cuda_workspace(const RouteTopKBackwardParams& p) {
-  router::Backward backward = {};
-  return router::place(p, backward);
+  return router::place(p).bytes;
 }
 
 Status mfx_route_topk_backward_cuda(const RouteTopKBackwardParams& p, Stream stream) {
   const RouterGateParams& n = p.network;
   if (const Status status = router::check(n); !status.ok()) return status;
   if (n.gate == RouterGate::kLogits && p.grad_x == nullptr) return {};
-  router::Backward backward = {
-      .network = router::network_of(n),
-      .k = p.k,
-      .order = p.order,
-      .logits = static_cast<const float*>(p.logits),
-      .z = static_cast<const float*>(p.hidden),
-      .expert_ids = p.expert_ids,
-      .grad_gates = static_cast<const float*>(p.grad_gates),
-      .grad_prob_sum = static_cast<const float*>(p.grad_prob_sum),
-      .grad_plogp_sum = static_cast<const float*>(p.grad_plogp_sum),
-      .grad_logsumexp_sq_sum = static_cast<const float*>(p.grad_logsumexp_sq_sum),
-      .grad_logits_in = static_cast<const float*>(p.grad_logits),
-      .grad_x = p.grad_x,
-      .grad_hidden_weight = p.grad_hidden_weight,
-      .grad_hidden_bias = static_cast<float*>(p.grad_hidden_bias),
-      .grad_experts = router::segments_of(n, p.grad_segments),
-      .wants_experts = std::any_of(p.grad_segments, p.grad_segments + n.num_segments, [](void* g) { return g; }),
-      .num_tiles = router::num_tiles(n),
-  };
-  router::place(p, backward);
+  const router::Backward backward = router::place(p).backward;
   // float16 has too little range for gradients to be rounded to it before they meet x and V.
   return router::operand_type(backward.network) == DType::kBFloat16
              ? router::launch_backward<BFloat16>(backward, stream)

@@ -14,8 +14,6 @@
 namespace mfx::MFX_ISA {
 namespace {
 
-constexpr double kSamplingFloor = 1e-6;
-
 // Per tile: [0, E) sum of p, then the sums of p log p and of logsumexp^2.
 template <typename A>
 class TileSums {
@@ -104,7 +102,7 @@ class Selector {
       const A* noise = static_cast<const A*>(p_.noise) + token * experts_;
       load_lanes(noise, experts_, present, experts_, noise_.data());
       for (std::int64_t e = 0; e < experts_; ++e) {
-        keys_[e] = rank_key<A>((probs_[e] + static_cast<A>(kSamplingFloor)) / noise_[e]);
+        keys_[e] = rank_key<A>((probs_[e] + static_cast<A>(kRouterSamplingFloor)) / noise_[e]);
       }
       for (std::int64_t j = 0; j < best; ++j) {  // below every key: not to be chosen again
         for (int i = 0; i < w; ++i) keys_[ids_[j * w + i]][i] = std::numeric_limits<KeyOf<A>>::min();
@@ -148,28 +146,19 @@ const Op* operand_rows(const RouterGateParams& n, std::int64_t first, std::int64
   return scratch;
 }
 
-template <typename A>
-void copy_logits(const RouteTopKParams& p, std::int64_t first, std::int64_t count, const A* from, std::int64_t ld) {
-  const std::int64_t experts = p.network.num_experts;
-  A* to = static_cast<A*>(p.logits) + first * experts;
-  for (std::int64_t i = 0; i < count; ++i) convert(from + i * ld, experts, to + i * experts);
-}
-
 constexpr std::int64_t kFewTokens = 8;
 
 // One tile without packed weights.
 template <typename A>
 void forward_few(const RouteTopKParams& p) {
   const RouterGateParams& n = p.network;
-  AlignedBuffer<A> x(n.num_tokens * n.dim), hidden(n.num_tokens * n.hidden_dim);
-  with_storage<A>(n.x_dtype, [&](auto storage) {
-    convert(static_cast<const decltype(storage)*>(n.x), n.num_tokens * n.dim, x.data());
-  });
+  AlignedBuffer<A> copy(n.num_tokens * n.dim), hidden(n.num_tokens * n.hidden_dim);
+  const A* const x = operand_rows(n, 0, n.num_tokens, copy.data());
   A* logits = static_cast<A*>(p.logits);
   if (n.gate == RouterGate::kLinear) {
-    multiply_few(n.num_tokens, x.data(), expert_rows(n), logits, n.num_experts);
+    multiply_few(n.num_tokens, x, expert_rows(n), logits, n.num_experts);
   } else {
-    multiply_few(n.num_tokens, x.data(), hidden_rows(n), hidden.data(), n.hidden_dim);
+    multiply_few(n.num_tokens, x, hidden_rows(n), hidden.data(), n.hidden_dim);
     activate(n, n.num_tokens, hidden.data(), n.hidden_dim, static_cast<A*>(p.hidden));
     multiply_few(n.num_tokens, hidden.data(), expert_rows(n), logits, n.num_experts);
   }
@@ -182,8 +171,8 @@ template <typename Op>
 void forward(const RouteTopKParams& p) {
   using A = Accumulate<Op>;
   const RouterGateParams& n = p.network;
-  const bool hidden_layer = n.gate == RouterGate::kMlp || n.gate == RouterGate::kGmm;
-  const std::int64_t tiles = (n.num_tokens + kTileTokens - 1) / kTileTokens;
+  const bool hidden_layer = has_hidden_layer(n.gate);
+  const std::int64_t tiles = ceil_div(n.num_tokens, kTileTokens);
   TileSums<A> sums(tiles, n.num_experts);
 
   PackedB<Op> into_x(n.gate == RouterGate::kLogits ? 0 : n.dim, hidden_layer ? n.hidden_dim : n.num_experts);
@@ -220,7 +209,8 @@ void forward(const RouteTopKParams& p) {
         tile_logits = logits.data();
         ld = into_hidden.padded();
       }
-      copy_logits(p, first, count, tile_logits, ld);
+      A* const to = static_cast<A*>(p.logits) + first * n.num_experts;
+      for (std::int64_t i = 0; i < count; ++i) convert(tile_logits + i * ld, n.num_experts, to + i * n.num_experts);
       selector.tile(first, count, tile_logits, ld, sums.sums(tile), sums.counts(tile));
     }
   });

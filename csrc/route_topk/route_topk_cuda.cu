@@ -12,51 +12,39 @@ namespace mfx::router {
 
 inline constexpr int kForwardBlocks = Shape::kBlocksPerSm + 1;  // per multiprocessor: it needs fewer registers
 
-struct Forward {
-  Network network;
-  std::int64_t k;
-  RouterOrder order;
-  std::int64_t num_sampled;
-  const float* noise;
-  float* gates;
-  std::int32_t* expert_ids;
-  float* logits;
+struct Forward : RouteTopKParams {
+  Segments experts;
+  std::int64_t num_tiles;
   float* z;       // [T, G]
   float* scales;  // [T], kGmm alone
   // Per tile: sums of p per expert, of p log p and of logsumexp^2; slots per expert.
   float* tile_sums;           // [tiles, E + 2]
   std::int32_t* tile_counts;  // [tiles, E]
-  // Results of the second launch.
-  std::int64_t num_tiles;
-  float* prob_sum;
-  float* plogp_sum;
-  float* logsumexp_sq_sum;
-  std::int32_t* counts;
 };
 
 template <typename Op>
 __device__ void compute_logits(const Forward& p, std::int64_t first, std::int64_t end) {
   __shared__ ProductTiles tiles;
-  const Network& n = p.network;
+  const RouterGateParams& n = p.network;
   const std::int64_t experts = n.num_experts;
   const auto write_logit = [&](std::int64_t token, std::int64_t e, float value) {
-    p.logits[token * experts + e] = value;
+    floats(p.logits)[token * experts + e] = value;
   };
   const Matrix x = {n.x, n.x_dtype, n.dim, true};
   switch (n.gate) {
     case RouterGate::kLogits:
       for (std::int64_t i = first * experts + threadIdx.x; i < end * experts; i += kThreads) {
-        p.logits[i] = load(n.x, n.x_dtype, i);
+        floats(p.logits)[i] = load(n.x, n.x_dtype, i);
       }
       break;
     case RouterGate::kLinear:  // x W^T
-      product_rows<Op>(tiles, x, ExpertMatrix{n.experts, n.dim, true}, first, end, experts, n.dim, write_logit);
+      product_rows<Op>(tiles, x, ExpertMatrix{p.experts, n.dim, true}, first, end, experts, n.dim, write_logit);
       break;
     case RouterGate::kMlp:
     case RouterGate::kGmm:  // z = x V^T + b, then h W^T
       product_rows<Op>(tiles, x, Matrix{n.hidden_weight, n.hidden_weight_dtype, n.dim, true}, first, end, n.hidden_dim,
                        n.dim, [&](std::int64_t token, std::int64_t g, float value) {
-                         const float bias = n.gate == RouterGate::kMlp ? n.hidden_bias[g] : 0.0f;
+                         const float bias = n.gate == RouterGate::kMlp ? floats(n.hidden_bias)[g] : 0.0f;
                          p.z[token * n.hidden_dim + g] = value + bias;
                        });
       __syncthreads();
@@ -68,7 +56,7 @@ __device__ void compute_logits(const Forward& p, std::int64_t first, std::int64_
         __syncthreads();
       }
       product_rows<float>(tiles, Activated{n.gate, p.z, p.scales, n.hidden_dim, true},
-                          ExpertMatrix{n.experts, n.hidden_dim, true}, first, end, experts, n.hidden_dim, write_logit);
+                          ExpertMatrix{p.experts, n.hidden_dim, true}, first, end, experts, n.hidden_dim, write_logit);
       break;
   }
   __syncthreads();
@@ -81,15 +69,16 @@ struct TokenSums {
 // Choices and gates of one token by one warp.
 __device__ TokenSums route_token(const Forward& p, std::int64_t token) {
   const std::int64_t experts = p.network.num_experts;
-  const float* logits = p.logits + token * experts;
+  const float* logits = floats(p.logits) + token * experts;
   std::int32_t* ids = p.expert_ids + token * p.k;
   const Softmax all = softmax(experts, [&](std::int64_t e) { return logits[e]; });
-  choose(logits, experts, all, p.noise == nullptr ? nullptr : p.noise + token * experts, p.k, p.num_sampled, ids);
+  choose(logits, experts, all, p.noise == nullptr ? nullptr : floats(p.noise) + token * experts, p.k, p.num_sampled,
+         ids);
 
   const auto chosen_logit = [&](std::int64_t j) { return logits[ids[j]]; };
   const Softmax of_gates = p.order == RouterOrder::kSoftmaxTopK ? all : softmax(p.k, chosen_logit);
   for (std::int64_t j = lane_id(); j < p.k; j += device::kWarp) {
-    p.gates[token * p.k + j] = of_gates.prob(chosen_logit(j));
+    floats(p.gates)[token * p.k + j] = of_gates.prob(chosen_logit(j));
   }
   float plogp = 0.0f;
   for (std::int64_t e = lane_id(); e < experts; e += device::kWarp) {
@@ -118,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) route_topk_forward(c
     std::int32_t count = 0;
     for (std::int64_t token = first; token < end; ++token) {
       const TokenSums& t = tokens[token - first];
-      prob += Softmax{t.largest, t.inverse, 0.0f}.prob(p.logits[token * experts + e]);
+      prob += Softmax{t.largest, t.inverse, 0.0f}.prob(floats(p.logits)[token * experts + e]);
     }
     for (std::int64_t slot = first * p.k; slot < end * p.k; ++slot) count += p.expert_ids[slot] == e;
     sums[e] = prob;
@@ -142,27 +131,32 @@ __global__ void __launch_bounds__(kThreads) route_topk_sums(const __grid_constan
   const auto count = static_cast<std::int32_t>(sum_tiles(p.tile_counts, p.num_tiles, experts, column));
   if (threadIdx.x >= device::kWarp) return;
   if (column < experts) {
-    p.prob_sum[column] = sum;
+    floats(p.prob_sum)[column] = sum;
     p.counts[column] = count;
   } else if (column == experts) {
-    *p.plogp_sum = sum;
+    *floats(p.plogp_sum) = sum;
   } else if (column == experts + 1) {
-    *p.logsumexp_sq_sum = sum;
+    *floats(p.logsumexp_sq_sum) = sum;
   }
 }
 
 MFX_LIST_KERNELS(kListed, "route_topk", 80, "route_topk_forward_bf16", "route_topk_forward_fp16",
                  "route_topk_forward_fp32", "route_topk_sums");
 
-// Sets the arrays that lie in the workspace; returns its bytes.
-std::int64_t place(const RouteTopKParams& p, Forward& forward) {
+struct Placed {
+  Forward forward;
+  std::int64_t bytes;  // of the workspace
+};
+
+Placed place(const RouteTopKParams& p) {
   const RouterGateParams& n = p.network;
+  Forward forward = {p, segments_of(n, n.segments), num_tiles(n)};
   Workspace workspace(p.workspace);
-  forward.z = p.hidden != nullptr ? static_cast<float*>(p.hidden) : workspace.take<float>(n.num_tokens * n.hidden_dim);
+  forward.z = p.hidden != nullptr ? floats(p.hidden) : workspace.take<float>(n.num_tokens * n.hidden_dim);
   forward.scales = workspace.take<float>(n.gate == RouterGate::kGmm ? n.num_tokens : 0);
   forward.tile_sums = workspace.take<float>(num_tiles(n) * (n.num_experts + 2));
   forward.tile_counts = workspace.take<std::int32_t>(num_tiles(n) * n.num_experts);
-  return workspace.bytes();
+  return {forward, workspace.bytes()};
 }
 
 }  // namespace mfx::router
@@ -170,28 +164,12 @@ std::int64_t place(const RouteTopKParams& p, Forward& forward) {
 namespace mfx {
 
 std::int64_t mfx_route_topk_cuda_workspace(const RouteTopKParams& p) {
-  router::Forward forward = {};
-  return router::place(p, forward);
+  return router::place(p).bytes;
 }
 
 Status mfx_route_topk_cuda(const RouteTopKParams& p, Stream stream) {
   if (const Status status = router::check(p.network); !status.ok()) return status;
-  router::Forward forward = {
-      .network = router::network_of(p.network),
-      .k = p.k,
-      .order = p.order,
-      .num_sampled = p.num_sampled,
-      .noise = static_cast<const float*>(p.noise),
-      .gates = static_cast<float*>(p.gates),
-      .expert_ids = p.expert_ids,
-      .logits = static_cast<float*>(p.logits),
-      .num_tiles = router::num_tiles(p.network),
-      .prob_sum = static_cast<float*>(p.prob_sum),
-      .plogp_sum = static_cast<float*>(p.plogp_sum),
-      .logsumexp_sq_sum = static_cast<float*>(p.logsumexp_sq_sum),
-      .counts = p.counts,
-  };
-  router::place(p, forward);
+  const router::Forward forward = router::place(p).forward;
   const auto tiles = static_cast<unsigned>(forward.num_tiles);
   if (tiles > 0) {
     const DType operands = router::operand_type(forward.network);

@@ -15,13 +15,13 @@ inline std::int64_t num_tiles(const RouterGateParams& n) {
   return ceil_div(n.num_tokens, kTileRows);
 }
 
-inline Segments segments_of(const RouterGateParams& n, void* const* data) {
+inline Segments segments_of(const RouterGateParams& n, const void* const* data) {
   Segments segments = {};
-  segments.count = static_cast<int>(n.num_segments);
+  segments.count = static_cast<int>(std::min<std::int64_t>(n.num_segments, kMaxSegments));  // check() refuses more
   segments.dtype = n.weight_dtype;
   std::int64_t end = 0;
   for (int s = 0; s < segments.count; ++s) {
-    segments.data[s] = data[s];
+    segments.data[s] = const_cast<void*>(data[s]);
     segments.end[s] = end += n.num_rows[s];
   }
   return segments;
@@ -33,23 +33,9 @@ inline Status check(const RouterGateParams& n) {
                  std::to_string(n.num_segments));
 }
 
-inline Network network_of(const RouterGateParams& n) {
-  return {n.gate,
-          n.num_tokens,
-          n.dim,
-          n.hidden_dim,
-          n.num_experts,
-          n.x,
-          n.x_dtype,
-          n.hidden_weight,
-          n.hidden_weight_dtype,
-          static_cast<const float*>(n.hidden_bias),
-          segments_of(n, const_cast<void* const*>(n.segments))};
-}
-
 // The type of x and of the matrix that it meets where they agree, else float32.
-inline DType operand_type(const Network& n) {
-  const DType weight = n.has_hidden_layer() ? n.hidden_weight_dtype : n.experts.dtype;
+inline DType operand_type(const RouterGateParams& n) {
+  const DType weight = has_hidden_layer(n.gate) ? n.hidden_weight_dtype : n.weight_dtype;
   return n.gate != RouterGate::kLogits && n.x_dtype == weight ? n.x_dtype : DType::kFloat32;
 }
 
@@ -82,7 +68,7 @@ __device__ void for_each_token(std::int64_t first, std::int64_t end, F f) {
 __device__ inline float inverse_norm(const float* z, std::int64_t n) {
   float square = 0.0f;
   for (std::int64_t i = threadIdx.x % 32; i < n; i += 32) square += z[i] * z[i];
-  return 1.0f / fmaxf(sqrtf(device::lanes_sum(square)), kNormFloor);
+  return 1.0f / fmaxf(sqrtf(device::lanes_sum(square)), static_cast<float>(kRouterNormFloor));
 }
 
 }  // namespace mfx::router

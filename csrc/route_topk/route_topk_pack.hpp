@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "core/divide.hpp"
 #include "core/dot_rows.hpp"
 #include "core/dtype_of.hpp"
 #include "core/parallel.hpp"
@@ -16,10 +17,6 @@ namespace mfx::MFX_ISA {
 inline constexpr std::int64_t kPanel = 64;       // columns of B per product: what bf16 brgemm takes at most
 inline constexpr std::int64_t kTileTokens = 64;  // rows of x per tile; fixed, for it decides the order of sums
 inline constexpr std::int64_t kAlign = 16;       // panel widths are multiples, rows of tiles too
-
-constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 // V or, along its segments, W. Holds pointers into `network`.
 inline Rows hidden_rows(const RouterGateParams& network) {
@@ -57,7 +54,7 @@ class PackedB {
   void pack_transposed(const Rows& rows) {
     constexpr std::int64_t kBlock = 256;
     constexpr int w = kWidth<Accumulate<Op>>;
-    const std::int64_t along_k = (k_ + kBlock - 1) / kBlock;
+    const std::int64_t along_k = ceil_div(k_, kBlock);
     parallel_for(padded() / w * along_k, 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t first = task % along_k * kBlock;

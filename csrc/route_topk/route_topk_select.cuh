@@ -11,8 +11,6 @@ namespace mfx::router {
 
 using device::lane_id;
 
-inline constexpr float kSamplingFloor = 1e-6f;
-
 // logsumexp = largest + log_sum, kept apart so that log p does not lose digits.
 struct Softmax {
   float largest, inverse, log_sum;
@@ -74,7 +72,7 @@ __device__ inline void choose(const float* logits, std::int64_t num_experts, con
     for (std::int64_t j = 0; j < num_best; ++j) {
       if (ids[j] == e) return std::int64_t{0};
     }
-    return rank_key((p.prob(logits[e]) + kSamplingFloor) / noise[e], e);
+    return rank_key((p.prob(logits[e]) + static_cast<float>(kRouterSamplingFloor)) / noise[e], e);
   });
 }
 

@@ -1,4 +1,4 @@
-// The gate network on the device, and its matrices as operands of block_product.cuh: of any storage type, in segments,
+// The matrices of the gate network as operands of block_product.cuh: of any storage type, in segments,
 // after an activation. An operand gives the value at (row, k), k being the inner index of the product, and says along
 // which of the two its memory is contiguous.
 #pragma once
@@ -13,7 +13,6 @@
 namespace mfx::router {
 
 inline constexpr int kMaxSegments = 32;
-inline constexpr float kNormFloor = 1e-12f;  // as torch.nn.functional.normalize
 
 __device__ inline float load(const void* data, DType dtype, std::int64_t i) {
   if (dtype == DType::kBFloat16) return device::to_float(static_cast<const BFloat16*>(data)[i]);
@@ -48,18 +47,13 @@ struct Segments {
   }
 };
 
-struct Network {
-  RouterGate gate;
-  std::int64_t num_tokens, dim, hidden_dim, num_experts;
-  const void* x;
-  DType x_dtype;
-  const void* hidden_weight;
-  DType hidden_weight_dtype;
-  const float* hidden_bias;
-  Segments experts;
-
-  __host__ __device__ bool has_hidden_layer() const { return gate == RouterGate::kMlp || gate == RouterGate::kGmm; }
-};
+// Results and everything between them are float32.
+__host__ __device__ inline float* floats(void* data) {
+  return static_cast<float*>(data);
+}
+__host__ __device__ inline const float* floats(const void* data) {
+  return static_cast<const float*>(data);
+}
 
 // A matrix of which rows or columns (`along_k`: rows, the inner index) are contiguous, `stride` elements apart.
 struct Matrix {

@@ -14,6 +14,14 @@ namespace mfx {
 
 enum class RouterGate : std::uint8_t { kLogits, kLinear, kMlp, kGmm };
 
+// Whether there is a V before W.
+constexpr bool has_hidden_layer(RouterGate gate) {
+  return gate == RouterGate::kMlp || gate == RouterGate::kGmm;
+}
+
+inline constexpr double kRouterNormFloor = 1e-12;     // of |x V^T|, as torch.nn.functional.normalize
+inline constexpr double kRouterSamplingFloor = 1e-6;  // added to p where experts are sampled
+
 enum class RouterOrder : std::uint8_t {
   kSoftmaxTopK,  // gates are the chosen experts' share of the softmax over all experts, not renormalised
   kTopKSoftmax,  // gates are the softmax over the chosen experts' logits
@@ -42,7 +50,7 @@ struct RouteTopKParams {
   std::int64_t k;
   RouterOrder order;
   // Of the k, this many come last and are sampled: those of the remaining experts with the largest
-  // (p + 1e-6) / noise, which for noise drawn from Exp(1) is sampling without replacement in proportion to p + 1e-6.
+  // (p + floor) / noise, which for noise drawn from Exp(1) is sampling without replacement in proportion to p + floor.
   std::int64_t num_sampled;
   const void* noise;  // [T, E], result type
   // Results. Experts are ranked by logit, NaN first and the lower index first among equals.
