@@ -20,8 +20,16 @@ POISONED = [("first", torch.nan), ("middle", torch.inf), ("last", -torch.inf), (
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
+class Named:
+    """Dataclasses named by what is not their default."""
+
+    def __str__(self) -> str:
+        default = type(self)()
+        return " ".join(f"{n}={v}" for n, v in vars(self).items() if v != getattr(default, n)) or "plain"
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(Named):
     batch: int = 1
     t_q: int = 70
     t_k: int = 70
@@ -35,10 +43,6 @@ class Case:
     packed: tuple[tuple[int, int], ...] = ()  # lengths of q and k
     epsilon: float | None = None
     mean: float = -2.0  # of the logits: sticks last for some tens of keys
-
-    def __str__(self) -> str:
-        default = Case()
-        return " ".join(f"{n}={v}" for n, v in vars(self).items() if v != getattr(default, n)) or "plain"
 
 
 CASES = [
@@ -283,7 +287,7 @@ def test_a_nan_of_a_query_reaches_the_keys_it_sees(patient, name, device):
 
 
 @dataclass(frozen=True)
-class Decode:
+class Decode(Named):
     new: int = 1
     heads: int = 2
     group: int = 1
@@ -295,10 +299,6 @@ class Decode:
     epsilon: float | None = None
     cached: tuple[int, ...] = (130, 3)  # keys per sequence, the new ones included
     room: int = 150
-
-    def __str__(self) -> str:
-        default = Decode()
-        return " ".join(f"{n}={v}" for n, v in vars(self).items() if v != getattr(default, n)) or "plain"
 
 
 DECODES = [

@@ -96,9 +96,9 @@ class Router(nn.Module, ABC):
     def _hidden(self, x: Tensor) -> Tensor:
         """What the rows are multiplied by: x [T, D] in the router's precision gives [T, row_size]."""
 
-    @abstractmethod
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """hidden [T, row_size] and rows [R, row_size], both in the router's precision, give [T, R]."""
+        return F.linear(hidden, rows)
 
     def forward(self, x: Tensor) -> RouteTopK:
         """Route x [T, D]. Router arithmetic is float32 at least, whatever the type of x; hooked or wrapped parts of
@@ -184,9 +184,6 @@ class LinearRouter(Router):
     def _hidden(self, x: Tensor) -> Tensor:
         return x
 
-    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        return F.linear(hidden, rows)
-
 
 class MLPRouter(Router):
     """logits = dropout(gelu(x Vᵀ + b)) Wᵀ, with the erf GELU."""
@@ -230,9 +227,6 @@ class MLPRouter(Router):
     def _hidden(self, x: Tensor) -> Tensor:
         layer, activation, dropout, _ = self.w_gate
         return dropout(activation(call_in_dtype_of_input(layer, x)))
-
-    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        return F.linear(hidden, rows)
 
 
 class GMMRouter(Router):

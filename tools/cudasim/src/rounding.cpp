@@ -29,6 +29,12 @@ T apply(int op, volatile T a, volatile T b, volatile T c) {
   }
   return r;
 }
+template <class To, class From>
+To convert(volatile From v, Round m) {
+  Mode s(m);
+  volatile To r = (To)v;
+  return r;
+}
 }  // namespace
 float roundedF32(int op, Round m, float a, float b, float c) {
   Mode s(m);
@@ -39,33 +45,18 @@ double roundedF64(int op, Round m, double a, double b, double c) {
   return apply<double>(op, a, b, c);
 }
 float narrowRounded(double v, Round m) {
-  Mode s(m);
-  volatile double d = v;
-  volatile float f = (float)d;
-  return f;
+  return convert<float>(v, m);
 }
 float s64ToF32(long long v, Round m) {
-  Mode s(m);
-  volatile long long d = v;
-  volatile float f = (float)d;
-  return f;
+  return convert<float>(v, m);
 }
 float u64ToF32(unsigned long long v, Round m) {
-  Mode s(m);
-  volatile unsigned long long d = v;
-  volatile float f = (float)d;
-  return f;
+  return convert<float>(v, m);
 }
 double s64ToF64(long long v, Round m) {
-  Mode s(m);
-  volatile long long d = v;
-  volatile double f = (double)d;
-  return f;
+  return convert<double>(v, m);
 }
 double u64ToF64(unsigned long long v, Round m) {
-  Mode s(m);
-  volatile unsigned long long d = v;
-  volatile double f = (double)d;
-  return f;
+  return convert<double>(v, m);
 }
 }  // namespace cudasim

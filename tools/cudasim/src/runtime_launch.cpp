@@ -90,19 +90,24 @@ LaunchConfig makeConfig(const Kernel& k, dim3 g, dim3 b, size_t smem) {
 
 namespace {
 
-int launchHost(const void* func, dim3 g, dim3 b, void** args, size_t smem, void* stream,
-               const AbiLaunchConfig* ex = nullptr, bool cooperative = false) {
-  std::lock_guard<std::recursive_mutex> lock(state().mutex);
-  HostFunction* f = findFunction(func);
-  if (!f) return fail(kInvalidDeviceFunction);
-  Kernel* k;
+// The kernel of a host stub; an error where there is none.
+int findKernel(const void* func, HostFunction*& f, Kernel*& k) {
+  f = findFunction(func);
   try {
-    k = kernelOf(*f);
+    k = f ? kernelOf(*f) : nullptr;
   } catch (Fault& e) {
     reportFault(e);
     return e.code;
   }
-  if (!k) return fail(kInvalidDeviceFunction);
+  return k ? kSuccess : fail(kInvalidDeviceFunction);
+}
+
+int launchHost(const void* func, dim3 g, dim3 b, void** args, size_t smem, void* stream,
+               const AbiLaunchConfig* ex = nullptr, bool cooperative = false) {
+  std::lock_guard<std::recursive_mutex> lock(state().mutex);
+  HostFunction* f;
+  Kernel* k;
+  if (int error = findKernel(func, f, k)) return error;
   LaunchConfig c = makeConfig(*k, g, b, smem);
   c.cooperative = cooperative;
   for (unsigned i = 0; ex && i < ex->numAttrs; i++) {
@@ -213,28 +218,22 @@ int cudaFuncSetAttribute(const void* func, int attr, int value) {
 }
 int cudaFuncGetAttributes(AbiFuncAttributes* a, const void* func) {
   std::lock_guard<std::recursive_mutex> lock(state().mutex);
-  HostFunction* f = findFunction(func);
-  if (!f) return fail(kInvalidDeviceFunction);
-  try {
-    Kernel* k = kernelOf(*f);
-    if (!k) return fail(kInvalidDeviceFunction);
-    memset(a, 0, sizeof *a);
-    a->sharedSizeBytes = staticShared(*k);
-    a->localSizeBytes = k->localBytes - kLocalBase;
-    a->maxThreadsPerBlock = k->fn->maxThreads ? k->fn->maxThreads : 1024;
-    a->numRegs = 128;
-    a->ptxVersion = atoi(k->module->ptx->target.c_str() + strlen("sm_"));  // of the embedded PTX; CUB tunes by it
-    a->binaryVersion = config().arch;
-    a->maxDynamicSharedSizeBytes = dynamicLimit(*f, *k);
-    a->preferredShmemCarveout = -1;
-    a->requiredClusterWidth = k->fn->reqCluster[0];
-    a->requiredClusterHeight = k->fn->reqCluster[1];
-    a->requiredClusterDepth = k->fn->reqCluster[2];
-    a->clusterDimMustBeSet = k->fn->reqCluster[0] != 0;
-  } catch (Fault& e) {
-    reportFault(e);
-    return e.code;
-  }
+  HostFunction* f;
+  Kernel* k;
+  if (int error = findKernel(func, f, k)) return error;
+  memset(a, 0, sizeof *a);
+  a->sharedSizeBytes = staticShared(*k);
+  a->localSizeBytes = k->localBytes - kLocalBase;
+  a->maxThreadsPerBlock = k->fn->maxThreads ? k->fn->maxThreads : 1024;
+  a->numRegs = 128;
+  a->ptxVersion = atoi(k->module->ptx->target.c_str() + strlen("sm_"));  // of the embedded PTX; CUB tunes by it
+  a->binaryVersion = config().arch;
+  a->maxDynamicSharedSizeBytes = dynamicLimit(*f, *k);
+  a->preferredShmemCarveout = -1;
+  a->requiredClusterWidth = k->fn->reqCluster[0];
+  a->requiredClusterHeight = k->fn->reqCluster[1];
+  a->requiredClusterDepth = k->fn->reqCluster[2];
+  a->clusterDimMustBeSet = k->fn->reqCluster[0] != 0;
   return kSuccess;
 }
 int cudaFuncSetCacheConfig(const void*, int) {
@@ -252,16 +251,10 @@ int cudaFuncGetName(const char** name, const void* func) {
 int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const void* func, int threads, size_t smem,
                                                            unsigned) {
   std::lock_guard<std::recursive_mutex> lock(state().mutex);
-  HostFunction* f = findFunction(func);
-  if (!f) return fail(kInvalidDeviceFunction);
-  try {
-    Kernel* k = kernelOf(*f);
-    if (!k) return fail(kInvalidDeviceFunction);
-    *n = occupancy(*f, *k, threads, smem);
-  } catch (Fault& e) {
-    reportFault(e);
-    return e.code;
-  }
+  HostFunction* f;
+  Kernel* k;
+  if (int error = findKernel(func, f, k)) return error;
+  *n = occupancy(*f, *k, threads, smem);
   return kSuccess;
 }
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* n, const void* func, int threads, size_t smem) {

@@ -256,30 +256,20 @@ def test_environment(so, tmp_path):
         "c.cudaMalloc(ctypes.byref(p), ctypes.c_size_t(1024)); print(s.f_uninit(p), s.f_exchange(p, 0))" % so._name
     )
     env = dict(os.environ, CUDASIM_STATS=str(tmp_path / "s.json"), CUDASIM_UNINIT="1", CUDASIM_RACE="2")
-    r = subprocess.run(
-        [os.path.join(here, "..", "run"), sys.executable, "-c", code],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+
+    def program():
+        command = [os.path.join(here, "..", "run"), sys.executable, "-c", code]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    r = program()
     assert r.stdout == "719 719\n", r
     assert r.stderr.count("never written") >= 2
     del env["CUDASIM_RACE"]
     env["CI"] = "true"  # makes failing the default
-    r = subprocess.run(
-        [os.path.join(here, "..", "run"), sys.executable, "-c", code],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    r = program()
     assert r.stdout == "719 719\n", r
     env["CUDASIM_RACE"] = "1"
-    r = subprocess.run(
-        [os.path.join(here, "..", "run"), sys.executable, "-c", code],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    r = program()
     assert r.stdout == "0 0\n"
     st = json.load(open(tmp_path / "s.json"))
     assert [s["kernel"].split("(")[0] for s in st] == ["uninit", "void exchange<false>"]
