@@ -31,17 +31,16 @@ std::string message(const c10::OperatorHandle& op) {
 }
 
 template <typename Visit>
-void visit_tensors(const c10::IValue& value, Visit visit) {
+void visit_tensors(Visit&& visit, const c10::IValue& value) {
   if (value.isTensor()) return visit(value.toTensor());
-  if (!value.isTensorList()) return;
-  for (const at::Tensor& tensor : value.toTensorVector()) visit(tensor);
+  if (value.isTensorList()) mfx::visit_tensors(visit, value.toTensorVector());
 }
 
 void call_not_differentiable(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string text = message(op);
   std::vector<at::Tensor> inputs;
   for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
-    visit_tensors(argument, [&](const at::Tensor& tensor) { inputs.push_back(tensor); });
+    visit_tensors([&](const at::Tensor& tensor) { inputs.push_back(tensor); }, argument);
   }
   refuse_forward_mode(text.substr(0, text.find(':')).c_str(), at::TensorList(inputs));
   NodePtr<Refusal> node;
@@ -54,9 +53,10 @@ void call_not_differentiable(const c10::OperatorHandle& op, torch::jit::Stack* s
   }
   if (!node) return;
   for (const c10::IValue& result : torch::jit::last(*stack, op.schema().returns().size())) {
-    visit_tensors(result, [&](const at::Tensor& tensor) {
+    const auto record = [&](const at::Tensor& tensor) {
       if (tensor.defined() && tensor.is_floating_point()) torch::autograd::set_history(tensor, node);
-    });
+    };
+    visit_tensors(record, result);
   }
 }
 

@@ -13,35 +13,24 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
-#include <optional>
-
 #include "bindings/checks.hpp"
 
 namespace mfx {
 
-// Whether a predicate holds for one of the tensors in an argument: a tensor, an optional tensor, a list, or something
-// else, which has none.
-template <typename Predicate>
-bool any_tensor(Predicate predicate, const at::Tensor& tensor) {
-  return tensor.defined() && predicate(tensor);
-}
-template <typename Predicate>
-bool any_tensor(Predicate predicate, const std::optional<at::Tensor>& tensor) {
-  return tensor.has_value() && any_tensor(predicate, *tensor);
-}
-template <typename Predicate>
-bool any_tensor(Predicate predicate, at::TensorList tensors) {
-  for (const at::Tensor& tensor : tensors) {
-    if (any_tensor(predicate, tensor)) return true;
-  }
-  return false;
+// Whether a predicate holds for one of the tensors in some arguments.
+template <typename Predicate, typename... Arguments>
+bool any_tensor(Predicate predicate, const Arguments&... arguments) {
+  bool any = false;
+  const auto visit = [&](const at::Tensor& tensor) { any = any || (tensor.defined() && predicate(tensor)); };
+  (visit_tensors(visit, arguments), ...);
+  return any;
 }
 
 // Whether autograd has to record an op with these inputs.
 template <typename... Inputs>
 bool records_grad(const Inputs&... inputs) {
   const auto requires_grad = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
-  return at::GradMode::is_enabled() && (any_tensor(requires_grad, inputs) || ...);
+  return at::GradMode::is_enabled() && any_tensor(requires_grad, inputs...);
 }
 
 // Every differentiable input of an op: dual numbers must not pass through it and lose their tangents.
@@ -49,14 +38,13 @@ template <typename... Inputs>
 void refuse_forward_mode(const char* op, const Inputs&... inputs) {
   const auto has_tangent = [](const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); };
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !(any_tensor(has_tangent, inputs) || ...), op,
+      !any_tensor(has_tangent, inputs...), op,
       ": forward-mode differentiation (torch.func.jvp, jacfwd, dual tensors) is not implemented; reverse mode is");
 }
 
 // Decoding is inference: asking for a gradient is a mistake to hear about, not to run into a detached result. `instead`
 // is what has one.
-inline void refuse_gradient(const char* op, const char* argument, const std::optional<at::Tensor>& input,
-                            const char* instead) {
+inline void refuse_gradient(const char* op, const char* argument, const OptionalTensor& input, const char* instead) {
   refuse_forward_mode(op, input);
   MFX_CHECK_ARG(!records_grad(input), op, argument,
                 c10::str("not require grad: decoding has no backward. Use torch.no_grad(), or ", instead, " to train"),

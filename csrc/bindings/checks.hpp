@@ -21,6 +21,20 @@ inline OptionalTensor if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
+// Calls visit(tensor) for what an argument holds: a tensor, an optional one (undefined for none), or a list of them.
+template <typename Visit>
+void visit_tensors(Visit&& visit, const at::Tensor& tensor) {
+  visit(tensor);
+}
+template <typename Visit>
+void visit_tensors(Visit&& visit, const OptionalTensor& tensor) {
+  visit(tensor.value_or(at::Tensor()));
+}
+template <typename Visit>
+void visit_tensors(Visit&& visit, at::TensorList tensors) {
+  for (const at::Tensor& tensor : tensors) visit(tensor);
+}
+
 // Turns a launcher's status into an exception.
 inline void check_status(const char* op, const Status& status) {
   if (status.ok()) return;

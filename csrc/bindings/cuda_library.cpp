@@ -26,6 +26,12 @@ void* open_library(const fs::path& path) {
   return dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
 }
 
+template <typename Function>
+Function symbol_or_null(const char* name) {
+  void* library = open_library(library_path());
+  return library == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(library, name));
+}
+
 // Why the library was not opened: mostly because torch brings the CUDA runtime of another major version.
 std::string why_not_opened() {
   std::string why = dlerror();
@@ -58,18 +64,14 @@ void* cuda_symbol(const char* name) {
 }
 
 std::optional<std::string> cuda_build_info() {
-  void* library = open_library(library_path());
-  if (library == nullptr) return std::nullopt;
-  const auto info = reinterpret_cast<const char* (*)()>(dlsym(library, "mfx_cuda_build_info"));
+  const auto info = symbol_or_null<const char* (*)()>("mfx_cuda_build_info");
   if (info == nullptr) return std::nullopt;
   return info();
 }
 
 std::vector<CudaKernel> cuda_kernels() {
   std::vector<CudaKernel> kernels;
-  void* library = open_library(library_path());
-  if (library == nullptr) return kernels;
-  const auto list = reinterpret_cast<void (*)(KernelSink, void*)>(dlsym(library, "mfx_cuda_list_kernels"));
+  const auto list = symbol_or_null<void (*)(KernelSink, void*)>("mfx_cuda_list_kernels");
   if (list == nullptr) return kernels;
   list([](void* context, const char* op, const char* name,
           int arch) { static_cast<std::vector<CudaKernel>*>(context)->push_back({op, name, arch}); },

@@ -90,15 +90,15 @@ void check_earlier_launches() {
 }
 
 void check_launch(const char* op, const Status& status, at::TensorList inputs) {
-  TORCH_CHECK_VALUE(!status.refused, op, ": ", status.message, " (inputs of shapes", shapes_of(inputs), ")");
-  TORCH_CHECK(status.ok(), op, ": the CUDA kernels failed: ", status.message, " (inputs of shapes", shapes_of(inputs),
-              ")");
-  if (status.slow == nullptr) return;
-  TORCH_CHECK(!strict(), op, ": no fast CUDA kernel serves this: ", status.slow, " (inputs of shapes",
-              shapes_of(inputs), "); MFX_STRICT=1 makes this an error");
+  if (status.ok() && status.slow == nullptr) return;
+  const std::string inputs_text = " (inputs of shapes" + shapes_of(inputs) + ")";
+  TORCH_CHECK_VALUE(!status.refused, op, ": ", status.message, inputs_text);
+  TORCH_CHECK(status.ok(), op, ": the CUDA kernels failed: ", status.message, inputs_text);
+  TORCH_CHECK(!strict(), op, ": no fast CUDA kernel serves this: ", status.slow, inputs_text,
+              "; MFX_STRICT=1 makes this an error");
   if (is_new(op, status.slow)) {
-    TORCH_WARN(op, ": a slow CUDA kernel serves this: ", status.slow, " (inputs of shapes", shapes_of(inputs),
-               "). Said once; MFX_STRICT=1 makes it an error.");
+    TORCH_WARN(op, ": a slow CUDA kernel serves this: ", status.slow, inputs_text,
+               ". Said once; MFX_STRICT=1 makes it an error.");
   }
 }
 

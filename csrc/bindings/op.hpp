@@ -130,19 +130,10 @@ class Definition {
 // ---- Autograd ----
 
 // Tensors, optional ones (undefined for none) and lists of them in one list.
-inline void append(std::vector<at::Tensor>& all, const at::Tensor& tensor) {
-  all.push_back(tensor);
-}
-inline void append(std::vector<at::Tensor>& all, const OptionalTensor& tensor) {
-  all.push_back(tensor.value_or(at::Tensor()));
-}
-inline void append(std::vector<at::Tensor>& all, const std::vector<at::Tensor>& tensors) {
-  all.insert(all.end(), tensors.begin(), tensors.end());
-}
 template <typename... Tensors>
 std::vector<at::Tensor> tensor_list(const Tensors&... tensors) {
   std::vector<at::Tensor> all;
-  (append(all, tensors), ...);
+  (visit_tensors([&](const at::Tensor& tensor) { all.push_back(tensor); }, tensors), ...);
   return all;
 }
 
@@ -154,8 +145,9 @@ void save_args(torch::autograd::AutogradContext* ctx, const Parts&... parts) {
     ctx->saved_data[std::to_string(ctx->saved_data.size())] = value;
   };
   const auto save_member = [&]<typename Member>(const Member& member) {
-    if constexpr (requires { append(tensors, member); }) {
-      append(tensors, member);
+    const auto append = [&](const at::Tensor& tensor) { tensors.push_back(tensor); };
+    if constexpr (requires { visit_tensors(append, member); }) {
+      visit_tensors(append, member);
       if constexpr (requires { member.size(); }) save_value(static_cast<int64_t>(member.size()));
     } else {
       save_value(member);
