@@ -1,6 +1,8 @@
 // Threads without a threading library in sight: torch's own pool behind two functions.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -29,9 +31,23 @@ class FunctionRef<R(Args...)> {
 // f(begin, end) over a static partition of [0, n); ranges of fewer than `grain` items are not split.
 void parallel_for(std::int64_t n, std::int64_t grain, FunctionRef<void(std::int64_t, std::int64_t)> f);
 
-// f(task) for every task in [0, n), handed out one at a time in ascending order: for tasks of unequal cost.
-void parallel_tasks(std::int64_t n, FunctionRef<void(std::int64_t)> f);
-
 int num_threads();
+
+// f(task, state) for every task in [0, n), handed out one at a time in ascending order: for tasks of unequal cost. Each
+// worker makes one state.
+template <typename Make, typename F>
+void parallel_tasks_with(std::int64_t n, Make&& make, F&& f) {
+  std::atomic<std::int64_t> next{0};
+  parallel_for(std::min<std::int64_t>(n, num_threads()), 1, [&](std::int64_t, std::int64_t) {
+    auto state = make();
+    for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(task, state);
+  });
+}
+
+// f(task) likewise.
+template <typename F>
+void parallel_tasks(std::int64_t n, F&& f) {
+  parallel_tasks_with(n, [] { return 0; }, [&](std::int64_t task, int) { f(task); });
+}
 
 }  // namespace mfx

@@ -74,23 +74,14 @@ inline void tile_gemm_native(std::int64_t m, std::int64_t n, std::int64_t k, con
   if (j < n) tile_gemm_tail(m, static_cast<int>(n - j), k, a, lda, b + j, ldb, c + j, ldc, accumulate);
 }
 
-inline void tile_gemm(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b,
-                      std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate) {
-  if (brgemm_available_f32()) {
-    brgemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
-  } else {
-    tile_gemm_native(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+template <typename Op>
+inline void tile_gemm(std::int64_t m, std::int64_t n, std::int64_t k, const Op* a, std::int64_t lda, const Op* b,
+                      std::int64_t ldb, Accumulate<Op>* c, std::int64_t ldc, bool accumulate) {
+  if constexpr (!std::is_same_v<Op, double>) {
+    if (std::is_same_v<Op, BFloat16> || brgemm_available_f32())
+      return brgemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
   }
-}
-
-inline void tile_gemm(std::int64_t m, std::int64_t n, std::int64_t k, const double* a, std::int64_t lda,
-                      const double* b, std::int64_t ldb, double* c, std::int64_t ldc, bool accumulate) {
-  tile_gemm_native(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
-}
-
-inline void tile_gemm(std::int64_t m, std::int64_t n, std::int64_t k, const BFloat16* a, std::int64_t lda,
-                      const BFloat16* b, std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate) {
-  brgemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  if constexpr (!std::is_same_v<Op, BFloat16>) tile_gemm_native(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
 }
 
 }  // namespace mfx::MFX_ISA

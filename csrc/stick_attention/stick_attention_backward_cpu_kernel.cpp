@@ -51,7 +51,7 @@ class StickBackward {
       packs_[i].keys_left_out = pack_finite_keys(k, packs_[i].tile * kTileKeys, p_.head_dim, packed(i));
       measure_values(packs_[i]);
     });
-    parallel_tasks_with<Worker>(
+    parallel_tasks_with(
         static_cast<std::int64_t>(tasks_.size()),
         [&] { return Worker{g_.tile_rows, p_.head_dim, padded_dim_, plan_.most_tiles * tile_grads_}; },
         [&](std::int64_t i, Worker& worker) { accumulate(tasks_[i], worker); });

@@ -42,7 +42,7 @@ class StickForward {
     Round done = {};
     for (const Round& round : rounds_) {
       parallel_tasks(round.packs - done.packs, [&](std::int64_t i) { pack(packs_[done.packs + i]); });
-      parallel_tasks_with<Worker>(
+      parallel_tasks_with(
           round.tiles - done.tiles, [&] { return Worker{g_.tile_rows, p_.head_dim}; },
           [&](std::int64_t i, Worker& worker) { walk(tiles_[done.tiles + i], worker); });
       done = round;

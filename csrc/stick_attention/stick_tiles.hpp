@@ -2,11 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 #include <vector>
 
 #include "core/divide.hpp"
+#include "core/dtype_of.hpp"
 #include "core/parallel.hpp"
 #include "core/simd.hpp"
 #include "core/tile_gemm.hpp"
@@ -85,10 +85,6 @@ class StickGeometry {
   std::vector<StickSequence> sequences;
   std::int64_t tile_rows;  // rows per query tile
 };
-
-// A pointer to a tensor of elements T.
-template <typename T>
-using TensorPointer = std::conditional_t<std::is_const_v<T>, const void*, void*>;
 
 // The rows of one query tile in a tensor of q's shape.
 template <typename T>
@@ -210,18 +206,6 @@ class StickSight {
   StickKeep mask_;
   std::uint8_t bytes_[kTileKeys];
 };
-
-// f(task, state) for every task in [0, n), handed out one at a time in ascending order; each worker makes one State,
-// which holds its scratch memory and its floating-point mode.
-template <typename State, typename Make, typename F>
-inline void parallel_tasks_with(std::int64_t n, Make&& make, F&& f) {
-  if (n <= 0) return;
-  std::atomic<std::int64_t> next{0};
-  parallel_for(std::min<std::int64_t>(n, num_threads()), 1, [&](std::int64_t, std::int64_t) {
-    State state = make();
-    for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(task, state);
-  });
-}
 
 // ---- Packing. Op is the products' operand type: the storage type itself, or the accumulation type. ----
 
