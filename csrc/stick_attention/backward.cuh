@@ -152,7 +152,7 @@ __device__ inline void value_norms(const BackwardLaunch& launch) {
   const Sequence s(p, sequence);
   const int lane = threadIdx.x & 31, row = lane / 4, own_column = lane % 4 * kElements;
   const int keys = s.keys - tile * kNormKeys, columns = static_cast<int>(p.head_dim);
-  const T* from = kv_pointer(static_cast<const T*>(p.v), p.v_strides, s, head, tile * kNormKeys + row) + own_column;
+  const T* from = kv_pointer<const T>(p.v, p.v_strides, s, head, tile * kNormKeys + row) + own_column;
   const bool* const mask =
       p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k + tile * kNormKeys;
   const auto there = [&](int key) { return key < keys && (mask == nullptr || mask[key]); };

@@ -91,8 +91,7 @@ __device__ inline void store_key_grads(const BackwardLaunch& launch, const KvBlo
   const std::uint32_t not_finite = rows_not_finite(rounded_k, rounded_v);
   const auto store = [&](const RoundedTile<T, kTiles>& grad, void* tensor, const StickKeyStrides& strides,
                          bool aligned) {
-    const KvRows<T> keys = {kv_pointer(static_cast<T*>(tensor), strides, tile.s, tile.head, first) + column,
-                            strides.token, tile.s.keys - first};
+    const KvRows<T> keys(tensor, strides, tile.s, tile.head, first, column);
     store_rows<T>(grad, scratch, keys, 0, columns, aligned);
   };
   store(rounded_k, params.grad_k, params.grad_k_strides, launch.grad_k_aligned);

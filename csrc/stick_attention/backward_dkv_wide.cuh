@@ -15,11 +15,10 @@ namespace mfx::stick {
 
 template <typename Op>
 struct WideBackwardDkvShape : WideShape<Op> {
-  using Wide = WideShape<Op>;
   static constexpr int kRows = 16;
   static constexpr bool kOne = sizeof(Op) == 4;  // K is V
-  static constexpr int kTilesBytes = Wide::kWarps * 2 * Wide::kTileBytes;
-  static constexpr int kSharedBytes = kTilesBytes + WideParts<Op, 2>::kBytes + 2 * Wide::kOperandBytes;
+  static constexpr int kSharedBytes =
+      WideShape<Op>::kTilesBytes + WideParts<Op, 2>::kBytes + 2 * WideShape<Op>::kOperandBytes;
 };
 
 template <typename Op>

@@ -21,7 +21,7 @@ __device__ inline void grad_products(const BackwardLaunch& launch, const Sequenc
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
   const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
-  const QRows<const T> rows(static_cast<const T*>(params.o) + column, params.o_strides, p, s, head, first_row);
+  const QRows<const T> rows(params.o, params.o_strides, p, s, head, first_row, column);
   const std::int64_t columns = p.head_dim - column;
   const auto bytes_of = [](const void* tensor) { return static_cast<const std::uint8_t*>(tensor); };
   const std::uint8_t* const own[2] = {bytes_of(rows.at(min(g, rows.count - 1))),
@@ -161,8 +161,7 @@ __device__ inline void store_grad_q(const BackwardLaunch& launch, const BlockInf
   const StickAttentionBackwardParams& params = launch.params;
   const StickAttentionProblem& p = params.problem;
   if (walked.finishes) {
-    const QRows<T> rows(static_cast<T*>(params.grad_q) + column, params.grad_q_strides, p, tile.s, tile.head,
-                        tile.first_row);
+    const QRows<T> rows(params.grad_q, params.grad_q_strides, p, tile.s, tile.head, tile.first_row, column);
     store_rows<T>(rounded, scratch, rows, row_in_tile, static_cast<int>(p.head_dim) - column, launch.grad_q_aligned);
   } else {
     for_sums(launch, tile, row_in_tile, column, grad_q, not_finite,
@@ -227,9 +226,8 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   const device::SharedAddress queries = device::shared_address(shared), grads = queries + Tiles::kQueryBytes,
                               ring = grads + Tiles::kQueryBytes;
   const TileLoader<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
-  copy.template rows<kRows>(queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row},
-                            launch.q_aligned);
-  copy.template rows<kRows>(grads, {static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, first_row},
+  copy.template rows<kRows>(queries, {p.q, p.q_strides, p, s, head, first_row}, launch.q_aligned);
+  copy.template rows<kRows>(grads, {params.grad_o, params.grad_o_strides, p, s, head, first_row},
                             launch.grad_o_aligned);
   device::cp_async_commit();
 

@@ -13,11 +13,10 @@ namespace mfx::stick {
 
 template <typename Op>
 struct WideBackwardDqShape : WideShape<Op> {
-  using Wide = WideShape<Op>;
   static constexpr int kRows = 16;
   static constexpr bool kOne = sizeof(Op) == 4;  // K is V, and dO in the other tile: registers do not hold it
-  static constexpr int kTilesBytes = Wide::kWarps * 2 * Wide::kTileBytes;
-  static constexpr int kSharedBytes = kTilesBytes + WideParts<Op, 2>::kBytes + Wide::kOperandBytes;
+  static constexpr int kSharedBytes =
+      WideShape<Op>::kTilesBytes + WideParts<Op, 2>::kBytes + WideShape<Op>::kOperandBytes;
 };
 
 template <typename Op>

@@ -1,6 +1,7 @@
 // Where a block's query rows and keys are.
 #pragma once
 
+#include "core/dtype_of.hpp"
 #include "ptx/regalloc.cuh"
 #include "stick_attention/stick_launch.hpp"
 
@@ -88,16 +89,18 @@ struct BlockInfo {
   }
 };
 
-// The rows from `first` on of one sequence and K/V head, in a tensor of q's shape [B, Tq, H, G, D].
+// The rows from `first` on of one sequence and K/V head, in a tensor of q's shape [B, Tq, H, G, D]; of their columns
+// those from `column` on.
 template <typename T>
 struct QRows {
   T* base;
   std::int64_t token_stride, group_stride;
   int first, count, group;
 
-  __device__ QRows(T* tensor, const StickQueryStrides& strides, const StickAttentionProblem& p, const Sequence& s,
-                   std::int64_t head, int first_row)
-      : base(tensor + s.batch * strides.batch + s.q_begin * strides.token + head * strides.head),
+  __device__ QRows(TensorPointer<T> tensor, const StickQueryStrides& strides, const StickAttentionProblem& p,
+                   const Sequence& s, std::int64_t head, int first_row, int column = 0)
+      : base(static_cast<T*>(tensor) + column + s.batch * strides.batch + s.q_begin * strides.token +
+             head * strides.head),
         token_stride(strides.token),
         group_stride(strides.group),
         first(first_row),
@@ -125,22 +128,29 @@ __device__ inline std::int64_t flat_row(const StickAttentionProblem& p, const Se
   return ((s.batch * p.tokens_q + s.q_begin + token) * p.heads + head) * group + (row - token * group);
 }
 
-// Keys of one sequence and K/V head, or a part of their columns, like QRows.
+// Where a key is.
+template <typename T>
+__device__ inline T* kv_pointer(TensorPointer<T> tensor, const StickKeyStrides& strides, const Sequence& s,
+                                std::int64_t head, std::int64_t first = 0) {
+  return static_cast<T*>(tensor) + s.batch * strides.batch + (s.k_begin + first) * strides.token + head * strides.head;
+}
+
+// The keys from `first` on of one sequence and K/V head, like QRows.
 template <typename T>
 struct KvRows {
   T* base;
   std::int64_t token_stride;
   int count;
 
+  __device__ KvRows(TensorPointer<T> tensor, const StickKeyStrides& strides, const Sequence& s, std::int64_t head,
+                    int first, int column = 0)
+      : base(kv_pointer<T>(tensor, strides, s, head, first) + column),
+        token_stride(strides.token),
+        count(s.keys - first) {}
+
   __device__ T* at(int row) const { return base + row * token_stride; }
   __device__ T* operator[](int row) const { return row < count ? at(row) : nullptr; }
   __device__ std::int64_t stride(int rows) const { return rows * token_stride; }
 };
-
-template <typename T>
-__device__ inline T* kv_pointer(T* tensor, const StickKeyStrides& strides, const Sequence& s, std::int64_t head,
-                                std::int64_t first = 0) {
-  return tensor + s.batch * strides.batch + (s.k_begin + first) * strides.token + head * strides.head;
-}
 
 }  // namespace mfx::stick

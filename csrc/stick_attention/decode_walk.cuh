@@ -101,12 +101,7 @@ struct Chunk {
 
   // 16 bytes; one by one where an address is not a multiple of 16.
   __device__ static Chunk load(const T* from, bool aligned) {
-    if (aligned) return {load_global_128_constant(from)};
-    constexpr int kVec = 16 / sizeof(T);
-    alignas(16) T words[kVec];
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) words[i] = from[i];
-    return {*reinterpret_cast<const uint4*>(words)};
+    return {aligned ? load_global_128_constant(from) : load_unaligned_chunk(from)};
   }
   __device__ void widen(float (&x)[16 / sizeof(T)]) const { unpack_chunk<T>(bits, x); }
 };
@@ -189,7 +184,7 @@ __device__ inline void scan_row(Shared<S>& shared, const StickAttentionDecodePar
     leave[i] = shares.u;
   }
   const LaneScan newer = lanes_later_product<kWarp>(leave[0] * leave[1]);
-  const float weight1 = take[1] * newer.later, weight0 = take[0] * (newer.later * leave[1]);
+  const float weight1 = take[1] * newer.beyond, weight0 = take[0] * (newer.beyond * leave[1]);
   const float mass = lanes_sum(weight0 + weight1);
   const float scale = static_cast<float>(stick);
   if (2 * at.lane < at.tile()) {

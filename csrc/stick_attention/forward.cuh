@@ -45,7 +45,7 @@ __device__ inline void store_output(const ForwardLaunch& launch, const BlockInfo
   const RoundedTile<T, kTiles> rounded(o);
   const std::uint32_t not_finite = rows_not_finite(rounded);
   const auto store = [&](void* tensor, const RoundedTile<T, kTiles>& what, bool aligned) {
-    const QRows<T> rows(static_cast<T*>(tensor) + column, params.o_strides, p, tile.s, tile.head, tile.first_row);
+    const QRows<T> rows(tensor, params.o_strides, p, tile.s, tile.head, tile.first_row, column);
     store_rows<T>(what, scratch, rows, row_in_tile, static_cast<int>(p.head_dim) - column, aligned);
   };
   store(params.o, rounded, launch.o_aligned);
@@ -78,8 +78,7 @@ __device__ inline void forward(const ForwardLaunch& launch) {
   extern __shared__ __align__(1024) std::uint8_t shared[];
   const device::SharedAddress queries = device::shared_address(shared), ring = queries + Tiles::kQueryBytes;
   const TileLoader<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
-  copy.template rows<kStickTileRows>(queries, {static_cast<const T*>(p.q), p.q_strides, p, s, head, first_row},
-                                     launch.q_aligned);
+  copy.template rows<kStickTileRows>(queries, {p.q, p.q_strides, p, s, head, first_row}, launch.q_aligned);
 
   // A row beyond the sequence's end has no stick.
   const int lane = threadIdx.x & 31, warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;

@@ -16,10 +16,8 @@ template <typename Op>
 struct WideForwardShape : WideShape<Op> {
   static constexpr int kBlocksOf16 = sizeof(Op) == 2 ? 2 : 1;
   static constexpr int kRows = 16 * kBlocksOf16;
-  using Wide = WideShape<Op>;
-  static constexpr int kTilesBytes = Wide::kWarps * 2 * Wide::kTileBytes;
   static constexpr int kSharedBytes =
-      kTilesBytes + WideParts<Op, kBlocksOf16>::kBytes + kBlocksOf16 * Wide::kOperandBytes;
+      WideShape<Op>::kTilesBytes + WideParts<Op, kBlocksOf16>::kBytes + kBlocksOf16 * WideShape<Op>::kOperandBytes;
 };
 
 template <typename Op>

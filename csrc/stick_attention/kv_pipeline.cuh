@@ -37,10 +37,8 @@ class KvPipeline {
         next_(ring),
         stages_(2 * ring + (kStages - 1) * 2 * kTileBytes) {
     const std::int64_t first = std::int64_t{newest} * kKeys;
-    k_ = loader.template newest_key<kKeys>(kv_pointer(static_cast<const T*>(p.k), p.k_strides, s, head, first),
-                                           p.k_strides.token);
-    v_ = loader.template newest_key<kKeys>(kv_pointer(static_cast<const T*>(p.v), p.v_strides, s, head, first),
-                                           p.v_strides.token);
+    k_ = loader.template newest_key<kKeys>(kv_pointer<const T>(p.k, p.k_strides, s, head, first), p.k_strides.token);
+    v_ = loader.template newest_key<kKeys>(kv_pointer<const T>(p.v, p.v_strides, s, head, first), p.v_strides.token);
     device::pin_in_register(k_);
     device::pin_in_register(v_);
     device::pin_in_register(stages_);
@@ -137,8 +135,8 @@ class KvTiles {
       : span_(tiles + span * kRowBytes), rows_(span_ + interleaved_rows<kRowBytes, kSpan / 4>(threadIdx.x & 31)) {
     const auto copy = [&](device::SharedAddress to, const void* tensor, const StickKeyStrides& strides, bool aligned) {
       const std::int64_t step = loader.key_step(strides.token);
-      const std::uint8_t* newest = loader.template newest_key<kKeys>(
-          kv_pointer(static_cast<const T*>(tensor), strides, s, head, first_key), strides.token);
+      const std::uint8_t* newest =
+          loader.template newest_key<kKeys>(kv_pointer<const T>(tensor, strides, s, head, first_key), strides.token);
 #pragma unroll
       for (int i = kKeys - kSpan; i >= 0; i -= kSpan) {
         loader.template keys<kSpan>(to + i * kRowBytes, newest, step, s.keys - first_key - i, aligned);

@@ -60,8 +60,8 @@ struct VisibleKeys {
   __device__ VisibleKeys(const StickAttentionProblem& p, const Sequence& s, std::int64_t head, float factor)
       : p(p),
         mask(p.key_padding_mask == nullptr ? nullptr : p.key_padding_mask + s.batch * p.tokens_k),
-        k(kv_pointer(static_cast<const T*>(p.k), p.k_strides, s, head)),
-        v(kv_pointer(static_cast<const T*>(p.v), p.v_strides, s, head)),
+        k(kv_pointer<const T>(p.k, p.k_strides, s, head)),
+        v(kv_pointer<const T>(p.v, p.v_strides, s, head)),
         beta_of{-factor} {}
 
   __device__ bool kept(int key) const { return mask == nullptr || mask[key]; }
@@ -85,10 +85,7 @@ __device__ inline void forward_row(const StickAttentionForwardParams& params, fl
   const StickAttentionProblem& p = params.problem;
   const Sequence& s = tile.s;
   if (row >= s.rows) return;
-  const auto row_of = [&](auto* tensor, const StickQueryStrides& strides) {
-    return QRows<std::remove_pointer_t<decltype(tensor)>>(tensor, strides, p, s, tile.head, row).at(0);
-  };
-  const T* const q = row_of(static_cast<const T*>(p.q), p.q_strides);
+  const T* const q = QRows<const T>(p.q, p.q_strides, p, s, tile.head, row).at(0);
   const VisibleKeys<T> keys(p, s, tile.head, factor);
   LaneColumns<kColumns> o(p, first_column);
   double rest = 1.0;
@@ -98,8 +95,9 @@ __device__ inline void forward_row(const StickAttentionForwardParams& params, fl
     rest -= weight;
     o.add(rounded_weight<Op>(static_cast<float>(weight)), keys.value(key));
   }
-  T* const to = row_of(static_cast<T*>(params.o), params.o_strides);
-  T* const residual = params.residual == nullptr ? nullptr : row_of(static_cast<T*>(params.residual), params.o_strides);
+  T* const to = QRows<T>(params.o, params.o_strides, p, s, tile.head, row).at(0);
+  T* const residual =
+      params.residual == nullptr ? nullptr : QRows<T>(params.residual, params.o_strides, p, s, tile.head, row).at(0);
   o.each([&](int column, float x) {
     to[column] = device::from_float<T>(x);
     if (residual != nullptr) residual[column] = device::from_float<T>(x - device::to_float(to[column]));
@@ -143,9 +141,8 @@ __device__ inline void backward_dq_row(const BackwardLaunch& launch, const Block
   const StickAttentionProblem& p = params.problem;
   const Sequence& s = tile.s;
   if (row >= s.rows) return;
-  const T* const q = QRows<const T>(static_cast<const T*>(p.q), p.q_strides, p, s, tile.head, row).at(0);
-  const T* const grad_o =
-      QRows<const T>(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, tile.head, row).at(0);
+  const T* const q = QRows<const T>(p.q, p.q_strides, p, s, tile.head, row).at(0);
+  const T* const grad_o = QRows<const T>(params.grad_o, params.grad_o_strides, p, s, tile.head, row).at(0);
   const VisibleKeys<T> keys(p, s, tile.head, launch.factor);
   const RunsOf<kSpan, kRuns> runs{launch, s, tile.head};
   const std::int64_t at = workspace_row(launch, s, tile.head, row);
@@ -190,7 +187,7 @@ __device__ inline void backward_dq_row(const BackwardLaunch& launch, const Block
     }
     if (owner) *run.state = RunState{newer_edge, static_cast<float>(all - sum_g)};
   }
-  T* const to = QRows<T>(static_cast<T*>(params.grad_q), params.grad_q_strides, p, s, tile.head, row).at(0);
+  T* const to = QRows<T>(params.grad_q, params.grad_q_strides, p, s, tile.head, row).at(0);
   grad_q.each([&](int column, float x) {
     if (walk.finishes) {
       to[column] = device::from_float<T>(x * launch.scale);
@@ -210,8 +207,8 @@ __device__ inline void backward_dkv_row(const BackwardLaunch& launch, const Sequ
   const StickAttentionProblem& p = params.problem;
   if (key >= s.keys) return;
   const VisibleKeys<T> keys(p, s, head, launch.factor);
-  const QRows<const T> q(static_cast<const T*>(p.q), p.q_strides, p, s, head, 0);
-  const QRows<const T> grad_o(static_cast<const T*>(params.grad_o), params.grad_o_strides, p, s, head, 0);
+  const QRows<const T> q(p.q, p.q_strides, p, s, head, 0);
+  const QRows<const T> grad_o(params.grad_o, params.grad_o_strides, p, s, head, 0);
   const RunsOf<kSpan, kRuns> runs{launch, s, head};
   LaneColumns<kColumns> grad_k(p, first_column), grad_v(p, first_column);
   for (int row = keys.kept(key) ? max(s.first_row(p, key), 0) : s.rows; row < s.rows; ++row) {
@@ -235,9 +232,9 @@ __device__ inline void backward_dkv_row(const BackwardLaunch& launch, const Sequ
     grad_v.add(rounded_weight<Op>(weight), grad_row);
     grad_k.add(g - beta * older, q_row);
   }
-  T* const to_k = kv_pointer(static_cast<T*>(params.grad_k), params.grad_k_strides, s, head, key);
+  T* const to_k = kv_pointer<T>(params.grad_k, params.grad_k_strides, s, head, key);
   const bool both = params.grad_v == nullptr;
-  T* const to_v = both ? nullptr : kv_pointer(static_cast<T*>(params.grad_v), params.grad_v_strides, s, head, key);
+  T* const to_v = both ? nullptr : kv_pointer<T>(params.grad_v, params.grad_v_strides, s, head, key);
 #pragma unroll
   for (int i = 0; i < kColumns / 32; ++i) grad_k.sum[i] = grad_k.sum[i] * launch.scale + (both ? grad_v.sum[i] : 0.0f);
   grad_k.each([&](int column, float x) { to_k[column] = device::from_float<T>(x); });

@@ -31,6 +31,24 @@ struct Instance {
   Kernel v_norms, query, key;
 };
 
+// How the kernels of an instance work: head dims above 256 are split over the warps.
+template <typename Op, int kDim>
+struct Backward {
+  using Query = BackwardDqShape<Op, kDim>;
+  using Key = BackwardDkvShape<Op, kDim>;
+  static constexpr int kForwardKeys = ForwardShape<Op, kDim>::kKeys, kKeysPerRun = Query::kKeys / kRunsOfSpan;
+  __device__ static void run_query(const BackwardLaunch& launch) { backward_dq<Op, kDim>(launch); }
+  __device__ static void run_key(const BackwardLaunch& launch) { backward_dkv<Op, kDim>(launch); }
+};
+template <typename Op>
+struct Backward<Op, 1024> {
+  using Query = WideBackwardDqShape<Op>;
+  using Key = WideBackwardDkvShape<Op>;
+  static constexpr int kForwardKeys = WideForwardShape<Op>::kKeys, kKeysPerRun = Query::kKeys;
+  __device__ static void run_query(const BackwardLaunch& launch) { backward_dq_wide<Op>(launch); }
+  __device__ static void run_key(const BackwardLaunch& launch) { backward_dkv_wide<Op>(launch); }
+};
+
 }  // namespace
 
 extern "C" __global__ void stick_bwd_lengths_bf16(const __grid_constant__ BackwardLaunch launch) {
@@ -44,55 +62,41 @@ extern "C" __global__ void stick_bwd_lengths_fp32(const __grid_constant__ Backwa
 }
 
 #define MFX_STICK_BACKWARD_KERNELS(name, dtype, op, dim)                                      \
-  extern "C" __global__ void __launch_bounds__(BackwardDqShape<op, dim>::kThreads, 1)         \
+  extern "C" __global__ void __launch_bounds__(Backward<op, dim>::Query::kThreads, 1)         \
       stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ BackwardLaunch launch) { \
-    backward_dq<op, dim>(launch);                                                             \
+    Backward<op, dim>::run_query(launch);                                                     \
   }                                                                                           \
-  extern "C" __global__ void __launch_bounds__(BackwardDkvShape<op, dim>::kThreads, 1)        \
+  extern "C" __global__ void __launch_bounds__(Backward<op, dim>::Key::kThreads, 1)           \
       stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ BackwardLaunch launch) {   \
-    backward_dkv<op, dim>(launch);                                                            \
+    Backward<op, dim>::run_key(launch);                                                       \
   }
 MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_KERNELS)
-
-#define MFX_STICK_BACKWARD_WIDE_KERNELS(name, dtype, op, dim)                                 \
-  extern "C" __global__ void __launch_bounds__(WideShape<op>::kThreads)                       \
-      stick_bwd_query_##name##_d##dim##_sm80(const __grid_constant__ BackwardLaunch launch) { \
-    backward_dq_wide<op>(launch);                                                             \
-  }                                                                                           \
-  extern "C" __global__ void __launch_bounds__(WideShape<op>::kThreads)                       \
-      stick_bwd_key_##name##_d##dim##_sm80(const __grid_constant__ BackwardLaunch launch) {   \
-    backward_dkv_wide<op>(launch);                                                            \
-  }
-MFX_STICK_WIDE_INSTANCES(MFX_STICK_BACKWARD_WIDE_KERNELS)
 
 namespace {
 
 template <typename Op, int kDim>
 constexpr Instance instance(DType dtype, const char* query_name, void (*query)(BackwardLaunch), const char* key_name,
                             void (*key)(BackwardLaunch)) {
-  constexpr bool kWide = kDim > 256;
-  using Query = std::conditional_t<kWide, WideBackwardDqShape<Op>, BackwardDqShape<Op, kWide ? 64 : kDim>>;
-  using Key = std::conditional_t<kWide, WideBackwardDkvShape<Op>, BackwardDkvShape<Op, kWide ? 64 : kDim>>;
+  using B = Backward<Op, kDim>;
   constexpr auto v_norms = std::is_same_v<Op, BFloat16>  ? stick_bwd_lengths_bf16
                            : std::is_same_v<Op, Float16> ? stick_bwd_lengths_fp16
                                                          : stick_bwd_lengths_fp32;
   return {dtype,
           std::is_same_v<Op, device::Tf32>,
           kDim,
-          kWide ? WideShape<Op>::kKeys : ForwardShape<Op, kDim>::kKeys,
-          Query::kRows,
-          Key::kKeys,
-          kWide ? Key::kKeys : Query::kKeys / kRunsOfSpan,
+          B::kForwardKeys,
+          B::Query::kRows,
+          B::Key::kKeys,
+          B::kKeysPerRun,
           {nullptr, v_norms, 128, 0},
-          {query_name, query, Query::kThreads, Query::kSharedBytes},
-          {key_name, key, Key::kThreads, Key::kSharedBytes}};
+          {query_name, query, B::Query::kThreads, B::Query::kSharedBytes},
+          {key_name, key, B::Key::kThreads, B::Key::kSharedBytes}};
 }
 
 #define MFX_STICK_BACKWARD_ROW(name, dtype, op, dim)                                                                  \
   instance<op, dim>(DType::dtype, "stick_bwd_query_" #name "_d" #dim "_sm80", stick_bwd_query_##name##_d##dim##_sm80, \
                     "stick_bwd_key_" #name "_d" #dim "_sm80", stick_bwd_key_##name##_d##dim##_sm80),
-constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_ROW)
-                                       MFX_STICK_WIDE_INSTANCES(MFX_STICK_BACKWARD_ROW)};
+constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_ROW)};
 
 const KernelList kListed("stick_attention_backward", [](const char* op, KernelSink sink, void* context) {
   for (const Instance& row : kInstances) {
@@ -101,13 +105,6 @@ const KernelList kListed("stick_attention_backward", [](const char* op, KernelSi
 });
 MFX_LIST_KERNELS(kListedLengths, "stick_attention_backward", 80, "stick_bwd_lengths_bf16", "stick_bwd_lengths_fp16",
                  "stick_bwd_lengths_fp32");
-
-const Instance* find(const StickAttentionProblem& p) {
-  for (const Instance& row : kInstances) {
-    if (stick_serves(row.dtype, row.tf32, row.most_head_dim, p)) return &row;
-  }
-  return nullptr;
-}
 
 // The parts of the workspace; see BackwardLaunch.
 struct Memory {
@@ -119,7 +116,7 @@ struct Memory {
   Memory(const Instance& instance, const StickAttentionProblem& p, void* memory)
       : rows(p.tokens_q * p.group * (p.cu_seqlens_q == nullptr ? p.sequences : 1)),
         norm_slots(stick_tile_slots(p, p.tokens_k, kNormKeys)) {
-    const std::int64_t keys = (std::min<std::int64_t>(p.tokens_k, kKvChunk) + 63) / 64 * 64;
+    const std::int64_t keys = round_up(std::min<std::int64_t>(p.tokens_k, kKvChunk), 64);
     const std::int64_t all_rows = p.heads * rows, chunk_rows = p.tokens_k > kKvChunk ? all_rows : 0;
     Workspace workspace(memory);
     run_states = workspace.take<RunState>(keys / instance.keys_per_run * all_rows);
@@ -145,14 +142,14 @@ using namespace stick;
 
 extern "C" __attribute__((visibility("default"))) std::int64_t mfx_stick_attention_backward_cuda_workspace(
     const StickAttentionBackwardParams& params) {
-  const Instance* const instance = find(params.problem);
+  const Instance* const instance = find_instance(kInstances, params.problem);
   return instance == nullptr ? 0 : Memory(*instance, params.problem, nullptr).bytes;
 }
 
 extern "C" __attribute__((visibility("default"))) Status
 mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, Stream stream) {
   const StickAttentionProblem& p = params.problem;
-  const Instance* const instance = find(p);
+  const Instance* const instance = find_instance(kInstances, p);
   if (instance == nullptr) return stick_no_instance(p);
   if (p.head_dim > 256 && p.dtype == DType::kFloat32 && params.grad_v != nullptr) {
     return {"v must be k to have a float32 gradient for head dims above 256 in the CUDA kernels, got another", nullptr,
@@ -188,15 +185,15 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
       .grad_k_aligned = stick_aligned(params.grad_k, element, params.grad_k_strides),
       .grad_v_aligned = stick_aligned(params.grad_v, element, params.grad_v_strides),
   };
-  Status status = launch_blocks(instance->v_norms, (p.heads * memory.norm_slots + 3) / 4, launch, stream);
-  for (std::int64_t kv_chunk = (p.tokens_k + kKvChunk - 1) / kKvChunk; kv_chunk-- > 0 && status.ok();) {
+  Status status = launch_blocks(instance->v_norms, ceil_div(p.heads * memory.norm_slots, 4), launch, stream);
+  for (std::int64_t kv_chunk = ceil_div(p.tokens_k, kKvChunk); kv_chunk-- > 0 && status.ok();) {
     launch.chunk_begin = static_cast<int>(kv_chunk * kKvChunk);
     launch.chunk_end = launch.chunk_begin + kKvChunk;
     status = launch_blocks(instance->query, query_blocks, launch, stream);
     launch.newest_chunk = false;
     if (!status.ok()) break;
     const std::int64_t keys = std::min<std::int64_t>(kKvChunk, p.tokens_k - launch.chunk_begin);
-    const std::int64_t tiles = (keys + instance->keys - 1) / instance->keys;
+    const std::int64_t tiles = ceil_div(keys, instance->keys);
     status = launch_blocks(instance->key, tiles * p.sequences * p.heads, launch, stream);
   }
   const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.grad_o_aligned &&

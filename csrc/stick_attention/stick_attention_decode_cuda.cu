@@ -28,7 +28,8 @@ template <typename T, int kLanes, int kRows, bool kKIsV>
 Status launch_plan(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
   constexpr int kThreads = Shape<T, kLanes, kRows>::kThreads;
   const auto kernel = stick_decode<T, kLanes, kRows, kKIsV>;
-  const auto work = StickDecodeWorkspace::in(p.workspace, plan, p.head_dim);
+  Workspace workspace(p.workspace);
+  const StickDecodeWorkspace work(workspace, plan, p.head_dim);
   const auto groups = static_cast<unsigned>(plan.groups);
   const bool aligned = is_aligned(p);
   Status status = launch(kernel, groups, kThreads, 0, stream, p, plan, work, aligned, 0);
@@ -39,27 +40,24 @@ Status launch_plan(const StickAttentionDecodeParams& p, const StickDecodePlan& p
   return {status.message, aligned ? nullptr : kStickSlow};
 }
 
-template <typename T, int kLanes, int kRows>
-Status launch_rows(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
-  return p.k_is_v ? launch_plan<T, kLanes, kRows, true>(p, plan, stream)
-                  : launch_plan<T, kLanes, kRows, false>(p, plan, stream);
-}
-
-template <typename T, int kLanes>
-Status launch_lanes(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
-  switch (plan.rows) {
-    case 2: return launch_rows<T, kLanes, 2>(p, plan, stream);
-    case 4: return launch_rows<T, kLanes, 4>(p, plan, stream);
-    default: return launch_rows<T, kLanes, 8>(p, plan, stream);
+// f(the first of the constants that is at least n, or the last).
+template <int kFirst, int... kRest, typename F>
+Status with_at_least(std::int64_t n, F f) {
+  if constexpr (sizeof...(kRest) > 0) {
+    if (n > kFirst) return with_at_least<kRest...>(n, f);
   }
+  return f(std::integral_constant<int, kFirst>());
 }
 
 template <typename T>
 Status launch_type(const StickAttentionDecodeParams& p, const StickDecodePlan& plan, Stream stream) {
   const std::int64_t chunks = p.head_dim * static_cast<std::int64_t>(sizeof(T)) / 16;
-  if (chunks <= 8) return launch_lanes<T, 8>(p, plan, stream);
-  if (chunks <= 16) return launch_lanes<T, 16>(p, plan, stream);
-  return launch_lanes<T, 32>(p, plan, stream);
+  return with_at_least<8, 16, 32>(chunks, [&](auto lanes) {
+    return with_at_least<2, 4, 8>(plan.rows, [&](auto rows) {
+      return p.k_is_v ? launch_plan<T, lanes, rows, true>(p, plan, stream)
+                      : launch_plan<T, lanes, rows, false>(p, plan, stream);
+    });
+  });
 }
 
 // In the order of the dispatch above: types, lanes per row, rows per block, and whether K is V.
@@ -83,7 +81,9 @@ namespace mfx {
 
 std::int64_t mfx_stick_attention_decode_cuda_workspace(const StickAttentionDecodeParams& p) {
   const auto plan = StickDecodePlan::of(p);
-  return plan.older_slots == 0 ? 0 : StickDecodeWorkspace::bytes(plan, p.head_dim);
+  Workspace workspace(nullptr);
+  if (plan.older_slots > 0) StickDecodeWorkspace(workspace, plan, p.head_dim);
+  return workspace.bytes();
 }
 
 Status mfx_stick_attention_decode_cuda(const StickAttentionDecodeParams& params, Stream stream) {

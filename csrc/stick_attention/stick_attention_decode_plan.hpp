@@ -6,6 +6,8 @@
 // length of the sequence, which only the device knows.
 #pragma once
 
+#include "core/divide.hpp"
+#include "core/workspace.hpp"
 #include "moduleformer_ext/stick_attention_decode.hpp"
 
 #if defined(__CUDACC__)
@@ -32,12 +34,12 @@ struct StickDecodePlan {
   static constexpr StickDecodePlan of(const StickAttentionDecodeParams& p) {
     StickDecodePlan plan{};
     const std::int64_t rows = p.num_new * p.group_size;
-    plan.groups_per_kv = (rows + kMaxRows - 1) / kMaxRows;
+    plan.groups_per_kv = ceil_div(rows, kMaxRows);
     plan.rows = 2;
     while (plan.rows < kMaxRows && plan.rows < rows) plan.rows *= 2;
     plan.groups = p.batch * p.num_kv_heads * plan.groups_per_kv;
     const std::int64_t most = p.max_keys <= kNewestKeys ? 0 : (p.max_keys - 1) / kMinSlotKeys;
-    const std::int64_t wanted = plan.groups == 0 ? 0 : (kBlocksWanted + plan.groups - 1) / plan.groups;
+    const std::int64_t wanted = plan.groups == 0 ? 0 : ceil_div(std::int64_t{kBlocksWanted}, plan.groups);
     plan.older_slots = static_cast<int>(most < wanted ? most : wanted);
     return plan;
   }
@@ -64,18 +66,12 @@ struct StickDecodeWorkspace {
   int* ended;          // [groups], a slot after which no stick is left
   unsigned* counters;  // [groups, counters], finished children of each node of the tree that composes slots
 
-  static constexpr std::int64_t bytes(const StickDecodePlan& plan, std::int64_t head_dim) {
+  StickDecodeWorkspace(Workspace& workspace, const StickDecodePlan& plan, std::int64_t head_dim) {
     const std::int64_t parts = plan.groups * plan.slots() * plan.rows;
-    return parts * (8 + 4 * head_dim) + plan.groups * 4 * (1 + plan.counters());
-  }
-  static StickDecodeWorkspace in(void* memory, const StickDecodePlan& plan, std::int64_t head_dim) {
-    const std::int64_t parts = plan.groups * plan.slots() * plan.rows;
-    StickDecodeWorkspace w{};
-    w.sticks = static_cast<double*>(memory);
-    w.sums = reinterpret_cast<float*>(w.sticks + parts);
-    w.ended = reinterpret_cast<int*>(w.sums + parts * head_dim);
-    w.counters = reinterpret_cast<unsigned*>(w.ended + plan.groups);
-    return w;
+    sticks = workspace.take<double>(parts);
+    sums = workspace.take<float>(parts * head_dim);
+    ended = workspace.take<int>(plan.groups);
+    counters = workspace.take<unsigned>(plan.groups * plan.counters());
   }
 };
 

@@ -38,7 +38,6 @@ struct Forward<Op, 1024> : WideForwardShape<Op> {
     Forward<op, dim>::run(launch);                                                     \
   }
 MFX_STICK_INSTANCES(MFX_STICK_FORWARD_KERNEL)
-MFX_STICK_WIDE_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 
 #define MFX_STICK_FORWARD_ROW(name, dtype, op, dim) \
   {"stick_fwd_" #name "_d" #dim "_sm80",            \
@@ -49,8 +48,7 @@ MFX_STICK_WIDE_INSTANCES(MFX_STICK_FORWARD_KERNEL)
    Forward<op, dim>::kThreads,                      \
    Forward<op, dim>::kSharedBytes,                  \
    stick_fwd_##name##_d##dim##_sm80},
-static constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)
-                                              MFX_STICK_WIDE_INSTANCES(MFX_STICK_FORWARD_ROW)};
+static constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)};
 
 static const KernelList kListed("stick_attention_forward", [](const char* op, KernelSink sink, void* context) {
   for (const Instance& instance : kInstances) sink(context, op, instance.name, 80);
@@ -65,28 +63,26 @@ using namespace stick;
 extern "C" __attribute__((visibility("default"))) Status
 mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream) {
   const StickAttentionProblem& p = params.problem;
-  for (const Instance& instance : kInstances) {
-    if (!stick_serves(instance.dtype, instance.tf32, instance.most_head_dim, p)) continue;
-    const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, instance.tile_rows) * p.heads;
-    if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return kStickTooLarge;
-    if (blocks == 0) return {};
-    const std::int64_t element = element_size(p.dtype);
-    const ForwardLaunch launch = {
-        .params = params,
-        .factor = static_cast<float>(p.scale * 1.4426950408889634),
-        .epsilon = static_cast<float>(exit_epsilon(params.stick_epsilon)),
-        .q_aligned = stick_aligned(p.q, element, p.q_strides),
-        .k_aligned = stick_aligned(p.k, element, p.k_strides),
-        .v_aligned = stick_aligned(p.v, element, p.v_strides),
-        .o_aligned = stick_aligned(params.o, element, params.o_strides),
-        .residual_aligned = stick_aligned(params.residual, element, params.o_strides),
-    };
-    const Status status = mfx::launch(instance.kernel, static_cast<unsigned>(blocks), instance.threads,
-                                      instance.shared_bytes, stream, launch);
-    const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.o_aligned;
-    return {status.message, aligned ? nullptr : kStickSlow};
-  }
-  return stick_no_instance(p);
+  const Instance* const instance = find_instance(kInstances, p);
+  if (instance == nullptr) return stick_no_instance(p);
+  const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, instance->tile_rows) * p.heads;
+  if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return kStickTooLarge;
+  if (blocks == 0) return {};
+  const std::int64_t element = element_size(p.dtype);
+  const ForwardLaunch launch = {
+      .params = params,
+      .factor = static_cast<float>(p.scale * 1.4426950408889634),
+      .epsilon = static_cast<float>(exit_epsilon(params.stick_epsilon)),
+      .q_aligned = stick_aligned(p.q, element, p.q_strides),
+      .k_aligned = stick_aligned(p.k, element, p.k_strides),
+      .v_aligned = stick_aligned(p.v, element, p.v_strides),
+      .o_aligned = stick_aligned(params.o, element, params.o_strides),
+      .residual_aligned = stick_aligned(params.residual, element, params.o_strides),
+  };
+  const Status status = mfx::launch(instance->kernel, static_cast<unsigned>(blocks), instance->threads,
+                                    instance->shared_bytes, stream, launch);
+  const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.o_aligned;
+  return {status.message, aligned ? nullptr : kStickSlow};
 }
 
 }  // namespace mfx

@@ -132,7 +132,7 @@ __device__ inline void stick_break(float (&scores)[kTiles][kOfTile], const ExpLo
   }
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    const float newer_rem = rem[row] * newer[row].later * weight_unit;
+    const float newer_rem = rem[row] * newer[row].beyond * weight_unit;
 #pragma unroll
     for (int share = 0; share < kShares; ++share) {
       float next_rem = rem_of[row][share] * newer_rem;
@@ -211,7 +211,7 @@ struct BackwardRows {
   template <int kLanes, int kTiles, int kOfTile>
   __device__ float next_rem(const float (&scores)[kTiles][kOfTile], int row, const device::LaneScan& newer) const {
     float next[1] = {rem[row]};
-    move_rem<kLanes>(next, {newer}, [&](int) { return lane_sum(scores, row) * newer.later * rem[row]; });
+    move_rem<kLanes>(next, {newer}, [&](int) { return lane_sum(scores, row) * newer.beyond * rem[row]; });
     return next[0];
   }
 
@@ -248,7 +248,7 @@ __device__ inline void stick_break_backward(float (&scores)[kTiles][kOfTile], fl
     break_run<kMasked>(scores, beta, rest, row, beta_of, visible.of_row[row]);
     const device::LaneScan newer = device::lanes_later_product<kLanes>(rest);
     const float next_rem = rows.template next_rem<kLanes>(scores, row, newer);
-    const float run_rem = rows.rem[row] * newer.later, share = run_rem * kUnit;
+    const float run_rem = rows.rem[row] * newer.beyond, share = run_rem * kUnit;
     float sum = 0.0f;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -261,8 +261,8 @@ __device__ inline void stick_break_backward(float (&scores)[kTiles][kOfTile], fl
       sum += grads[tile][2 * row];
       sum += grads[tile][2 * row + 1];
     }
-    const device::LanePrefix older_lanes = device::lanes_earlier_sum<kLanes>(sum);
-    const float older = rows.older(row, next_rem, older_lanes.all) + older_lanes.earlier;
+    const device::LaneScan older_lanes = device::lanes_earlier_sum<kLanes>(sum);
+    const float older = rows.older(row, next_rem, older_lanes.all) + older_lanes.beyond;
     leave(row, RunState{run_rem, older});
     rows.rem[row] = next_rem;
     float minus_sum = -older;

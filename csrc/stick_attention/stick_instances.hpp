@@ -7,27 +7,13 @@
 
 #include "moduleformer_ext/stick_attention.hpp"
 
-// X(name, DType, operand type, head dimension)
-#define MFX_STICK_INSTANCES(X)         \
-  X(bf16, kBFloat16, BFloat16, 64)     \
-  X(bf16, kBFloat16, BFloat16, 128)    \
-  X(bf16, kBFloat16, BFloat16, 256)    \
-  X(fp16, kFloat16, Float16, 64)       \
-  X(fp16, kFloat16, Float16, 128)      \
-  X(fp16, kFloat16, Float16, 256)      \
-  X(fp32, kFloat32, float, 64)         \
-  X(fp32, kFloat32, float, 128)        \
-  X(fp32, kFloat32, float, 256)        \
-  X(tf32, kFloat32, device::Tf32, 64)  \
-  X(tf32, kFloat32, device::Tf32, 128) \
-  X(tf32, kFloat32, device::Tf32, 256)
-
-// Head dims that are split over the warps of a block.
-#define MFX_STICK_WIDE_INSTANCES(X)  \
-  X(bf16, kBFloat16, BFloat16, 1024) \
-  X(fp16, kFloat16, Float16, 1024)   \
-  X(fp32, kFloat32, float, 1024)     \
-  X(tf32, kFloat32, device::Tf32, 1024)
+// X(name, DType, operand type, head dimension). That of 1024 is split over the warps of a block.
+#define MFX_STICK_DIMS(X, ...) X(__VA_ARGS__, 64) X(__VA_ARGS__, 128) X(__VA_ARGS__, 256) X(__VA_ARGS__, 1024)
+#define MFX_STICK_INSTANCES(X)                 \
+  MFX_STICK_DIMS(X, bf16, kBFloat16, BFloat16) \
+  MFX_STICK_DIMS(X, fp16, kFloat16, Float16)   \
+  MFX_STICK_DIMS(X, fp32, kFloat32, float)     \
+  MFX_STICK_DIMS(X, tf32, kFloat32, device::Tf32)
 
 namespace mfx {
 
@@ -41,9 +27,14 @@ inline Status stick_no_instance(const StickAttentionProblem& p) {
           nullptr, true};
 }
 
-// Whether a row of the table serves a problem, if it is large enough.
-inline bool stick_serves(DType dtype, bool tf32, int most_head_dim, const StickAttentionProblem& p) {
-  return dtype == p.dtype && tf32 == (p.allow_tf32 && p.dtype == DType::kFloat32) && p.head_dim <= most_head_dim;
+// The first row of a table that serves a problem, or null.
+template <typename Instance, std::size_t kSize>
+const Instance* find_instance(const Instance (&table)[kSize], const StickAttentionProblem& p) {
+  const bool tf32 = p.allow_tf32 && p.dtype == DType::kFloat32;
+  for (const Instance& row : table) {
+    if (row.dtype == p.dtype && row.tf32 == tf32 && p.head_dim <= row.most_head_dim) return &row;
+  }
+  return nullptr;
 }
 
 }  // namespace mfx

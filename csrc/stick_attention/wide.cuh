@@ -26,8 +26,9 @@ struct WideShape {
   static constexpr int kColumnTiles = kColumns / 8;
   static constexpr int kRowBytes = kColumns * static_cast<int>(sizeof(Op));
   static constexpr int kKeys = 16;
-  static constexpr int kLanes = 8;                          // that scan a row
-  static constexpr int kTileBytes = 16 * kRowBytes;         // a warp's columns of 16 rows or keys
+  static constexpr int kLanes = 8;                   // that scan a row
+  static constexpr int kTileBytes = 16 * kRowBytes;  // a warp's columns of 16 rows or keys
+  static constexpr int kTilesBytes = kWarps * 2 * kTileBytes;
   static constexpr int kPart = 16 * kKeys;                  // elements of a part of S for 16 rows
   static constexpr int kOperandBytes = kPart * sizeof(Op);  // weights or score gradients of 16 rows
 };
@@ -63,15 +64,14 @@ template <typename T>
 __device__ inline QRows<const T> wide_query_rows(const void* tensor, const StickQueryStrides& strides,
                                                  const StickAttentionProblem& p, const Sequence& s, std::int64_t head,
                                                  int first_row) {
-  return {static_cast<const T*>(tensor) + wide_column(), strides, p, s, head, first_row};
+  return {tensor, strides, p, s, head, first_row, wide_column()};
 }
 
 // This warp's columns of the keys from `first_key` on.
 template <typename T>
 __device__ inline KvRows<const T> wide_key_rows(const void* tensor, const StickKeyStrides& strides, const Sequence& s,
                                                 std::int64_t head, int first_key) {
-  return {kv_pointer(static_cast<const T*>(tensor), strides, s, head, first_key) + wide_column(), strides.token,
-          s.keys - first_key};
+  return {tensor, strides, s, head, first_key, wide_column()};
 }
 
 // This warp's columns of sixteen rows into its tile.

@@ -73,37 +73,31 @@ __device__ inline unsigned lanes_prefix_sum(unsigned x) {
   return x;
 }
 
-// What a scan over a group of lanes leaves in each: the result over the lanes of a higher (later) index alone, and over
-// all.
+// What a scan over a group of lanes leaves in each: the result over the lanes of a higher index (later) or of a lower
+// one (earlier) alone, and over all.
 struct LaneScan {
-  float later, all;
+  float beyond, all;
 };
 
-template <int kWidth>
-__device__ inline LaneScan lanes_later_product(float x) {
-  LaneScan scan = {1.0f, x};
+// `neutral` is what combine() leaves a number with as it is.
+template <int kWidth, bool kLater, typename Combine>
+__device__ inline LaneScan lanes_scan(float x, float neutral, Combine combine) {
+  LaneScan scan = {neutral, x};
   for_lane_steps<kWidth>([&](auto step) {
     const float other = exchange<step>(scan.all);
-    const float newer = threadIdx.x & step ? 1.0f : other;
-    scan = {step == 1 ? newer : scan.later * newer, scan.all * other};
+    const bool counts = kLater ? !(threadIdx.x & step) : threadIdx.x & step;
+    const float mine = counts ? other : neutral;
+    scan = {step == 1 ? mine : combine(scan.beyond, mine), combine(scan.all, other)};
   });
   return scan;
 }
-
-// With the lanes of a lower index.
-struct LanePrefix {
-  float earlier, all;
-};
-
 template <int kWidth>
-__device__ inline LanePrefix lanes_earlier_sum(float x) {
-  LanePrefix scan = {0.0f, x};
-  for_lane_steps<kWidth>([&](auto step) {
-    const float other = exchange<step>(scan.all);
-    const float older = threadIdx.x & step ? other : 0.0f;
-    scan = {step == 1 ? older : scan.earlier + older, scan.all + other};
-  });
-  return scan;
+__device__ inline LaneScan lanes_later_product(float x) {
+  return lanes_scan<kWidth, true>(x, 1.0f, [](float a, float b) { return a * b; });
+}
+template <int kWidth>
+__device__ inline LaneScan lanes_earlier_sum(float x) {
+  return lanes_scan<kWidth, false>(x, 0.0f, [](float a, float b) { return a + b; });
 }
 
 }  // namespace mfx::device
