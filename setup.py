@@ -9,6 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 OPTIONS = (
@@ -62,6 +63,20 @@ class CMakeBuild(build_ext):
             )
 
 
+class WithBenchmarks(build_py):
+    """Puts the benchmarks into the package, for `moduleformer-ext bench`; in a checkout they stay where they are."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        source, target = ROOT / "benchmarks", Path(self.build_lib) / "moduleformer_ext" / "benchmarks"
+        for path in (*source.glob("*.*"), *source.glob("ops/*.py"), *source.glob("peers/*.py")):
+            if path.suffix in (".py", ".ini"):
+                self.mkpath(str(target / path.parent.relative_to(source)))
+                self.copy_file(str(path), str(target / path.relative_to(source)))
+
+
 def version() -> str:
     """Of the package; a wheel for one torch and CUDA release has a label that names both (docs/build.md)."""
     text = (ROOT / "python" / "moduleformer_ext" / "_version.py").read_text(encoding="utf-8")
@@ -72,5 +87,5 @@ def version() -> str:
 setup(
     version=version(),
     ext_modules=[Extension("moduleformer_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithBenchmarks},
 )

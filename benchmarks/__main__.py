@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -69,13 +70,19 @@ def options_of(words: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     return chosen, files, options
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Measure and report. Returns 0 if everything ran and every check was passed."""
-    chosen, files, options = options_of(words)
+def measure(words: Sequence[str] | None = None, log: TextIO | None = None) -> dict[str, str]:
+    """Measure and write the report. `log` takes what pytest prints (default: standard output).
+
+    Returns:
+        Files that did not run to their end, or in which a check failed, and how.
+    """
+    return _measure(*options_of(words), log)[1]
+
+
+def _measure(
+    chosen: argparse.Namespace, files: list[str], options: list[str], log: TextIO | None
+) -> tuple[Path, dict[str, str]]:
     device, quick, out = chosen.device, chosen.quick, chosen.out
-    if out is None and device == "cuda" and not torch.cuda.is_available():
-        print("python -m benchmarks: this torch sees no GPU", file=sys.stderr)
-        return _USAGE
     deadline = time.monotonic() + chosen.budget
     folder = out or RESULTS / f"{datetime.date.today().isoformat()}-{slug(device)}{'-quick' * quick}"
     folder = folder.resolve()
@@ -91,15 +98,35 @@ def main(words: Sequence[str] | None = None) -> int:
         name = _file_of(str(file)).stem.removeprefix("bench_")
         command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), str(file), *options]
         command += [f"--budget={left}", f"--benchmark-json={folder / name}.json"]
-        code = subprocess.run(command).returncode
+        code = subprocess.run(command, stdout=log).returncode
         if code == _USAGE:
-            return code
+            raise UsageError
         if code not in (0, _NOTHING_SELECTED):
             broken[name] = "a test failed" if code == 1 else f"ended with status {code}"
         if any(folder.glob("*.json")):
             write_report(folder, broken)
+    return folder, broken
+
+
+class UsageError(ValueError):
+    """Pytest was given wrong options."""
+
+    def __str__(self) -> str:
+        return "pytest says above which option is wrong"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure and report. Returns 0 if everything ran and every check was passed."""
+    chosen, files, options = options_of(words)
+    if chosen.out is None and chosen.device == "cuda" and not torch.cuda.is_available():
+        print("python -m benchmarks: this torch sees no GPU", file=sys.stderr)
+        return _USAGE
+    try:
+        folder, broken = _measure(chosen, files, options, None)
+    except UsageError:
+        return _USAGE
     if (folder / "table.md").exists():
-        if out is None and not quick and device == "cpu":
+        if chosen.out is None and not chosen.quick and chosen.device == "cpu":
             write_index(RESULTS, folder)
         print(f"\n{folder / 'table.md'}")
     else:

@@ -12,11 +12,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "moduleformer_ext"
 
 # Python: what each room may import besides itself. Rooms are the package's direct children.
-COMMON = {"types", "_version", "files", "heap", "records"}
+COMMON = {"types", "_version", "display", "files", "heap", "records"}
 PYTHON_LAYERS: dict[str, set[str]] = {
     "_version": set(),
     "types": set(),
     "heap": set(),
+    "display": set(),
     "records": set(),
     "files": {"records"},
     "_extension": {"_C"},
@@ -34,7 +35,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 }
 
 # Optional packages: the rooms that may import them.
-OPTIONAL: dict[str, set[str]] = {name: {"hf"} for name in ("transformers", "huggingface_hub", "accelerate", "peft")}
+OPTIONAL: dict[str, set[str]] = {name: {"hf"} for name in ("transformers", "accelerate", "peft")}
 
 CODE = (".py", ".pyi", ".cpp", ".hpp", ".h", ".cu", ".cuh", ".sh", ".cmake", "CMakeLists.txt", "Makefile")
 MAX_LINES = 500

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FLAGS, TINY
 from tokenizers import Tokenizer
 
-from moduleformer_ext.cli import main
+from moduleformer_ext.cli import VERBS, main
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 
 
@@ -44,9 +44,9 @@ MEASURING = [
     ("--segment-length 1.5", "--segment-length must be a valid integer"),
     ("--batch-size -3", "--batch-size must be at least 1, got -3"),
     ("--batch-size x", "--batch-size must be a valid integer"),
-    ("--dtype fp16", "--dtype must be 'fp32' or 'bf16', got fp16"),
+    ("--dtype fp16", "--dtype must be 'auto', 'fp32' or 'bf16', got fp16"),
+    ("--device nowhere", "--device must be a torch device of this machine, got nowhere"),
     ("--text", "--text must be given a value"),
-    ("--wrong 3", "Unknown option: --wrong."),
 ]
 TRAINING = [
     ("--minutes inf", "--minutes must be a finite number, got inf"),
@@ -83,6 +83,21 @@ OTHERS = {
         ("--max-new-tokens 1000000000000", "--max-new-tokens must be at most 2147483647, got 1000000000000"),
         ("--max-new-tokens 2147483647", "there is not enough memory"),
         ("--seed -1", "--seed must be at least 0, got -1"),
+        ("--device nowhere", "--device must be a torch device of this machine, got nowhere"),
+        ("--dtype fp16", "--dtype must be 'auto', 'fp32' or 'bf16', got fp16"),
+    ],
+    "chat {run}": [
+        ("--temperature -1", "--temperature must be at least 0, got -1"),
+        ("--remember 0", "--remember must be at least 1, got 0"),
+        ("--device nowhere", "--device must be a torch device of this machine, got nowhere"),
+    ],
+    "plot {run}": [
+        ("--output {out}/a.png", "--output must be a .png file in a folder that exists"),
+        ("--output {out}.jpg", "--output must be a .png file in a folder that exists"),
+        ("--output {out}.png --smoothing 1", "--smoothing must be below 1, got 1"),
+        ("--output {out}.png --x time", "--x must be 'steps' or 'tokens', got time"),
+        ("--output {out}.png --metric accuracy", "metric must be one of aux_loss, grad_norm, learning_rate, "),
+        ("{text} --output {out}.png", "is not a run directory"),
     ],
     "prune {run} {out}": [
         ("--threshold 2", "--threshold must be at most 1, got 2"),
@@ -105,9 +120,14 @@ OTHERS = {
     "demo --run {out}": [
         ("--minutes inf", "--minutes must be a finite number, got inf"),
         ("--minutes 0", "--minutes must be above 0, got 0"),
+        ("--device nowhere", "--device must be a torch device of this machine, got nowhere"),
     ],
     "eval {run}": [("--expert-usage {out}/a.png", "--expert-usage must be a .png file in a folder that exists")],
-    "convert {run} {out}": [("--to elsewhere", "--to must be 'native', 'published' or 'hf', got elsewhere")],
+    "convert {run} {out}": [
+        ("--to elsewhere", "--to must be 'native', 'published' or 'hf', got elsewhere"),
+        ("--to hf --max-shard-size 5", "--max-shard-size must be a number of KB, MB, GB or TB, such as 5GB, got 5"),
+        ("--max-shard-size 5GB", "--max-shard-size: is for published and hf"),
+    ],
     "train --run {out} --steps 1": [
         ("--preset huge", "preset must be one of"),
         ("--model n_layer=0", "n_layer must be a positive integer, got 0"),
@@ -157,12 +177,29 @@ def test_wrong_texts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("eval {run} --wrong 3", "Unknown option: --wrong."),
+        ("eval", "model must be given a value."),
+        ("generate {run} {run}", "Unused Tokens: "),
+        ("train --run", "--run must be given a value."),
+    ],
+)
+def test_wrong_words_name_the_usage_of_their_verb(
+    words: str, message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words.format(run=run).split()
+    complaint = _complaint(line, capsys)
+    assert complaint.startswith(message)
+    assert f"Usage: moduleformer-ext {line[0]} [OPTIONS]" in complaint
+    assert complaint.endswith("; see --help")
+
+
 def test_no_verb_and_no_such_verb(capsys: pytest.CaptureFixture[str]) -> None:
     for words, got in (([], "none"), (["trian"], "'trian'")):
         assert main(words) == 2
-        assert f"VERB must be one of train, generate, eval, {', '.join(['convert', 'usage'])}" in (
-            error := capsys.readouterr().err
-        )
+        assert f"VERB must be one of {', '.join(VERBS)}, " in (error := capsys.readouterr().err)
         assert f"got {got}" in error
 
 
@@ -334,7 +371,7 @@ def test_faults_of_the_program_keep_their_traceback(run: Path, monkeypatch: pyte
     def fail(*_: object, **__: object) -> None:
         raise KeyError("fault")
 
-    monkeypatch.setattr("moduleformer_ext.cli.eval.load_source", fail)
+    monkeypatch.setattr("moduleformer_ext.cli.measure.load_source", fail)
     with pytest.raises(KeyError, match="fault"):
         main(["eval", str(run)])
 

@@ -78,3 +78,21 @@ def test_a_copied_environment_is_made_anew(tmp_path, copied):
     command = ["make", "--dry-run", f"VENV={venv}", str(venv / ".installed")]
     plan = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert ("tools/make_venv.sh" in plan) == copied
+
+
+def test_a_wheel_holds_the_benchmarks(tmp_path: Path) -> None:
+    """`moduleformer-ext bench` finds them without a checkout; no results and no experiments come along."""
+    subprocess.run([sys.executable, "setup.py", "-q", "build_py", "-d", str(tmp_path)], cwd=ROOT, check=True)
+    package = tmp_path / "moduleformer_ext"
+    found = {path.relative_to(package / "benchmarks").as_posix() for path in (package / "benchmarks").rglob("*.*")}
+    assert {"__main__.py", "conftest.py", "pytest.ini", "ops/bench_grouped_gemm.py", "peers/experts.py"} <= found
+    assert not any(name.startswith(("results", "experiments")) for name in found)
+    for library in (ROOT / "python" / "moduleformer_ext").glob("*.so"):
+        (package / library.name).symlink_to(library)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = ["bench", "linear_decode", "--quick", "--select", "fp32 and T1 and head", "--json"]
+    command = [sys.executable, "-m", "moduleformer_ext.cli", *words]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"{package / 'benchmarks'}" in result.stderr  # pytest's root
+    assert '"case": "fp32, T1, head"' in result.stdout

@@ -1,15 +1,23 @@
 """`moduleformer-ext convert`."""
 
+import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
+from pydantic import AfterValidator
 
 from moduleformer_ext.cli.source import Model, Output, check_new, locate, new_model_directory
-from moduleformer_ext.files import save_tensors, to_json, write_file
+from moduleformer_ext.data import TOKENIZER, write_tokenizer_config
 from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.models.checkpoint import save_published
 from moduleformer_ext.records import Record
+
+
+def _check_size(size: str | None) -> str | None:
+    if size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", size):
+        raise ValueError(f"must be a number of KB, MB, GB or TB, such as 5GB, got {size}")
+    return size
 
 
 @Parameter(name="*")
@@ -18,33 +26,33 @@ class Options(Record):
 
     to: Literal["native", "published", "hf"] = "native"
     """format of the output; hf: for transformers, which has to be installed"""
+    max_shard_size: Annotated[str | None, AfterValidator(_check_size)] = None
+    """published and hf: weights larger than this go into several files (default: 5GB)"""
 
 
 def run(model: Model, output: Output, /, *, options: Options = Options()) -> int:
     """Write a model, with its tokenizer if it has one, as a new directory in the wanted format."""
     check_new(output)
     directory, tokenizer = locate(model)
+    if options.max_shard_size is not None and options.to == "native":
+        raise ValueError("--max-shard-size: is for published and hf; the native format is one file")
+    size = options.max_shard_size or "5GB"
     save_hf = _save_hf() if options.to == "hf" else None
     source = MoLMForCausalLM.from_pretrained(directory)
     with new_model_directory(output, tokenizer) as scratch:
         if options.to == "native":
             source.save_pretrained(scratch)
         elif save_hf:
-            save_hf(source, scratch, tokenizer if tokenizer.is_file() else None)
+            save_hf(source, scratch, scratch / TOKENIZER if tokenizer.exists() else None, max_shard_size=size)
         else:
-            _save_published(source, scratch)
+            save_published(source, scratch, size)
+            if tokenizer.exists():
+                write_tokenizer_config(scratch)
     print(f"wrote {output} ({options.to} format)")
     return 0
 
 
-def _save_hf() -> Callable[[MoLMForCausalLM, Path, Path | None], None]:
+def _save_hf() -> Callable[..., None]:
     from moduleformer_ext.hf import save_directory  # an ImportError says what to install
 
     return save_directory
-
-
-def _save_published(model: MoLMForCausalLM, directory: Path) -> None:
-    config, state = model.to_reference()
-    write_file(directory / "config.json", to_json(config))
-    tensors = {name: tensor.clone() for name, tensor in state.items()}  # tied ones share memory
-    save_tensors(directory / "model.safetensors", tensors, {"format": "pt"})

@@ -1,36 +1,32 @@
 """`moduleformer-ext eval`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
 
 from moduleformer_ext.cli.measure import Measuring
-from moduleformer_ext.cli.source import AsJson, Model, load_source
+from moduleformer_ext.cli.source import AsJson, Model, check_picture
 from moduleformer_ext.data import ALL
+from moduleformer_ext.display import table
 from moduleformer_ext.files import writing
 from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train import Score, overall_bits_per_byte
-
-
-def _picture(path: Path) -> Path:
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise ValueError(f"must be a .png file in a folder that exists, got {path}")
-    return path
 
 
 class Options(Measuring):
     """What `eval` does beside measuring."""
 
     as_json: AsJson = False
-    expert_usage: Annotated[Path | None, AfterValidator(lambda path: path and _picture(path))] = None
+    expert_usage: Annotated[Path | None, AfterValidator(lambda path: path and check_picture(path))] = None
     """draw the experts' use by domain, as .png"""
 
 
 def run(source: Model, /, *, options: Options = Options()) -> int:
     """Measure a model on held-out or given text."""
-    model, tokenizer = load_source(source)
+    model, tokenizer = options.load(source)
     scores = options.measure(source, model, tokenizer)
     if options.expert_usage:
         with writing(options.expert_usage):
@@ -43,7 +39,7 @@ def _as_json(scores: dict[str, Score]) -> str:
     rows = {
         domain: {
             "bits_per_byte": score.bits_per_byte,
-            "perplexity": score.perplexity,
+            "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
             "num_tokens": score.num_tokens,
             "num_bytes": score.num_bytes,
         }
@@ -53,12 +49,10 @@ def _as_json(scores: dict[str, Score]) -> str:
 
 
 def _as_table(scores: dict[str, Score]) -> str:
-    width = max(len(domain) for domain in (*scores, ALL))
-    lines = [f"{'':<{width}}  bits/byte  perplexity     tokens      bytes"]
-    lines += [
-        f"{domain:<{width}}  {score.bits_per_byte:9.4f}  {score.perplexity:10.3f}  "
-        f"{score.num_tokens:9d}  {score.num_bytes:9d}"
+    rows: list[tuple[str, str, str | None, int, int]] = [
+        (domain, f"{score.bits_per_byte:.4f}", f"{score.perplexity:.3f}", score.num_tokens, score.num_bytes)
         for domain, score in scores.items()
     ]
-    lines.append(f"{ALL:<{width}}  {overall_bits_per_byte(scores):9.4f}")
-    return "\n".join(lines)
+    tokens, size = (sum(getattr(score, name) for score in scores.values()) for name in ("num_tokens", "num_bytes"))
+    rows.append((ALL, f"{overall_bits_per_byte(scores):.4f}", None, tokens, size))
+    return table(["domain", "bits/byte", "perplexity", "tokens", "bytes"], rows)

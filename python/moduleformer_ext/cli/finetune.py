@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moduleformer_ext.cli.source import Model, load_source, locate
-from moduleformer_ext.cli.train import ConfigFile, Flags, check_surroundings, start
+from moduleformer_ext.cli.train import HELP_GROUPS, ConfigFile, Flags, check_surroundings, start
 from moduleformer_ext.records import NonNegative
 from moduleformer_ext.train import RunDirectory, TrainConfig, is_run
 from moduleformer_ext.train.finetune import finetuned_config
@@ -19,7 +19,7 @@ _FIXED = ("preset", "vocab_size", "tokenizer")
 class Options(Flags):
     """Those of `train`, and one of its own."""
 
-    concentrate: NonNegative | None = None
+    concentrate: Annotated[NonNegative | None, Parameter(group=HELP_GROUPS["Objective"])] = None
     """concentrate the load on few experts, with this weight, so that the others can be pruned"""
 
 

@@ -1,20 +1,21 @@
 """Options and streams of the verbs that read text with a model."""
 
 from pathlib import Path
-from typing import Literal
 
 from cyclopts import Parameter
 from tokenizers import Tokenizer
 
+from moduleformer_ext.cli.source import Running, load_source
 from moduleformer_ext.data import FIELD, TokenStream, open_dataset, text_files, tokenize_domains
+from moduleformer_ext.display import progress
 from moduleformer_ext.models import MoLMForCausalLM
-from moduleformer_ext.records import Count, Lanes, Record, Text
+from moduleformer_ext.records import Count, Lanes, Text
 from moduleformer_ext.train import RunDirectory, Score, evaluate, is_run
 from moduleformer_ext.train.config import Sources
 
 
 @Parameter(name="*")
-class Measuring(Record):
+class Measuring(Running):
     """The text to read and how."""
 
     text: Sources = ()
@@ -25,18 +26,23 @@ class Measuring(Record):
     """lanes read in parallel"""
     segment_length: Count = 512
     """tokens per forward pass"""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """of the arithmetic"""
+
+    def load(self, source: Path) -> tuple[MoLMForCausalLM, Tokenizer]:
+        """The model, whose weights keep their type for bf16: autocast is what a run evaluates itself with."""
+        return load_source(source, self.device, "auto" if self.dtype == "bf16" else self.dtype)
 
     def measure(self, source: Path, model: MoLMForCausalLM, tokenizer: Tokenizer) -> dict[str, Score]:
         """Read the given text, or the held-out one of the run `source`, domain by domain."""
-        return evaluate(
-            model,
-            self._streams(source, tokenizer),
-            batch_size=self.batch_size,
-            segment_length=self.segment_length,
-            dtype=self.dtype,
-        )
+        streams = self._streams(source, tokenizer)
+        with progress("reading", sum(stream.num_scored for stream in streams.values())) as bar:
+            return evaluate(
+                model,
+                streams,
+                batch_size=self.batch_size,
+                segment_length=self.segment_length,
+                dtype="bf16" if self.dtype == "bf16" else "fp32",
+                advance=bar.advance,
+            )
 
     def _streams(self, source: Path, tokenizer: Tokenizer) -> dict[str, TokenStream]:
         if self.text:

@@ -5,14 +5,16 @@ new one goes.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 from cyclopts import Parameter
 from tokenizers import Tokenizer
 
 from moduleformer_ext.data import TOKENIZER, find_tokenizer, load_tokenizer, write_tokenizer
 from moduleformer_ext.files import new_directory
 from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.records import Record, Text
 from moduleformer_ext.train import RunDirectory, is_run
 
 _HELP = "a run directory, or a directory with config.json, tokenizer.json and weights"
@@ -36,11 +38,33 @@ def locate(path: Path) -> tuple[Path, Path]:
     return path, find_tokenizer(path)
 
 
-def load_source(path: Path) -> tuple[MoLMForCausalLM, Tokenizer]:
-    """Load model, in evaluation mode, and tokenizer, which must belong together."""
+class Running(Record):
+    """Where and in what arithmetic a model runs."""
+
+    device: Text = "cpu"
+    """torch device"""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """arithmetic; auto: of the type that the weights are stored in"""
+
+
+_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device must be a torch device of this machine, got {device}: {reason}") from error
+
+
+def load_source(path: Path, device: str = "cpu", dtype: str = "auto") -> tuple[MoLMForCausalLM, Tokenizer]:
+    """Load model, in evaluation mode, and tokenizer, which must belong together. `dtype` converts the weights."""
+    check_device(device)
     directory, found = locate(path)
     tokenizer = load_tokenizer(found)
-    model = MoLMForCausalLM.from_pretrained(directory).eval()
+    model = MoLMForCausalLM.from_pretrained(directory, dtype=_DTYPES[dtype], device=device).eval()
     if (entries := tokenizer.get_vocab_size()) > model.config.vocab_size:
         raise ValueError(
             f"tokenizer: '{found}' must have at most {model.config.vocab_size} entries, those of the model, "
@@ -50,6 +74,13 @@ def load_source(path: Path) -> tuple[MoLMForCausalLM, Tokenizer]:
         if not weight.isfinite().all():
             raise FloatingPointError(f"model: the weights in '{directory}' must be finite, got others in {name}")
     return model, tokenizer
+
+
+def check_picture(path: Path) -> Path:
+    """Refuse what is no name for a picture."""
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise ValueError(f"must be a .png file in a folder that exists, got {path}")
+    return path
 
 
 def check_new(output: Path) -> None:
@@ -63,6 +94,8 @@ def new_model_directory(output: Path, tokenizer: Path) -> Iterator[Path]:
     """A scratch folder that becomes `output`, with the tokenizer if there is one, when the block ends well."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with new_directory(output) as scratch:
-        yield scratch
         if tokenizer.exists():
+            write_tokenizer(tokenizer, scratch)
+        yield scratch
+        if tokenizer.exists():  # as it was: transformers writes it in another form
             write_tokenizer(tokenizer, scratch)

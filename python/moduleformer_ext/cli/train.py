@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import AfterValidator
 
 from moduleformer_ext.cli import INTERRUPTED
+from moduleformer_ext.cli.source import check_device
 from moduleformer_ext.data import STANDARD_DOMAINS, check_sources, end_of_text_id, load_tokenizer, share_lanes
 from moduleformer_ext.records import Text
 from moduleformer_ext.train import RunDirectory, TrainConfig, run_session
@@ -25,11 +25,26 @@ def _check_assignment(item: str) -> str:
     return item
 
 
+_GROUPS = {
+    "text": "Text",
+    "preset": "Model",
+    "batch_size": "Batches",
+    "aux_loss_weight": "Objective",
+    "steps": "Length",
+    "learning_rate": "Optimiser",
+    "dtype": "Machine",
+    "seed": "Records",
+}
+"""The first option of every group in the help; those after it belong to it."""
+HELP_GROUPS = {title: Group(title, sort_key=number) for number, title in enumerate(_GROUPS.values())}
+Assignments = tuple[Annotated[Text, AfterValidator(_check_assignment)], ...]
+
+
 @Parameter(name="*")
 class Flags(RunOptions):
     """Options of a run, as flags."""
 
-    model: Annotated[tuple[Annotated[Text, AfterValidator(_check_assignment)], ...], Parameter(name="--model")] = ()
+    model: Annotated[Assignments, Parameter(name="--model", group=HELP_GROUPS["Model"])] = ()
     """model configuration fields that replace those of the preset, as FIELD=VALUE"""
 
     def given(self, file: Path | None) -> dict[str, Any]:
@@ -39,6 +54,17 @@ class Flags(RunOptions):
         if self.model:
             flags["model"] = {**options.get("model", {}), **dict(map(_parse_field, self.model))}
         return options | flags
+
+
+def _group_options() -> None:
+    title = ""
+    for name in RunOptions.model_fields:
+        title = _GROUPS.get(name, title)
+        field = Flags.model_fields[name]
+        field.metadata = [*field.metadata, Parameter(group=HELP_GROUPS[title])]
+
+
+_group_options()
 
 
 def _parse_field(item: str) -> tuple[str, Any]:
@@ -64,7 +90,7 @@ def run(
     if resume is not None:
         directory = RunDirectory.open(resume)
         _check_same(directory, given)
-        _check_device(directory.config.device)
+        check_device(directory.config.device)
         return finish(directory, started)
     assert run is not None
     if "tokenizer" in given and "vocab_size" in given:
@@ -81,18 +107,10 @@ def run(
 
 def check_surroundings(config: TrainConfig) -> None:
     """Refuse what will not be found, before anything is written: texts, a device, packages, a lane for every domain."""
-    _check_device(config.device)
+    check_device(config.device)
     domains = check_sources(config.text) or STANDARD_DOMAINS
     share_lanes(dict.fromkeys(domains, 1), config.batch_size, config.domain_exponent)
     check_logging(config.log)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device must be a torch device of this machine, got {device}: {reason}") from error
 
 
 def start(directory: RunDirectory, started: float) -> int:

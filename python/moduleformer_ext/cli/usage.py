@@ -1,12 +1,14 @@
 """`moduleformer-ext usage`."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from moduleformer_ext.cli.measure import Measuring
-from moduleformer_ext.cli.source import Model, check_new, load_source
+from moduleformer_ext.cli.source import AsJson, Model, check_new
+from moduleformer_ext.display import table
 from moduleformer_ext.files import new_directory, read_json, to_json, write_file, writing
 from moduleformer_ext.surgery import KINDS, ExpertUsage, divergences, plot_expert_usage, usage_table
 
@@ -19,10 +21,11 @@ def run(
     /,
     *,
     options: Measuring = Measuring(),
+    as_json: AsJson = False,
 ) -> int:
     """Count the experts' slots by domain; write counts, frequencies, divergences and heat maps."""
     check_new(output)
-    model, tokenizer = load_source(source)
+    model, tokenizer = options.load(source)
     usage = {domain: score.usage for domain, score in options.measure(source, model, tokenizer).items()}
     divergence = divergences(usage)
     record = {"domains": {domain: counted.to_dict() for domain, counted in usage.items()}, "divergence": divergence}
@@ -32,11 +35,17 @@ def run(
         write_file(scratch / "usage.csv", usage_table(usage, model.config))
         with writing(output / "usage.png"):
             plot_expert_usage(scratch / "usage.png", usage)
-    for kind in KINDS:
-        for first, others in divergence[kind].items():
-            for second, layers in others.items():
-                mean = sum(layers) / len(layers)
-                print(f"{kind:<9}  KL({first} || {second}), mean over layers: {mean:.3f} nats")
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return 0
+    rows = [
+        (kind, first, second, f"{sum(layers) / len(layers):.3f}")
+        for kind in KINDS
+        for first, others in divergence[kind].items()
+        for second, layers in others.items()
+    ]
+    if rows:
+        print(table(["experts", "domain", "from domain", "KL, nats, mean over layers"], rows))
     print(f"wrote {output}")
     return 0
 

@@ -24,6 +24,7 @@ from moduleformer_ext.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
     write_tokenizer,
+    write_tokenizer_config,
 )
 
 __all__ = [
@@ -58,4 +59,5 @@ __all__ = [
     "tokenize_domains",
     "train_tokenizer",
     "write_tokenizer",
+    "write_tokenizer_config",
 ]

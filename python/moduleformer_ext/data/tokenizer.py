@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moduleformer_ext.files import read_json, read_text, write_file
+from moduleformer_ext.files import read_json, read_text, to_json, write_file
 
 END_OF_TEXT = "<|endoftext|>"
 """Stands before, between and after documents; the published MoLM tokenizer has the same."""
@@ -97,6 +97,16 @@ def write_tokenizer(source: Path, directory: Path) -> None:
         shutil.copyfile(source, directory / TOKENIZER)
     else:
         write_file(directory / TOKENIZER, load_tokenizer(source).to_str(pretty=True))
+
+
+def write_tokenizer_config(directory: Path) -> None:
+    """Beside a tokenizer.json, write the tokenizer_config.json that tells transformers which of its entries begins and
+    ends a text and fills a batch; nothing for a tokenizer without `END_OF_TEXT`.
+    """
+    if load_tokenizer(directory / TOKENIZER).token_to_id(END_OF_TEXT) is not None:
+        tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
+        write_file(directory / "tokenizer_config.json", to_json(settings))
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

@@ -66,13 +66,20 @@ def to_native(model: ModuleFormerForCausalLM) -> MoLMForCausalLM:
     return native.train(model.training)
 
 
-def save_directory(model: MoLMForCausalLM, directory: str | Path, tokenizer: str | Path | None = None) -> None:
+def save_directory(
+    model: MoLMForCausalLM,
+    directory: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
     """Write what ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` reads where this package
     is installed, or without ``trust_remote_code`` after ``import moduleformer_ext.hf``.
 
     Args:
         tokenizer: a ``tokenizer.json``, to become ``AutoTokenizer.from_pretrained(directory)``, with
             :data:`CHAT_TEMPLATE`.
+        max_shard_size: larger weights go into several files.
 
     Raises:
         ValueError: as :func:`from_native`.
@@ -82,7 +89,7 @@ def save_directory(model: MoLMForCausalLM, directory: str | Path, tokenizer: str
     converted = from_native(model, **fields)
     if tokenizer is not None:
         _save_tokenizer(Path(tokenizer), directory, converted)
-    converted.save_pretrained(directory)
+    converted.save_pretrained(directory, max_shard_size=max_shard_size)
     names = ", ".join(sorted(_CLASSES.values()))
     write_file(directory / _CODE, f"from moduleformer_ext.hf import {names}  # noqa: F401\n")
 

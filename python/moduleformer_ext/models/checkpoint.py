@@ -76,6 +76,29 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return unshared
 
 
+def save_published(model: MoLMForCausalLM, directory: str | Path, max_shard_size: int | str = "5GB") -> None:
+    """Write config.json and weights in the published format, in one file or, where they are larger than
+    ``max_shard_size``, bytes or a text such as "5GB", in several with an index.
+
+    Neither durable nor atomic: give it a directory from :func:`~moduleformer_ext.files.new_directory`.
+
+    Raises:
+        ValueError: the model has something that the format cannot say; the message names the field.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    directory = Path(directory)
+    config, state = model.to_reference()
+    state = _unshared(state)
+    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    write_file(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    for name, tensors in plan.filename_to_tensors.items():
+        save_tensors(directory / name, {tensor: state[tensor] for tensor in tensors}, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
+        write_file(directory / _INDEX_FILES[0], json.dumps(index, indent=2) + "\n")
+
+
 def read_pretrained(directory: str | Path) -> tuple[MoLMConfig, dict[str, Tensor]]:
     """Configuration and weights of a directory that :func:`save_pretrained` wrote, or of a published MoLM's as it is
     downloaded.

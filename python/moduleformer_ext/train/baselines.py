@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from moduleformer_ext.data import ALL, Bigram, Dataset, NGram, Unigram, stream_bits
+from moduleformer_ext.display import table
 
 BitsPerByte = dict[str, dict[str, float]]
 """Held-out bits per byte, by model and then by domain; `ALL` is all domains together."""
@@ -33,11 +34,6 @@ def per_byte(bits: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, f
 
 
 def format_table(results: BitsPerByte) -> str:
-    """Lay out bits per byte as a text table, one model a line."""
+    """Lay out bits per byte as a table, one model a line."""
     domains = list(next(iter(results.values())))
-    width = max(len(name) for name in results)
-    lines = [" " * width + "".join(f"{domain:>12}" for domain in domains)]
-    lines += [
-        f"{name:<{width}}" + "".join(f"{row[domain]:12.3f}" for domain in domains) for name, row in results.items()
-    ]
-    return "\n".join(lines)
+    return table(["", *domains], [[name, *(f"{row[d]:.3f}" for d in domains)] for name, row in results.items()])

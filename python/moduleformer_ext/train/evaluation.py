@@ -1,7 +1,7 @@
 """Held-out measures: bits per byte, perplexity, expert usage; every token is scored once, with its true past."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,11 +52,12 @@ def evaluate(
     batch_size: int = 8,
     segment_length: int = 512,
     dtype: str = "fp32",
+    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Score]:
     """Score every domain's stream and count its expert activations on the way.
 
     A stream is read by up to `batch_size` lanes of consecutive segments, the history of the segments before being
-    carried along as in training; a lane's first segment has none.
+    carried along as in training; a lane's first segment has none. `advance` is told of tokens as they are scored.
 
     Raises:
         ValueError: `batch_size` or `segment_length` is below 1.
@@ -72,7 +73,7 @@ def evaluate(
             scores[domain] = score = Score(num_tokens=stream.num_scored, num_bytes=stream.num_bytes)
             with torch.no_grad(), autocast(device, dtype):
                 for lanes in _split_lanes(stream.tokens, batch_size, segment_length):
-                    _score_lanes(model, lanes.to(device), segment_length, score)
+                    _score_lanes(model, lanes.to(device), segment_length, score, advance)
             if math.isnan(score.bits):
                 raise FloatingPointError(f"evaluate: the loss on domain '{domain}' must be a number, got nan")
     return scores
@@ -93,7 +94,9 @@ def _split_lanes(tokens: TokenArray, batch_size: int, segment_length: int) -> It
             yield torch.from_numpy(rows.astype(np.int64))
 
 
-def _score_lanes(model: MoLMForCausalLM, lanes: Tensor, segment_length: int, score: Score) -> None:
+def _score_lanes(
+    model: MoLMForCausalLM, lanes: Tensor, segment_length: int, score: Score, advance: Callable[[int], None]
+) -> None:
     history = None
     for start in range(0, lanes.shape[1] - 1, segment_length):
         block = lanes[:, start : start + segment_length + 1]
@@ -103,3 +106,4 @@ def _score_lanes(model: MoLMForCausalLM, lanes: Tensor, segment_length: int, sco
         loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         score.bits += loss.item() / math.log(2.0)
         score.usage.add(output.routes)
+        advance(targets.numel())

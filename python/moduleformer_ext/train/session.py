@@ -1,12 +1,10 @@
 """A whole run from text to figures: every stage finds what earlier ones, or an earlier process, left."""
 
-import sys
 import time
 from collections.abc import Callable
 
-from tqdm import tqdm
-
 from moduleformer_ext.data import ALL, Dataset, LaneReader, end_of_text_id, share_lanes
+from moduleformer_ext.display import progress
 from moduleformer_ext.files import read_json, to_json, write_file, writing
 from moduleformer_ext.heap import keep_freed_memory
 from moduleformer_ext.models import MoLMForCausalLM
@@ -102,11 +100,7 @@ def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: S
 
 def _train(run: RunDirectory, trainer: Trainer, say: Say) -> bool:
     """Take the remaining steps. Returns False if a signal came first."""
-    interval = 0.5 if sys.stderr.isatty() else 15.0
-    with (
-        InterruptGuard() as guard,
-        tqdm(total=trainer.steps, initial=trainer.step, unit="step", mininterval=interval) as bar,
-    ):
+    with InterruptGuard() as guard, progress("training", trainer.steps, trainer.step) as bar:
         smoothed: float | None = None
         clock = time.monotonic()
         while trainer.step < trainer.steps and not guard.requested:
@@ -114,11 +108,7 @@ def _train(run: RunDirectory, trainer: Trainer, say: Say) -> bool:
             smoothed = result.loss if smoothed is None else 0.9 * smoothed + 0.1 * result.loss
             now = time.monotonic()
             speed, clock = trainer.reader.num_tokens / (now - clock), now
-            bar.set_postfix_str(
-                f"loss {smoothed:.3f}, {speed:.0f} tokens/s, expert-load entropy {result.load_entropy:.3f}",
-                refresh=False,
-            )
-            bar.update()
+            bar.advance(1, f"loss {smoothed:.3f}, {speed:.0f} tokens/s, load entropy {result.load_entropy:.3f}")
             if trainer.step % run.config.log_every == 0 or trainer.step == trainer.steps:
                 _log_step(run, trainer, result, speed)
             if trainer.step % run.config.checkpoint_every == 0:
