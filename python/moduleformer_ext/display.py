@@ -86,8 +86,10 @@ class Bar(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: int, completed: int = 0) -> Iterator[Bar]:
-    """A bar on standard error while the block runs; where that is no terminal, a line every quarter of a minute."""
+def progress(title: str, total: int, completed: int = 0, *, keep: bool = True) -> Iterator[Bar]:
+    """A bar on standard error while the block runs, and after it with `keep`; where that is no terminal, a line every
+    quarter of a minute.
+    """
     console = Console(stderr=True, markup=False, highlight=False)
     if not console.is_terminal:
         yield _LogLines(title, total, completed)
@@ -100,7 +102,7 @@ def progress(title: str, total: int, completed: int = 0) -> Iterator[Bar]:
         *([MofNCompleteColumn(), TimeRemainingColumn(compact=True)] if wide else []),
     ]
     note = TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    with Progress(*columns, *([note] if wide else []), console=console, expand=wide) as bars:
+    with Progress(*columns, *([note] if wide else []), console=console, expand=wide, transient=not keep) as bars:
         yield _RichBar(bars, title, total, completed)
 
 

@@ -69,6 +69,12 @@ def test_a_run_inside_the_texts_is_left_out(tmp_path: Path) -> None:
     assert [document.text for document in documents] == ["texts"]
 
 
+def test_a_domain_that_only_repeats_others_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(ValueError, match="domain 'b' must have text of its own"):
+        text_files([f"a={tmp_path}", f"b={tmp_path}"])
+
+
 def test_missing_and_empty_sources_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere' does not exist"):
         text_files([str(tmp_path / "nowhere")])

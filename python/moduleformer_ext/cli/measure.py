@@ -34,7 +34,7 @@ class Measuring(Running):
     def measure(self, source: Path, model: MoLMForCausalLM, tokenizer: Tokenizer) -> dict[str, Score]:
         """Read the given text, or the held-out one of the run `source`, domain by domain."""
         streams = self._streams(source, tokenizer)
-        with progress("reading", sum(stream.num_scored for stream in streams.values())) as bar:
+        with progress("reading", sum(stream.num_scored for stream in streams.values()), keep=False) as bar:
             return evaluate(
                 model,
                 streams,

@@ -26,7 +26,7 @@ class Options(Record):
     """figure of metrics.jsonl, such as loss, grad_norm or tokens_per_second"""
     x: Literal["steps", "tokens"] = "steps"
     """what it is drawn over"""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.7
     """weight of what was in the exponential mean; 0: as logged"""
     as_json: AsJson = False
 

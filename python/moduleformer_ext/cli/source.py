@@ -2,6 +2,7 @@
 new one goes.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,25 @@ def locate(path: Path) -> tuple[Path, Path]:
             raise FileNotFoundError(f"run: '{path}' has no checkpoint yet")
         return checkpoint, run.data / TOKENIZER
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"model: '{path}' is neither a run nor a model directory (no config.json)")
+        raise FileNotFoundError(f"model: '{path}' {_what_is_wrong(path)}")
+    if path.parent.name == "checkpoints" and is_run(path.parent.parent):
+        return path, RunDirectory.open(path.parent.parent).data / TOKENIZER
     return path, find_tokenizer(path)
+
+
+def _what_is_wrong(path: Path) -> str:
+    """Why something is no model, and what to name instead."""
+    if path.is_file():
+        return "is a file; name the folder that holds config.json and the weights"
+    if not path.exists():
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        fetch = f"; a model of the Hugging Face Hub comes with: hf download {path} --local-dir FOLDER"
+        return f"does not exist{fetch if hub else ''}"
+    if (path / "adapter_config.json").is_file():
+        return "is an adapter of peft, not a model; merge it into its model (merge_and_unload) and save that"
+    if run := next((parent for parent in path.resolve().parents if is_run(parent)), None):
+        return f"is neither a run nor a model directory; it belongs to the run '{run}', name that"
+    return "is neither a run nor a model directory (no config.json)"
 
 
 class Running(Record):

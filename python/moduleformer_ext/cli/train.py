@@ -1,6 +1,7 @@
 """`moduleformer-ext train`."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,7 +127,7 @@ def finish(directory: RunDirectory, started: float) -> int:
     """Take a run to its end and say how to go on if it was interrupted."""
     if run_session(directory, started=started):
         return 0
-    print(f"continue with: moduleformer-ext train --resume {directory.root}")
+    print(f"continue with: moduleformer-ext train --resume {shlex.quote(str(directory.root))}")
     return INTERRUPTED
 
 

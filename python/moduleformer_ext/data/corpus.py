@@ -139,7 +139,10 @@ def text_files(sources: Sequence[str], *, field: str = FIELD, without: Path | No
         if not found:
             raise ValueError(f"text: no non-empty UTF-8 text file found at '{root}'")
         documents += found
-    return _distinct(documents)
+    distinct = _distinct(documents)
+    if repeated := {document.domain for document in documents} - {document.domain for document in distinct}:
+        raise ValueError(f"text: domain '{min(repeated)}' must have text of its own, got repetitions of others' alone")
+    return distinct
 
 
 def check_source(source: str) -> str:

@@ -1,6 +1,6 @@
 """Token streams: the documents of one domain and split, end to end, in one memory-mapped array."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from moduleformer_ext.data.corpus import Document
 from moduleformer_ext.data.tokenizer import encode_texts, end_of_text_id
+from moduleformer_ext.display import progress
 from moduleformer_ext.files import writing
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -33,8 +34,10 @@ class TokenStream:
         return len(self.tokens) - 1
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStream:
-    """Encode documents in the given order."""
+def tokenize(
+    documents: Sequence[Document], tokenizer: Tokenizer, advance: Callable[[int], None] = lambda _: None
+) -> TokenStream:
+    """Encode documents in the given order; `advance` is told of documents as they are done."""
     width = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     separator = np.array([end_of_text_id(tokenizer)], dtype=width)
     pieces = [separator]
@@ -42,14 +45,18 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStream
         texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
         for ids in encode_texts(tokenizer, texts):
             pieces += [np.array(ids, dtype=width), separator]
+        advance(len(texts))
     num_bytes = sum(len(document.text.encode()) for document in documents)
     return TokenStream(np.concatenate(pieces), num_bytes, len(documents))
 
 
 def tokenize_domains(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, TokenStream]:
-    """Encode documents into one stream per domain."""
+    """Encode documents into one stream per domain, showing progress."""
     domains = sorted({document.domain for document in documents})
-    return {domain: tokenize([d for d in documents if d.domain == domain], tokenizer) for domain in domains}
+    with progress("tokenising", len(documents), keep=False) as bar:
+        return {
+            domain: tokenize([d for d in documents if d.domain == domain], tokenizer, bar.advance) for domain in domains
+        }
 
 
 def save_tokens(path: Path, tokens: TokenArray) -> None:
@@ -60,6 +67,8 @@ def save_tokens(path: Path, tokens: TokenArray) -> None:
 
 def map_tokens(path: Path) -> TokenArray:
     """Open token ids as a read-only memory map."""
+    if not path.is_file():
+        raise FileNotFoundError(f"tokens: '{path}' does not exist; the run's data is not whole")
     try:
         tokens: TokenArray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:

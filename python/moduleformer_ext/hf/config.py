@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from moduleformer_ext.models import MoLMConfig
-from moduleformer_ext.models.published import FORMAT, MODEL_TYPE, is_own
+from moduleformer_ext.models.published import FORMAT, MODEL_TYPE, is_own, without_aliases
 
 FIELDS: tuple[str, ...] = tuple(MoLMConfig().to_dict())
 """What describes the model itself."""
@@ -20,6 +20,8 @@ class ModuleFormerConfig(PreTrainedConfig):
     Args:
         use_cache: keep keys and values by default.
         output_router_logits: return every router's logits and the routing loss by default.
+        router_dtype: "float32" where routers are more precise than the model's other weights; they are then loaded as
+            they were saved.
 
     Raises:
         ValueError: a field is out of range or contradicts another; the message names it.
@@ -40,13 +42,16 @@ class ModuleFormerConfig(PreTrainedConfig):
     }
 
     def __post_init__(self, **fields: Any) -> None:
-        fields = {self.attribute_map.get(name, name): value for name, value in fields.items()}
+        fields = without_aliases(fields, self.attribute_map)
         own = {name: fields.pop(name) for name in FIELDS if name in fields}
         for name, value in MoLMConfig.from_dict(own).to_dict().items():
             setattr(self, name, value)
         self.format = FORMAT  # in a file, says that all fields mean what they mean here
         self.use_cache = fields.pop("use_cache", True)
         self.output_router_logits = fields.pop("output_router_logits", False)
+        self.router_dtype = fields.pop("router_dtype", None)
+        if self.router_dtype not in (None, "float32"):
+            raise ValueError(f"ModuleFormerConfig: router_dtype must be None or 'float32', got {self.router_dtype!r}")
         self.pad_token_id = fields.pop("pad_token_id", None)
         super().__post_init__(**fields)
 
@@ -54,7 +59,7 @@ class ModuleFormerConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a config.json: of a published MoLM, whose fields mean what they meant in its implementation, or ours."""
         if not is_own(config_dict):
-            published = MoLMConfig.from_reference(config_dict).to_dict()
+            published = MoLMConfig.from_reference(without_aliases(config_dict, cls.attribute_map)).to_dict()
             config_dict = {n: v for n, v in config_dict.items() if n not in cls.attribute_map} | published
         return super().from_dict(config_dict, **kwargs)
 

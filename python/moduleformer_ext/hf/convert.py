@@ -13,7 +13,7 @@ from moduleformer_ext.files import write_file
 from moduleformer_ext.hf.config import ModuleFormerConfig
 from moduleformer_ext.hf.modeling import ModuleFormerForCausalLM
 from moduleformer_ext.models import MoLMForCausalLM
-from moduleformer_ext.models.state import canonical_state
+from moduleformer_ext.models.state import canonical_state, router_dtype
 
 _CODE = "modeling_moduleformer.py"
 _CLASSES = {
@@ -38,6 +38,7 @@ def from_native(model: MoLMForCausalLM, **fields: object) -> ModuleFormerForCaus
     if not isinstance(model, MoLMForCausalLM):
         raise TypeError(f"from_native: model must be a MoLMForCausalLM, got {type(model).__name__}")
     state = canonical_state(model)
+    fields = {"router_dtype": router_dtype(state), **fields}
     config = ModuleFormerConfig.of(model.config, architectures=[ModuleFormerForCausalLM.__name__], **fields)
     with torch.device("meta"):
         converted = ModuleFormerForCausalLM(config)

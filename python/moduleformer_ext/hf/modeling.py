@@ -111,6 +111,8 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
         self.h = nn.ModuleList(make_block(molm, layer, ModuleFormerBlock) for layer in range(molm.n_layer))
         self.ln_f = nn.LayerNorm(molm.n_embd, eps=molm.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        if config.router_dtype == "float32":
+            self._keep_in_fp32_modules_strict = {"gate"}
         self.post_init()
 
     @can_return_tuple
@@ -169,6 +171,7 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
                 "ModuleFormerModel: with gradient checkpointing the cache must be None or a ModuleFormerCache, got "
                 f"{type(cache).__name__}"
             )
+        _check_cache(cache, x)
         keep = _key_mask(attention_mask, x, cache)
 
         states: list[Tensor] = []
@@ -275,6 +278,12 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, *arguments: Any) -> None:
         """None: there are no positions."""
 
+    def _prepare_model_inputs(self, *arguments: Any, **options: Any) -> tuple[Tensor, str, dict[str, Any]]:
+        inputs, name, rest = super()._prepare_model_inputs(*arguments, **options)
+        if inputs.shape[1] == 0:
+            raise ValueError(f"generate: {name} must be [batch, tokens >= 1], got shape {list(inputs.shape)}")
+        return inputs, name, rest
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -283,7 +292,13 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        if model_kwargs.get(CACHE) is not None or generation_config.use_cache is False:
+        given = model_kwargs.get(CACHE)
+        if isinstance(given, ModuleFormerStaticCache) and given.layers[0].capacity < max_cache_length:
+            raise ValueError(
+                f"generate: the static cache must have room for {max_cache_length} tokens, prompt and new ones, got "
+                f"capacity {given.layers[0].capacity}"
+            )
+        if given is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -323,6 +338,23 @@ def _the_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | No
             "ModuleFormerModel: only one of past_key_values and cache, two names of one thing, may be given"
         )
     return past_key_values if cache is None else cache
+
+
+def _check_cache(cache: Cache | None, x: Tensor) -> None:
+    """Refuse a cache of ours that has no room for the first tokens, or that a model of another type has filled."""
+    if not isinstance(cache, (ModuleFormerCache, ModuleFormerStaticCache)):
+        return
+    layer, length = cache.layers[0], x.shape[1]
+    if isinstance(cache, ModuleFormerStaticCache) and not layer.is_initialized and layer.capacity < length:
+        raise ValueError(
+            f"ModuleFormerModel: the capacity of the static cache must be at least {length}, the tokens to read, got "
+            f"{layer.capacity}"
+        )
+    if layer.is_initialized and layer.keys.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"ModuleFormerModel: the cache must be of the model's type, {x.dtype}, got {layer.keys.dtype}; a cache "
+            "serves the model that filled it"
+        )
 
 
 def _key_mask(mask: Tensor | None, x: Tensor, cache: Cache | None) -> Tensor | None:

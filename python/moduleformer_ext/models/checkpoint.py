@@ -18,7 +18,7 @@ from typing_extensions import TypedDict  # pydantic reads the typing module's fr
 from moduleformer_ext.files import load_tensors, parse_json, read_json, replacing, save_tensors, write_file
 from moduleformer_ext.models.config import MoLMConfig
 from moduleformer_ext.models.published import FORMAT
-from moduleformer_ext.models.state import canonical_state
+from moduleformer_ext.models.state import canonical_state, router_dtype
 
 if TYPE_CHECKING:
     from moduleformer_ext.models.modeling import MoLMForCausalLM
@@ -51,7 +51,9 @@ def save_pretrained(model: MoLMForCausalLM, directory: str | Path) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             with replacing(directory / WEIGHTS_FILE) as path:
                 save_tensors(path, _unshared(state), {"format": FORMAT, "config": config})
-            write_file(directory / CONFIG_FILE, json.dumps(model.config.to_file(), indent=2) + "\n")
+            precise = router_dtype(state)
+            fields = model.config.to_file() | ({"router_dtype": precise} if precise else {})
+            write_file(directory / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
 
 
 @contextmanager
@@ -115,12 +117,14 @@ def read_pretrained(directory: str | Path) -> tuple[MoLMConfig, dict[str, Tensor
         raise FileNotFoundError(f"from_pretrained: {directory} is not a directory")
     own = _own_config(directory / WEIGHTS_FILE)
     published = _read_json(directory / CONFIG_FILE) if own is None else {}
-    state = read_weights(directory)
     try:
         config = MoLMConfig.from_reference(published) if own is None else MoLMConfig.from_dict(own)
+        if quantised := published.get("quantization_config"):
+            kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise ValueError(f"quantization_config must be absent, got {kind!r}; transformers reads quantised weights")
     except ValueError as error:
         raise ValueError(f"from_pretrained: '{directory}': {error}") from error
-    return config, state
+    return config, read_weights(directory)
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

@@ -11,7 +11,14 @@ from typing import Any
 from moduleformer_ext.models.activations import ACTIVATIONS
 from moduleformer_ext.models.experts import PER_LAYER, PUBLISHED_NAMES, ExpertsConfig, flatten, split
 from moduleformer_ext.models.presets import PRESETS
-from moduleformer_ext.models.published import MODEL_TYPE, OWN, fields_from_reference, fields_to_reference, is_own
+from moduleformer_ext.models.published import (
+    MODEL_TYPE,
+    OWN,
+    fields_from_reference,
+    fields_to_reference,
+    is_own,
+    without_aliases,
+)
 
 GATE_TYPES = ("mlp", "linear", "gmm")
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
@@ -214,7 +221,8 @@ class MoLMConfig:
         if (kind := fields.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
             raise ValueError(f"from_reference: model_type must be {MODEL_TYPE!r}, got {kind!r}")
         if is_own(fields):
-            return cls.from_dict({name: fields[name] for name in cls().to_dict() if name in fields})
+            known = without_aliases(fields)
+            return cls.from_dict({name: known[name] for name in cls().to_dict() if name in known})
         return cls.from_dict(fields_from_reference(fields))
 
     def to_file(self) -> dict[str, Any]:

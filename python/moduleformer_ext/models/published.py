@@ -59,14 +59,33 @@ _ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidde
 _LAYER_NORM_EPSILON = 1e-5
 
 
+def without_aliases(fields: Mapping[str, Any], aliases: Mapping[str, str] = _ALIASES) -> dict[str, Any]:
+    """Fields under their own names.
+
+    Raises:
+        ValueError: two names of one field that do not agree.
+    """
+    own: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for name, value in fields.items():
+        target = aliases.get(name, name)
+        if target in own and own[target] != value:
+            raise ValueError(
+                f"config.json: {names[target]} and {name} are names of one field and must agree, got {own[target]!r} "
+                f"and {value!r}"
+            )
+        own[target], names[target] = value, name
+    return own
+
+
 def fields_from_reference(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a MoLMConfig in a published config.json.
 
     Absent fields take the published defaults, and fields of the surrounding framework are skipped. Two fields had no
     effect in the published implementation and have none here: ``layer_norm_epsilon`` (it is 1e-5) and ``attn_pdrop``.
     """
-    own = {alias: fields[name] for name, alias in _ALIASES.items() if name in fields}
-    own |= {name: fields[name] for name in _SHARED_DEFAULTS if name in fields}
+    fields = without_aliases(fields)
+    own = {name: fields[name] for name in _SHARED_DEFAULTS if name in fields}
     if own.get("aux_loss_type", "mi") != "mi":
         own["aux_loss_type"] = "switch"  # what the published implementation understands by any other name
     return {**_SHARED_DEFAULTS, **own, "layer_norm_epsilon": _LAYER_NORM_EPSILON}

@@ -23,6 +23,7 @@ HEADS = ("lm_head.weight", "score.weight")
 _TIED = ("transformer.wte.weight", "lm_head.weight")
 _LAYER = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
 _DROPPED_BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
+_ROUTER = ".gate."
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and checkpoint wrappers put into names."""
 
@@ -119,6 +120,13 @@ def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> No
         raise ValueError("the weights do not fit the configuration; tensors " + "; ".join(found))
 
 
+def router_dtype(state: Mapping[str, Tensor]) -> str | None:
+    """ "float32" if the routers are that and the other weights less precise: what config.json says of it."""
+    routers = {tensor.dtype for name, tensor in state.items() if _ROUTER in name}
+    others = {tensor.dtype for name, tensor in state.items() if _ROUTER not in name}
+    return "float32" if routers == {torch.float32} and others <= {torch.bfloat16, torch.float16} else None
+
+
 def _check_layers(config: MoLMConfig, state: Mapping[str, Tensor]) -> None:
     """A wrong number of layers is found before they are built, which would take minutes for a million."""
     layers = {match[1] for name in state if (match := _LAYER.match(name))}
@@ -133,7 +141,7 @@ def _check_types(state: Mapping[str, Tensor]) -> None:
     """Routers compute in their own precision; all else meets in the residual stream and must be of one type."""
     names: dict[torch.dtype, list[str]] = {}
     for name, tensor in state.items():
-        if ".gate." not in name:
+        if _ROUTER not in name:
             names.setdefault(tensor.dtype, []).append(name)
     if len(names) > 1:
         found = "; ".join(f"{dtype}: {', '.join(of_type)}" for dtype, of_type in names.items())

@@ -119,6 +119,10 @@ class TrainConfig(FileOptions):
 
     def architecture(self, vocab_size: int, eos_token_id: int = 0) -> MoLMConfig:
         """The model of a run that starts from random weights."""
+        if "vocab_size" in self.model:
+            raise ValueError(
+                "model: vocab_size must be left out, it is that of the tokenizer (--vocab-size, --tokenizer)"
+            )
         fields = {
             "block_size": self.segment_length,
             "history_length": self.history_length,
