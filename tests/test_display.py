@@ -23,11 +23,11 @@ with progress("training", 4) as bar:
 """
 
 
-def _on_terminal(columns: int) -> str:
+def _on_terminal(columns: int, script: str = SHOW) -> str:
     """What a terminal of so many columns shows."""
     master, slave = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "LINES": "24", "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen([sys.executable, "-c", SHOW], stdout=slave, stderr=slave, stdin=slave, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=slave, stderr=slave, stdin=slave, env=environment)
     os.close(slave)
     chunks = []
     while True:
@@ -80,6 +80,19 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == ["training: 5 of 10, loss 3.0", "training: 10 of 10"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_bar_stays_only_if_it_is_to_be_kept(keep: bool) -> None:
+    script = f"""
+from moduleformer_ext.display import progress
+with progress("training", 4, keep={keep}) as bar:
+    bar.advance(4)
+print("end")
+"""
+    shown = _on_terminal(100, script)
+    assert "training" in shown
+    assert ("\n\rend" not in shown) == keep  # the cursor went back to the bar's line
 
 
 def test_markup_in_names_is_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def run(source: Model, /, *, options: Options = Options()) -> int:
 
 
 def _standard_input() -> str:
+    if sys.stdin.isatty():
+        print("type the prompt; Ctrl-D ends it", file=sys.stderr)
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

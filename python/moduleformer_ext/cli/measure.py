@@ -6,7 +6,7 @@ from cyclopts import Parameter
 from tokenizers import Tokenizer
 
 from moduleformer_ext.cli.source import Running, load_source
-from moduleformer_ext.data import FIELD, TokenStream, open_dataset, text_files, tokenize_domains
+from moduleformer_ext.data import FIELD, TokenStream, check_sources, open_dataset, text_files, tokenize_domains
 from moduleformer_ext.display import progress
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.records import Count, Lanes, Text
@@ -28,7 +28,10 @@ class Measuring(Running):
     """tokens per forward pass"""
 
     def load(self, source: Path) -> tuple[MoLMForCausalLM, Tokenizer]:
-        """The model, whose weights keep their type for bf16: autocast is what a run evaluates itself with."""
+        """The model, whose weights keep their type for bf16: autocast is what a run evaluates itself with. Texts that
+        are not there are found first.
+        """
+        check_sources(self.text)
         return load_source(source, self.device, "auto" if self.dtype == "bf16" else self.dtype)
 
     def measure(self, source: Path, model: MoLMForCausalLM, tokenizer: Tokenizer) -> dict[str, Score]:
