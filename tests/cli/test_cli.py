@@ -102,7 +102,7 @@ def test_resume_refuses_other_options(run: Path, capsys: pytest.CaptureFixture[s
         (["train", "--run", "{tmp}/r", "--config", "{tmp}/none.toml"], "none.toml' does not exist"),
         (["generate", "{tmp}", "--prompt", "x"], "is neither a run nor a model directory"),
         (["generate", "{run}", "--prompt", "x", "--temperature", "-1"], "--temperature must be at least 0, got -1"),
-        (["eval", "{run}/checkpoints/step-00000004"], "tokenizer.json' does not exist"),
+        (["eval", "{run}/checkpoints/step-00000099"], "step-00000099' does not exist"),
         (["convert", "{run}", "{run}"], "exists; name a folder to create"),
     ],
 )

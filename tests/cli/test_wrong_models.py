@@ -88,7 +88,11 @@ def test_a_checkpoint_of_a_run_is_a_model(run: Path, capsys: pytest.CaptureFixtu
         assert main(["generate", str(source), "--prompt", "word1", "--temperature", "0", "--max-new-tokens", "5"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    assert main(["generate", str(checkpoints[0]), "--prompt", "word1", "--max-new-tokens", "5"]) == 0
+    scores = []
+    for source in (run, checkpoints[-1], checkpoints[0]):
+        assert main(["eval", str(source), "--json"]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0] == scores[1] != scores[2]
 
 
 def test_a_run_that_lost_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moduleformer_ext.cli.source import Model, load_source, locate
+from moduleformer_ext.cli.source import Model, load_source, locate, run_of
 from moduleformer_ext.cli.train import HELP_GROUPS, ConfigFile, Flags, check_surroundings, start
 from moduleformer_ext.records import NonNegative
-from moduleformer_ext.train import RunDirectory, TrainConfig, is_run
+from moduleformer_ext.train import RunDirectory, TrainConfig
 from moduleformer_ext.train.finetune import finetuned_config
 
 _INHERITED = ("text", "text_field", "held_out", "segment_length", "history_length")
@@ -41,8 +41,8 @@ def run(
             raise ValueError("--concentrate: is the weight of the routing loss; leave --aux-loss-weight out")
         given["aux_loss_weight"] = weight
         given["model"] = {**given.get("model", {}), "aux_loss_type": "concentration"}
-    if is_run(base):
-        stored = RunDirectory.open(base).config.to_dict()
+    if (earlier := run_of(base)) is not None:
+        stored = earlier.config.to_dict()
         given = {**{name: stored[name] for name in _INHERITED}, **given}
     settings = TrainConfig.from_dict(given)
     check_surroundings(settings)

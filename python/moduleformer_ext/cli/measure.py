@@ -5,12 +5,12 @@ from pathlib import Path
 from cyclopts import Parameter
 from tokenizers import Tokenizer
 
-from moduleformer_ext.cli.source import Running, load_source
+from moduleformer_ext.cli.source import Running, load_source, run_of
 from moduleformer_ext.data import FIELD, TokenStream, check_sources, open_dataset, text_files, tokenize_domains
 from moduleformer_ext.display import progress
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.records import Count, Lanes, Text
-from moduleformer_ext.train import RunDirectory, Score, evaluate, is_run
+from moduleformer_ext.train import Score, evaluate
 from moduleformer_ext.train.config import Sources
 
 
@@ -50,6 +50,6 @@ class Measuring(Running):
     def _streams(self, source: Path, tokenizer: Tokenizer) -> dict[str, TokenStream]:
         if self.text:
             return tokenize_domains(text_files(self.text, field=self.text_field), tokenizer)
-        if is_run(source):
-            return open_dataset(RunDirectory.open(source).data).held_out
+        if (run := run_of(source)) is not None:
+            return open_dataset(run.data).held_out
         raise ValueError(f"--text: '{source}' has no held-out text of its own; name files or folders")

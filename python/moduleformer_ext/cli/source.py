@@ -36,9 +36,16 @@ def locate(path: Path) -> tuple[Path, Path]:
         return checkpoint, run.data / TOKENIZER
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: '{path}' {_what_is_wrong(path)}")
-    if path.parent.name == "checkpoints" and is_run(path.parent.parent):
-        return path, RunDirectory.open(path.parent.parent).data / TOKENIZER
-    return path, find_tokenizer(path)
+    of_run = run_of(path)
+    return path, find_tokenizer(path) if of_run is None else of_run.data / TOKENIZER
+
+
+def run_of(path: Path) -> RunDirectory | None:
+    """The run that `path` is, or one of whose checkpoints it is."""
+    if is_run(path):
+        return RunDirectory.open(path)
+    folder = path.resolve().parent
+    return RunDirectory.open(folder.parent) if folder.name == "checkpoints" and is_run(folder.parent) else None
 
 
 def _what_is_wrong(path: Path) -> str:
