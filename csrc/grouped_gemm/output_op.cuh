@@ -41,6 +41,20 @@ struct OutRows {
   }
 };
 
+template <typename T, bool kAligned>
+struct PlainOp {
+  const int left;  // columns that exist
+  const OutRows<T, kAligned> out;
+
+  __device__ PlainOp(const RowProductParams& p, const RowTile&, int column)
+      : left(p.columns - column), out(p, column) {}
+
+  template <typename Table>
+  __device__ void operator()(int row, const float4& y, const float4&, const Table& table) const {
+    out.store(table.out[row], y, left);
+  }
+};
+
 // The bias of a tile's expert at this lane's columns, and at their partners'.
 template <typename T, bool kFolded, bool kAligned>
 struct Bias {
@@ -57,23 +71,6 @@ struct Bias {
     if (data == nullptr) return;
     y = y + load4<T, kAligned>(data, left);
     if (kFolded) partner = partner + load4<T, kAligned>(data + half_bytes, left);
-  }
-};
-
-// out <- gate * (y + bias).
-template <typename T, bool kAligned>
-struct PlainOp {
-  const int left;  // columns that exist
-  const OutRows<T, kAligned> out;
-  const Bias<T, false, kAligned> bias;
-
-  __device__ PlainOp(const RowProductParams& p, const RowTile& tile, int column)
-      : left(p.columns - column), out(p, column), bias(p, tile, column) {}
-
-  template <typename Table>
-  __device__ void operator()(int row, float4 y, float4 partner, const Table& table) const {
-    bias.add(y, partner, left);
-    out.store(table.out[row], y, left);
   }
 };
 

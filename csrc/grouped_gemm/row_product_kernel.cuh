@@ -116,7 +116,7 @@ class RowProduct {
       visit_with_dots<HiddenGradOp<T, kAligned>>(p, table, tile, column, acc, rows);
     } else if (gated) {
       visit<true, ForwardOp<T, true, kAligned>>(p, table, tile, column, acc, rows);
-    } else if (p.activation.function != Activation::kNone) {
+    } else if (p.activation.function != Activation::kNone || p.bias != nullptr) {
       visit<false, ForwardOp<T, false, kAligned>>(p, table, tile, column, acc, rows);
     } else {
       visit<false, PlainOp<T, kAligned>>(p, table, tile, column, acc, rows);
