@@ -29,7 +29,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "distributed": COMMON | {"nn", "models"},
     "data": COMMON,
     "train": COMMON | {"ops", "nn", "models", "surgery", "data", "distributed"},
-    "hf": COMMON | {"nn", "models", "data"},
+    "hf": COMMON | {"ops", "nn", "models", "data"},
     "cli": COMMON | {"_extension", "ops", "nn", "models", "surgery", "data", "train", "hf", "distributed"},
     "__init__": COMMON,
 }

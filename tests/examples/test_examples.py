@@ -19,6 +19,7 @@ SAYS = {
     "hf_generate": "beam search: ",
     "hf_train": "new text: ",
     "hf_lora": "new text: ",
+    "hf_experts": "the same tokens: True",
 }
 
 

@@ -1,4 +1,5 @@
-"""MoLM in transformers: importing this package registers it with the Auto classes.
+"""MoLM in transformers: importing this package registers it with the Auto classes, and our kernels for the experts of
+other models.
 
 >>> import moduleformer_ext.hf
 >>> model = transformers.AutoModelForCausalLM.from_pretrained("path/of/a/MoLM")  # doctest: +SKIP
@@ -10,6 +11,7 @@ requirements.check()
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: E402
 
+from moduleformer_ext.hf import experts  # noqa: E402
 from moduleformer_ext.hf.cache import ModuleFormerCache, ModuleFormerStaticCache  # noqa: E402
 from moduleformer_ext.hf.config import ModuleFormerConfig  # noqa: E402
 from moduleformer_ext.hf.convert import from_native, save_directory, to_native  # noqa: E402
@@ -33,6 +35,7 @@ __all__ = [
     "ModuleFormerModel",
     "ModuleFormerPreTrainedModel",
     "ModuleFormerStaticCache",
+    "experts",
     "from_native",
     "save_directory",
     "to_native",
