@@ -51,7 +51,7 @@ def test_the_extension_has_every_op_as_a_function():
     x, weight = torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, 5)
     layout = ops.expert_layout(ids, 3)
     _C.grouped_gemm(
-        x, [weight], *layout[1:], x_order="token", out_order="token", gates=None, activation=None
+        x, [weight], *layout[1:], x_order="token", out_order="token", gates=None, activation=None, bias=None
     ).sum().backward()
     assert x.grad is not None
 

@@ -6,15 +6,16 @@ import pytest
 
 FORWARD, INPUT_GRAD, HIDDEN_GRAD, WEIGHT_GRAD = range(4)
 ALIGNED, UNALIGNED = 1, 0
-# product, rows, aligned, arch. Rows for sm_90 are not compiled yet: the choice is ready for them.
+# product, transposed, rows, aligned, arch. Rows for sm_90 are not compiled yet: the choice is ready for them.
 SM80 = [
-    (FORWARD, 16, 1, 80),
-    (FORWARD, 64, 1, 80),
-    (FORWARD, 128, 1, 80),
-    (FORWARD, 64, 0, 80),
-    (WEIGHT_GRAD, 128, 1, 80),
+    (FORWARD, 0, 16, 1, 80),
+    (FORWARD, 0, 64, 1, 80),
+    (FORWARD, 0, 128, 1, 80),
+    (FORWARD, 0, 64, 0, 80),
+    (WEIGHT_GRAD, 0, 128, 1, 80),
+    (FORWARD, 1, 64, 1, 80),
 ]
-BOTH = [(FORWARD, 128, 1, 90), *SM80]
+BOTH = [(FORWARD, 0, 128, 1, 90), *SM80]
 
 
 @pytest.mark.parametrize(
@@ -41,25 +42,29 @@ def test_height_of_tiles(library, product, aligned, slots, experts, rows):
 
 
 @pytest.mark.parametrize(
-    ("table", "product", "rows", "aligned", "capability", "chosen"),
+    ("table", "product", "transposed", "rows", "aligned", "capability", "chosen"),
     [
-        (SM80, FORWARD, 128, ALIGNED, 80, (FORWARD, 128, 1, 80)),
-        (SM80, FORWARD, 128, ALIGNED, 86, (FORWARD, 128, 1, 80)),
-        (SM80, FORWARD, 16, ALIGNED, 90, (FORWARD, 16, 1, 80)),
-        (SM80, FORWARD, 64, UNALIGNED, 120, (FORWARD, 64, 0, 80)),
-        (SM80, WEIGHT_GRAD, 128, ALIGNED, 80, (WEIGHT_GRAD, 128, 1, 80)),
-        (SM80, FORWARD, 128, ALIGNED, 75, None),
-        (SM80, FORWARD, 128, UNALIGNED, 80, None),
-        (SM80, HIDDEN_GRAD, 128, ALIGNED, 80, None),
-        (BOTH, FORWARD, 128, ALIGNED, 80, (FORWARD, 128, 1, 80)),
-        (BOTH, FORWARD, 128, ALIGNED, 89, (FORWARD, 128, 1, 80)),
-        (BOTH, FORWARD, 128, ALIGNED, 90, (FORWARD, 128, 1, 90)),
-        (BOTH, FORWARD, 128, ALIGNED, 100, (FORWARD, 128, 1, 90)),
-        (BOTH, FORWARD, 64, ALIGNED, 90, (FORWARD, 64, 1, 80)),
-        ([*reversed(BOTH)], FORWARD, 128, ALIGNED, 90, (FORWARD, 128, 1, 90)),
+        (SM80, FORWARD, 0, 128, ALIGNED, 80, (FORWARD, 0, 128, 1, 80)),
+        (SM80, FORWARD, 0, 128, ALIGNED, 86, (FORWARD, 0, 128, 1, 80)),
+        (SM80, FORWARD, 0, 16, ALIGNED, 90, (FORWARD, 0, 16, 1, 80)),
+        (SM80, FORWARD, 0, 64, UNALIGNED, 120, (FORWARD, 0, 64, 0, 80)),
+        (SM80, WEIGHT_GRAD, 0, 128, ALIGNED, 80, (WEIGHT_GRAD, 0, 128, 1, 80)),
+        (SM80, FORWARD, 0, 128, ALIGNED, 75, None),
+        (SM80, FORWARD, 0, 128, UNALIGNED, 80, None),
+        (SM80, HIDDEN_GRAD, 0, 128, ALIGNED, 80, None),
+        (BOTH, FORWARD, 0, 128, ALIGNED, 80, (FORWARD, 0, 128, 1, 80)),
+        (BOTH, FORWARD, 0, 128, ALIGNED, 89, (FORWARD, 0, 128, 1, 80)),
+        (BOTH, FORWARD, 0, 128, ALIGNED, 90, (FORWARD, 0, 128, 1, 90)),
+        (BOTH, FORWARD, 0, 128, ALIGNED, 100, (FORWARD, 0, 128, 1, 90)),
+        (BOTH, FORWARD, 0, 64, ALIGNED, 90, (FORWARD, 0, 64, 1, 80)),
+        (SM80, FORWARD, 1, 64, ALIGNED, 80, (FORWARD, 1, 64, 1, 80)),
+        (SM80, FORWARD, 1, 128, ALIGNED, 80, None),
+        ([*reversed(BOTH)], FORWARD, 0, 128, ALIGNED, 90, (FORWARD, 0, 128, 1, 90)),
     ],
 )
-def test_newest_architecture_that_the_device_has(library, table, product, rows, aligned, capability, chosen):
-    flat = (ctypes.c_int * 4 * len(table))(*[(ctypes.c_int * 4)(*row) for row in table])
-    index = library.product_choose(flat, len(table), product, rows, aligned, capability)
+def test_newest_architecture_that_the_device_has(
+    library, table, product, transposed, rows, aligned, capability, chosen
+):
+    flat = (ctypes.c_int * 5 * len(table))(*[(ctypes.c_int * 5)(*row) for row in table])
+    index = library.product_choose(flat, len(table), product, transposed, rows, aligned, capability)
     assert (table[index] if index >= 0 else None) == chosen
