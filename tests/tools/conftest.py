@@ -36,3 +36,8 @@ def report() -> ModuleType:
 @pytest.fixture(scope="session")
 def roofline() -> ModuleType:
     return load_tool("cuda_roofline")
+
+
+@pytest.fixture(scope="session")
+def hub() -> ModuleType:
+    return load_tool("hub_build_toml")
