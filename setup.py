@@ -84,8 +84,22 @@ def version() -> str:
     return re.search(r'"(.+)"', text)[1] + (f"+{label}" if label else "")
 
 
+def package_page() -> str:
+    """The README for an index of packages, where its relative links would lead nowhere: they become paths."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def path_of(link: re.Match[str]) -> str:
+        image, text, path = link.groups()
+        return f"({text}: `{path}`)" if image else f"`{path}`" if text == path else f"{text} (`{path}`)"
+
+    head, text = re.sub(r"(!?)\[([^]]*)\]\((?!\w+://)([^)]+)\)", path_of, readme).split("\n", 1)
+    return f"{head}\n\nPaths such as `docs/build.md` are those of the source tree.\n{text}"
+
+
 setup(
     version=version(),
+    long_description=package_page(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("moduleformer_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": WithBenchmarks},
 )

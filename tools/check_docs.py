@@ -20,7 +20,7 @@ SOURCES = {".py", ".pyi", ".cpp", ".hpp", ".h", ".cu", ".cuh", ".cmake", ".sh", 
 SUFFIXES = r"(?:py|pyi|cpp|hpp|h|cu|cuh|cmake|sh|toml|ini|txt|md|json|png|so)"
 FOREIGN = r"(?:torch|at|c10|aten|numpy|np|transformers|triton|cuda|cub|cute|cutlass|std|F|nn)(?:\.|::)"
 # Names that belong to others although no package is written before them.
-FOREIGN_NAMES = {"fully_shard"}
+FOREIGN_NAMES = {"fully_shard", "flex_attention"}
 
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
