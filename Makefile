@@ -26,7 +26,7 @@ endif
 export PATH := $(abspath $(dir $(PY))):$(PATH)
 EVERYTHING := build/.everything
 
-.PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu bench-gpu gpu-proof check-torch check-cuda cuda-roofline experiments lint format build extension bench asan fuzz clean
+.PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu bench-gpu gpu-proof docs check-torch check-cuda cuda-roofline experiments lint format build extension bench asan fuzz clean
 
 help:
 	@echo 'make demo    train a small MoLM on real text (5 minutes), sample from it, draw its expert usage'
@@ -38,6 +38,7 @@ help:
 	@echo 'make check-cuda  ptxas for every architecture and the emulator at length, no GPU needed'
 	@echo 'make check-torch  build and test with the lowest and the highest torch that is served'
 	@echo 'make lint    ruff, mypy, clang-format, the checks of layers and of documentation'
+	@echo 'make docs    the documentation as a site, build/site/index.html'
 	@echo 'make bench   benchmarks against the peers; table and plots under benchmarks/results/; BENCH="--budget 600 -k ffn"'
 	@echo 'make experiments  the experiments of the paper in small; tables and pictures under benchmarks/results/experiments/'
 	@echo 'make fuzz    thousands of calls of the ops with arguments that may be anything'
@@ -48,6 +49,7 @@ ifeq ($(STAMP),what-is-there)
 .PHONY: what-is-there
 NEEDS := runtime test
 lint format: NEEDS := lint
+docs: NEEDS := runtime docs hf
 bench: NEEDS := runtime bench
 test-gpu sanitize-gpu bench-gpu gpu-proof: NEEDS := test
 what-is-there:
@@ -125,6 +127,10 @@ lint: $(STAMP)
 	$(PY) tools/check_layers.py
 	$(PY) tools/check_docs.py
 	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs clang-format --dry-run --Werror
+
+# A link that leads nowhere, a page in no list of docs/index.md, a public name on no page: warnings, and so errors.
+docs: build
+	$(PY) -m sphinx -q -W --keep-going -c docs -b html . build/site
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

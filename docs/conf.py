@@ -41,6 +41,7 @@ exclude_patterns = ["build*", "**/.*", "tests", "third_party", "python", "includ
 
 myst_heading_anchors = 4
 nitpicky = True  # a name of ours in a docstring that leads nowhere is a warning, and a warning is an error
+nitpick_ignore = [("py:class", "moduleformer_ext.models.state.Model")]  # a type variable
 nitpick_ignore_regex = [("py:.*", r"(?!moduleformer_ext\b).*")]
 
 default_role = "code"

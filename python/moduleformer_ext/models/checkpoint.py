@@ -82,7 +82,7 @@ def save_published(model: MoLMForCausalLM, directory: str | Path, max_shard_size
     """Write config.json and weights in the published format, in one file or, where they are larger than
     ``max_shard_size``, bytes or a text such as "5GB", in several with an index.
 
-    Neither durable nor atomic: give it a directory from :func:`~moduleformer_ext.files.new_directory`.
+    Neither durable nor atomic: give it a directory from ``files.new_directory``.
 
     Raises:
         ValueError: the model has something that the format cannot say; the message names the field.
