@@ -58,6 +58,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_extra_path = ["_root"]  # index.html, which leads to docs/index.html
 html_copy_source = False
+html_show_copyright = False
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
@@ -75,7 +76,7 @@ class CommandHelp(Directive):
             page = io.StringIO()
             with contextlib.redirect_stdout(page):
                 cli.main([verb, "--help"])
-            section += nodes.literal_block(text=page.getvalue().strip(), language="text")
+            section += nodes.literal_block(text=page.getvalue().strip(), language="none")
             sections.append(section)
         return sections
 
