@@ -18,6 +18,7 @@ MATRIX = re.findall(
         ("pyproject.toml", r"dependencies = .*torch>=([\d.]+)"),
         ("requirements-dev.txt", r"torch>=([\d.]+)"),
         ("docs/build.md", r"# ([\d.]+) to "),
+        ("docs/install.md", r"\| torch ([\d.]+) \|"),
         ("csrc/bindings/torch_compat.hpp", r"compile against, ([\d.]+) to "),
         ("tools/check_torch.sh", r"set -- (\d+\.\d+)"),
     ],
@@ -30,6 +31,7 @@ def test_the_oldest(file, pattern):
     ("file", "pattern"),
     [
         ("docs/build.md", r"# [\d.]+ to ([\d.]+),"),
+        ("docs/install.md", r"(?s)\| torch ([\d.]+) \|(?!.*\| torch [\d.]+ \|)"),
         ("csrc/bindings/torch_compat.hpp", r"compile against, [\d.]+ to ([\d.]+),"),
         ("tools/check_torch.sh", r"set -- \S+ (\d+\.\d+)"),
     ],
