@@ -24,3 +24,9 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs") / "run"
     assert main(["train", "--run", str(root), "--text", f"words={corpus}", "--model", *TINY, *FLAGS]) == 0
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_width_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests say how wide a terminal is; pytest-xdist says it to its workers, too."""
+    monkeypatch.delenv("COLUMNS", raising=False)
