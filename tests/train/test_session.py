@@ -189,11 +189,13 @@ def test_killed_run_continues_bit_exactly(tiny_config: ConfigMaker, tmp_path: Pa
         "print('ready', flush=True); run_session(RunDirectory.open(Path(sys.argv[1])), say=lambda _: None)"
     )
     generator = random.Random(1)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # bits are those of as many threads
     for _ in range(4):
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(killed.root)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=environment,
         )
         assert process.stdout is not None
         process.stdout.readline()
