@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +16,12 @@ pytest.importorskip("transformers")
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.integrations import moe
-from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import OpenAIPrivacyFilterExperts
-from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from moduleformer_ext import ops
 from moduleformer_ext.hf import experts as hf_experts
 
 OURS = hf_experts.NAME
+MODELS = Path(moe.__file__).parents[1] / "models"
 COMMON = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -177,8 +175,17 @@ def test_autocast() -> None:
     assert (low.float() - exact).norm() / exact.norm() < 0.1
 
 
-def alone(kind: type[nn.Module], **config: Any) -> nn.Module:
+NEMOTRON_H = "nemotron_h", "NemotronHExperts"
+MUSE_SPARK = "muse_spark", "MuseSparkExperts"
+PRIVACY_FILTER = "openai_privacy_filter", "OpenAIPrivacyFilterExperts"
+STEP3P7 = "step3p7", "Step3p7Experts"
+"""Of which transformers 5.17 lacks some."""
+
+
+def alone(kind: tuple[str, str], **config: Any) -> nn.Module:
     """An experts module of a family that is too large for a test."""
+    family, name = kind
+    module_of = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
     fields = {
         "num_local_experts": 4,
         "n_routed_experts": 4,
@@ -195,19 +202,19 @@ def alone(kind: type[nn.Module], **config: Any) -> nn.Module:
         "_experts_implementation": "eager",
     }
     torch.manual_seed(4)
-    module = kind(SimpleNamespace(**(fields | config)))
+    module = getattr(module_of, name)(SimpleNamespace(**(fields | config)))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.5)
     return module
 
 
-ALONE: dict[str, tuple[type[nn.Module], dict[str, Any], set[str]]] = {
-    "plain, activation of its own": (NemotronHExperts, {}, {"grouped_gemm"}),
-    "plain, activation of the op": (NemotronHExperts, {"mlp_hidden_act": "gelu_new"}, {"expert_ffn"}),
-    "biases, halves side by side, clamped": (OpenAIPrivacyFilterExperts, {}, {"grouped_gemm"}),
-    "norm behind every expert": (MuseSparkExperts, {}, {"grouped_gemm"}),
-    "another activation, gated": (MuseSparkExperts, {"hidden_act": "quick_gelu"}, {"grouped_gemm"}),
+ALONE: dict[str, tuple[tuple[str, str], dict[str, Any], set[str]]] = {
+    "plain, activation of its own": (NEMOTRON_H, {}, {"grouped_gemm"}),
+    "plain, activation of the op": (NEMOTRON_H, {"mlp_hidden_act": "gelu_new"}, {"expert_ffn"}),
+    "biases, halves side by side, clamped": (PRIVACY_FILTER, {}, {"grouped_gemm"}),
+    "norm behind every expert": (MUSE_SPARK, {}, {"grouped_gemm"}),
+    "another activation, gated": (MUSE_SPARK, {"hidden_act": "quick_gelu"}, {"grouped_gemm"}),
 }
 
 
@@ -233,7 +240,7 @@ def test_other_kinds_of_experts(case: str, calls: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
 def test_every_activation_that_the_op_has(name: str, calls: list[str]) -> None:
-    module = alone(NemotronHExperts, mlp_hidden_act=name)
+    module = alone(NEMOTRON_H, mlp_hidden_act=name)
     arguments = torch.randn(30, 16), torch.rand(30, 4).argsort(1)[:, :2], torch.rand(30, 2)
     expected = run(module, *arguments)
     module.config._experts_implementation = OURS
@@ -243,7 +250,7 @@ def test_every_activation_that_the_op_has(name: str, calls: list[str]) -> None:
 
 
 def test_experts_of_other_processes_count_nothing() -> None:
-    module = alone(MuseSparkExperts).requires_grad_(False)
+    module = alone(MUSE_SPARK).requires_grad_(False)
     module.has_post_expert_norm, module.config._experts_implementation = False, OURS
     x, ids, weights = torch.randn(8, 16), torch.tensor([[0, 4], [4, 4], [2, 3], [1, 4]] * 2), torch.rand(8, 2)
     expected = module(x, ids.clamp(max=3), weights.masked_fill(ids == 4, 0))
@@ -263,16 +270,36 @@ def test_patched_with_routers(family: str, calls: list[str]) -> None:
     assert calls.count("route_topk") == 2
 
 
-def test_probabilities_that_are_renormalised_or_not(calls: list[str]) -> None:
-    for norm_topk_prob in (False, True):
-        model = make("olmoe", norm_topk_prob=norm_topk_prob)
-        expected = outcome(model)
-        assert_same(outcome(hf_experts.patch(model, routers=True)), expected)
-    assert "route_topk" in calls
+def router_of(family: str, **config: Any) -> nn.Module:
+    """A router of transformers that is ours to replace, whichever file it is in."""
+    name = f"{family}TopKRouter"
+    text = f"class {name}("
+    file = next((f for f in MODELS.glob("*/modeling_*.py") if text in f.read_text(encoding="utf-8")), None)
+    if file is None:
+        pytest.skip(f"this transformers has no {name}")
+    module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+    fields = {"num_experts_per_tok": 3, "num_experts": 7, "num_local_experts": 7, "hidden_size": 16}
+    return getattr(module, name)(SimpleNamespace(**(fields | config)))
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize("family", hf_experts._ORDERS)
+def test_the_rules_of_routers(family: str, norm_topk_prob: bool) -> None:
+    torch.manual_seed(8)
+    block = nn.Module()
+    block.router = router_of(family, norm_topk_prob=norm_topk_prob)
+    block.experts = alone(STEP3P7)
+    for parameter in block.router.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(20, 16)
+    logits, weights, ids = block.router(x)
+    hf_experts.patch(block, routers=True)
+    for a, b in zip(block.router(x), (logits, weights, ids), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_patched_where_transformers_has_no_choice(calls: list[str]) -> None:
-    module = alone(Step3p7Experts)
+    module = alone(STEP3P7)
     assert not hasattr(module, "is_transposed")
     arguments = torch.randn(30, 16), torch.rand(30, 4).argsort(1)[:, :2], torch.rand(30, 2)
     expected = run(module, *arguments)

@@ -182,8 +182,27 @@ def _lies_transposed(module: Any) -> bool:
 
 # ---- Routers ----
 
-_SOFTMAX_FIRST = ("Qwen2Moe", "Qwen3Moe", "Qwen3Next", "Qwen3VLMoeText", "Olmoe", "FlexOlmo")  # says norm_topk_prob
-_RENORMALISED = ("Mixtral", "MiniMax", "GptOss", "GraniteMoe", "GraniteMoeShared", "GraniteMoeHybrid", "GraniteMoeSWA")
+# A softmax over all experts that is renormalised over the chosen ones is a softmax over their logits.
+_ORDERS: dict[str, str | None] = {
+    "Mixtral": "topk_softmax",
+    "MiniMax": "topk_softmax",
+    "GptOss": "topk_softmax",
+    "GraniteMoe": "topk_softmax",
+    "GraniteMoeHybrid": "topk_softmax",
+    "GraniteMoeShared": "topk_softmax",
+    "GraniteMoeSWA": "topk_softmax",
+    "Qwen3VLMoeText": "topk_softmax",
+    "Qwen3_5Moe": "topk_softmax",
+    "Jamba": "softmax_topk",
+    "FlexOlmo": None,
+    "Mellum": None,
+    "Olmoe": None,
+    "Qwen2Moe": None,
+    "Qwen3Moe": None,
+    "Qwen3Next": None,
+}
+"""What comes before TopKRouter in the names of routers: the order of their softmax and top-k; None: the router's
+`norm_topk_prob` decides."""
 
 
 def _is_router(module: nn.Module) -> bool:
@@ -191,17 +210,13 @@ def _is_router(module: nn.Module) -> bool:
 
 
 def _order(router: Any) -> str:
-    """The order of softmax and top-k: a softmax over the experts that is renormalised is one over the chosen logits."""
     family = type(router).__name__[: -len("TopKRouter")]
-    if family in _RENORMALISED:
-        return "topk_softmax"
-    if family in _SOFTMAX_FIRST:
-        return "topk_softmax" if router.norm_topk_prob else "softmax_topk"
-    known = ", ".join(sorted((*_RENORMALISED, *_SOFTMAX_FIRST)))
-    raise ValueError(
-        f"patch: routers must be those of {known}, got {type(router).__name__}, whose rule route_topk does not have; "
-        "without routers=True the experts alone are replaced"
-    )
+    if family not in _ORDERS:
+        raise ValueError(
+            f"patch: routers must be those of {', '.join(_ORDERS)}, got {type(router).__name__}, whose rule route_topk "
+            "does not have; without routers=True the experts alone are replaced"
+        )
+    return _ORDERS[family] or ("topk_softmax" if router.norm_topk_prob else "softmax_topk")
 
 
 def _router_forward(order: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
