@@ -16,3 +16,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks = Ranks(2, tmp_path_factory.mktemp("pair") / "store")
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four processes."""
+    ranks = Ranks(4, tmp_path_factory.mktemp("four") / "store")
+    yield ranks
+    ranks.close()

@@ -1,6 +1,6 @@
 """Names of activations."""
 
-from moduleformer_ext.nn.experts import GATED_ACTIVATIONS
+from moduleformer_ext.ops.grouped_gemm import GATED_ACTIVATIONS
 
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",

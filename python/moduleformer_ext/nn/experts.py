@@ -9,9 +9,8 @@ from moduleformer_ext import ops
 from moduleformer_ext.nn.plain import is_plain
 from moduleformer_ext.nn.router import Router
 from moduleformer_ext.nn.segments import segments_of
+from moduleformer_ext.ops.grouped_gemm import GATED_ACTIVATIONS
 from moduleformer_ext.types import ExpertLayout, RouteTopK, Segments
-
-GATED_ACTIVATIONS = frozenset({"geglu_tanh", "geglu", "swiglu", "reglu"})
 
 
 class ExpertLinear(nn.Module):

@@ -4,7 +4,7 @@ Each has a plain-PyTorch twin of the same name and signature in :mod:`moduleform
 """
 
 from moduleformer_ext import _extension  # noqa: F401  (registers torch.ops.moduleformer_ext)
-from moduleformer_ext.ops import flops, losses  # noqa: F401  (flops registers its formulas)
+from moduleformer_ext.ops import _dtensor, flops, losses  # noqa: F401  (flops registers its formulas)
 from moduleformer_ext.ops.expert_ffn import expert_ffn
 from moduleformer_ext.ops.expert_layout import expert_layout
 from moduleformer_ext.ops.grouped_gemm import grouped_gemm
@@ -26,3 +26,5 @@ __all__ = [
     "stick_attention",
     "stick_attention_decode",
 ]
+
+_dtensor.register_once_imported()

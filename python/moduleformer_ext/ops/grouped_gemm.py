@@ -8,6 +8,9 @@ from torch import Tensor
 from moduleformer_ext.ops._segments import joined, segments
 from moduleformer_ext.types import ExpertLayout, Segments
 
+GATED_ACTIVATIONS = frozenset({"geglu_tanh", "geglu", "swiglu", "reglu"})
+"""Those that make one column of two."""
+
 
 def grouped_gemm(
     x: Tensor,

@@ -10,7 +10,7 @@ from torch import nn
 
 from moduleformer_ext.models import ExpertsConfig, MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.nn import ExpertLinear, Router
-from moduleformer_ext.nn.experts import GATED_ACTIVATIONS
+from moduleformer_ext.ops.grouped_gemm import GATED_ACTIVATIONS
 
 ATTENTION, FFN = KINDS = ("attention", "ffn")
 """The two kinds of experts: query and output projections of attention, and feed-forward experts."""

@@ -1,0 +1,9 @@
+"""All rules."""
+
+from moduleformer_ext.ops._dtensor import attention, dispatch, experts, linear, router
+
+
+def register() -> None:
+    """Let the ops take DTensors."""
+    for rule in (*attention.RULES, *experts.RULES, *linear.RULES, *router.RULES):
+        dispatch.register(rule)
