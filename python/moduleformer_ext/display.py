@@ -86,10 +86,13 @@ class Bar(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: int, completed: int = 0, *, keep: bool = True) -> Iterator[Bar]:
+def progress(title: str, total: int, completed: int = 0, *, keep: bool = True, silent: bool = False) -> Iterator[Bar]:
     """A bar on standard error while the block runs, and after it with `keep`; where that is no terminal, a line every
-    quarter of a minute.
+    quarter of a minute; `silent`, as for all processes but the first, nothing.
     """
+    if silent:
+        yield _Nothing()
+        return
     console = Console(stderr=True, markup=False, highlight=False)
     if not console.is_terminal:
         yield _LogLines(title, total, completed)
@@ -104,6 +107,10 @@ def progress(title: str, total: int, completed: int = 0, *, keep: bool = True) -
     note = TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
     with Progress(*columns, *([note] if wide else []), console=console, expand=wide, transient=not keep) as bars:
         yield _RichBar(bars, title, total, completed)
+
+
+class _Nothing:
+    def advance(self, amount: int, note: str = "") -> None: ...
 
 
 class _RichBar:

@@ -134,8 +134,8 @@ OTHERS = {
         ("--model resid_pdrop=x", "resid_pdrop"),
     ],
     "train": [
-        ("--steps 1", "exactly one of --run and --resume must be given"),
-        ("--steps 1 --run {out} --resume {run}", "exactly one of --run and --resume must be given"),
+        ("--steps 1", "exactly one of --run-dir and --resume must be given"),
+        ("--steps 1 --run {out} --resume {run}", "exactly one of --run-dir and --resume must be given"),
     ],
 }
 CASES = [

@@ -55,6 +55,6 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
         function, arguments = work
         try:
             pipe.send((True, function(*arguments)))
-        except Exception:
+        except BaseException:  # those of checkpoints are no Exception
             pipe.send((False, traceback.format_exc()))
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moduleformer_ext.distributed import draw_weights, load_weights, shard_model
+from moduleformer_ext.distributed.sharding import draw_weights, load_weights, shard_model
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.surgery import insert_experts, set_trainable
 

@@ -13,7 +13,6 @@ from moduleformer_ext.surgery import (
     count_usage,
     divergences,
     kl_divergence,
-    load_entropy,
     plot_expert_usage,
     usage_table,
 )
@@ -61,11 +60,17 @@ def test_layer_divergences() -> None:
         assert layer_divergences(a, b, kind).tolist() == expected
 
 
+def _load_entropy(routes: BlockRoutes) -> float:
+    usage = ExpertUsage()
+    usage.add([routes])
+    return usage.load_entropy()
+
+
 def test_load_entropy_is_one_when_even_and_zero_when_collapsed() -> None:
-    assert load_entropy([BlockRoutes(_route([5, 5, 5]), _route([1, 1]))]) == pytest.approx(1.0)
-    assert load_entropy([BlockRoutes(_route([5, 0, 0]), _route([0, 2]))]) == pytest.approx(0.0)
-    assert load_entropy([BlockRoutes(_route([5, 0]), _route([1, 1]))]) == pytest.approx(0.5)
-    assert load_entropy([BlockRoutes(_route([5]), _route([1, 1]))]) == pytest.approx(1.0)
+    assert _load_entropy(BlockRoutes(_route([5, 5, 5]), _route([1, 1]))) == pytest.approx(1.0)
+    assert _load_entropy(BlockRoutes(_route([5, 0, 0]), _route([0, 2]))) == pytest.approx(0.0)
+    assert _load_entropy(BlockRoutes(_route([5, 0]), _route([1, 1]))) == pytest.approx(0.5)
+    assert _load_entropy(BlockRoutes(_route([5]), _route([1, 1]))) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("domains", [["only"], ["code", "prose"], ["a", "b", "c", "d"]])

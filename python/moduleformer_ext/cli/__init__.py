@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _expected(error)
         if message is None or _TRACEBACK in words:
             raise
-        print(f"{name}: {message}", file=sys.stderr)
+        if not getattr(error, "said_by_another", False):
+            print(f"{name}: {message}", file=sys.stderr)
         return 2
 
 

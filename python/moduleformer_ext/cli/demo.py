@@ -35,8 +35,12 @@ def run(*, options: Options = Options()) -> int:
     started = time.monotonic()
     config = TrainConfig(minutes=options.minutes, device=options.device, dtype=options.dtype, model=_MODEL)
     check_surroundings(config)
-    if is_run(options.run):
-        with RunDirectory(options.run, config).lock():
-            print(f"replacing the earlier run in {options.run}")
-            shutil.rmtree(options.run)
-    return start(RunDirectory.create(options.run, config), started)
+
+    def create() -> RunDirectory:
+        if is_run(options.run):
+            with RunDirectory(options.run, config).lock():
+                print(f"replacing the earlier run in {options.run}")
+                shutil.rmtree(options.run)
+        return RunDirectory.create(options.run, config)
+
+    return start(config, started, create)

@@ -7,11 +7,12 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moduleformer_ext.cli.source import Model, load_source, locate, run_of
-from moduleformer_ext.cli.train import HELP_GROUPS, ConfigFile, Flags, check_surroundings, start
+from moduleformer_ext.cli.train import HELP_GROUPS, NEW_RUN, ConfigFile, Flags, check_surroundings, start
 from moduleformer_ext.records import NonNegative
 from moduleformer_ext.train import RunDirectory, TrainConfig
 from moduleformer_ext.train.finetune import finetuned_config
 
+_KEPT = "what the model's own run read is kept unless given"
 _INHERITED = ("text", "text_field", "held_out", "segment_length", "history_length")
 _FIXED = ("preset", "vocab_size", "tokenizer")
 
@@ -27,7 +28,7 @@ def run(
     base: Model,
     /,
     *,
-    run: Annotated[Path, Parameter(help="folder of the new run; what the model's own run read is kept unless given")],
+    run: Annotated[Path, Parameter(name=NEW_RUN, help=f"folder of the new run; {_KEPT}")],
     config: ConfigFile = None,
     options: Options = Options(),
 ) -> int:
@@ -46,6 +47,10 @@ def run(
         given = {**{name: stored[name] for name in _INHERITED}, **given}
     settings = TrainConfig.from_dict(given)
     check_surroundings(settings)
-    model, _ = load_source(base)
-    finetuned_config(model.config, settings)  # complains before anything is written
-    return start(RunDirectory.create(run, settings, (model, locate(base)[1])), started)
+
+    def create() -> RunDirectory:
+        model, _ = load_source(base)
+        finetuned_config(model.config, settings)  # complains before anything is written
+        return RunDirectory.create(run, settings, (model, locate(base)[1]))
+
+    return start(settings, started, create)

@@ -3,20 +3,27 @@
 import json
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 from cyclopts import Group, Parameter
 from pydantic import AfterValidator
 
+from moduleformer_ext._version import __version__
 from moduleformer_ext.cli import INTERRUPTED
 from moduleformer_ext.cli.source import check_device
 from moduleformer_ext.data import STANDARD_DOMAINS, check_sources, end_of_text_id, load_tokenizer, share_lanes
+from moduleformer_ext.distributed import is_restart, joined
 from moduleformer_ext.records import Text
-from moduleformer_ext.train import RunDirectory, TrainConfig, run_session
+from moduleformer_ext.train import RunDirectory, TrainConfig, is_run, run_session
 from moduleformer_ext.train.config import RunOptions, read_options
 from moduleformer_ext.train.metrics import check_logging
+from moduleformer_ext.train.session import check_division
 
+NEW_RUN = ("--run-dir", "--run")
+"""torchrun takes the short one for its own, as it does --log."""
 ConfigFile = Annotated[Path | None, Parameter(help="options as .json or .toml; flags win")]
 
 
@@ -31,6 +38,7 @@ _GROUPS = {
     "preset": "Model",
     "batch_size": "Batches",
     "aux_loss_weight": "Objective",
+    "routing_loss_over": "Memory and processes",
     "steps": "Length",
     "learning_rate": "Optimiser",
     "dtype": "Machine",
@@ -47,6 +55,10 @@ class Flags(RunOptions):
 
     model: Annotated[Assignments, Parameter(name="--model", group=HELP_GROUPS["Model"])] = ()
     """model configuration fields that replace those of the preset, as FIELD=VALUE"""
+    log: Annotated[
+        tuple[Literal["tensorboard"], ...], Parameter(name=("--log-to", "--log"), group=HELP_GROUPS["Records"])
+    ] = ()
+    """beside metrics.jsonl"""
 
     def given(self, file: Path | None) -> dict[str, Any]:
         """The options of the file, with the flags that were given over them."""
@@ -78,32 +90,37 @@ def _parse_field(item: str) -> tuple[str, Any]:
 
 def run(
     *,
-    run: Annotated[Path | None, Parameter(help="folder of the new run")] = None,
+    run: Annotated[Path | None, Parameter(name=NEW_RUN, help="folder of the new run")] = None,
     resume: Annotated[Path | None, Parameter(help="folder of a run to continue")] = None,
     config: ConfigFile = None,
     flags: Flags = Flags(),
 ) -> int:
-    """Start or continue a run. Ctrl-C saves a checkpoint; go on with --resume RUN."""
+    """Start or continue a run. Ctrl-C saves a checkpoint; go on with --resume RUN.
+
+    Under torchrun several processes train one model: docs/distributed.md.
+    """
     started = time.monotonic()
     given = flags.given(config)
     if (run is None) == (resume is None):
-        raise ValueError("exactly one of --run and --resume must be given")
+        raise ValueError("exactly one of --run-dir and --resume must be given")
+    if resume is None and run is not None and is_restart() and is_run(run):
+        resume, run = run, None  # torchrun repeats the command
     if resume is not None:
         directory = RunDirectory.open(resume)
         _check_same(directory, given)
         check_device(directory.config.device)
-        return finish(directory, started)
+        return finish(directory.config, started, lambda: directory)
     assert run is not None
     if "tokenizer" in given and "vocab_size" in given:
         raise ValueError("--tokenizer: has a vocabulary of its own; leave --vocab-size out")
-    options = TrainConfig.from_dict(given)
+    options, new = TrainConfig.from_dict(given), run
     check_surroundings(options)
     tokenizer = None if options.tokenizer is None else load_tokenizer(Path(options.tokenizer))
     if tokenizer is None:
         options.architecture(options.vocab_size)
     else:
         options.architecture(tokenizer.get_vocab_size(), end_of_text_id(tokenizer))
-    return start(RunDirectory.create(run, options), started)
+    return start(options, started, lambda: RunDirectory.create(new, options))
 
 
 def check_surroundings(config: TrainConfig) -> None:
@@ -114,20 +131,35 @@ def check_surroundings(config: TrainConfig) -> None:
     check_logging(config.log)
 
 
-def start(directory: RunDirectory, started: float) -> int:
-    """Take a new run to its end; one that cannot even begin leaves nothing."""
+def start(config: TrainConfig, started: float, create: Callable[[], RunDirectory]) -> int:
+    """Take a new run to its end with the processes that torchrun started. One that cannot even begin leaves nothing."""
+    made: list[RunDirectory] = []
+
+    def create_once() -> RunDirectory:
+        made.append(create())
+        return made[0]
+
     try:
-        return finish(directory, started)
+        return finish(config, started, create_once)
     except Exception:
-        directory.discard()
+        for directory in made:
+            directory.discard()
         raise
 
 
-def finish(directory: RunDirectory, started: float) -> int:
-    """Take a run to its end and say how to go on if it was interrupted."""
-    if run_session(directory, started=started):
-        return 0
-    print(f"continue with: moduleformer-ext train --resume {shlex.quote(str(directory.root))}")
+def finish(config: TrainConfig, started: float, find: Callable[[], RunDirectory]) -> int:
+    """Take a run, which the first process finds or creates, to its end, with the processes that torchrun started; say
+    how to go on if it was interrupted.
+    """
+    with joined(config.device) as processes:
+        versions = {"version of moduleformer_ext": __version__, "version of torch": torch.__version__}
+        processes.check_same({**versions, **config.to_dict()})
+        check_division(config, processes)
+        directory = RunDirectory(processes.first(lambda: find().root), config)
+        if run_session(directory, started=started, processes=processes):
+            return 0
+        if processes.is_first:
+            print(f"continue with: moduleformer-ext train --resume {shlex.quote(str(directory.root))}")
     return INTERRUPTED
 
 

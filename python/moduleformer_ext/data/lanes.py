@@ -37,10 +37,17 @@ class LaneReader:
     """Serve segments of B lanes, each reading one domain's stream consecutively from its own start.
 
     A stream is a ring: lane i of n starts at i/n of it and reads on past the end at the beginning, so that
-    the segments before are always the true past, and one number, `position`, is the whole state.
+    the segments before are always the true past, and one number, `position`, is the whole state. `part` is which of
+    the lanes to serve, of all domains one after the other (default: all).
     """
 
-    def __init__(self, streams: Mapping[str, TokenArray], lanes: Mapping[str, int], segment_length: int) -> None:
+    def __init__(
+        self,
+        streams: Mapping[str, TokenArray],
+        lanes: Mapping[str, int],
+        segment_length: int,
+        part: slice = slice(None),
+    ) -> None:
         if segment_length < 1:
             raise ValueError(f"segment_length: must be at least 1, got {segment_length}")
         self.segment_length = segment_length
@@ -54,6 +61,7 @@ class LaneReader:
                     f"({len(tokens)}), got {segment_length}; give more text or shorter segments"
                 )
             self._lanes += [(tokens, lane * len(tokens) // count) for lane in range(count)]
+        self._lanes = self._lanes[part]
 
     @property
     def num_tokens(self) -> int:

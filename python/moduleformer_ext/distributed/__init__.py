@@ -1,5 +1,16 @@
-"""Models over several processes, on PyTorch's own engine: FSDP2, DeviceMesh, distributed checkpoints."""
+"""Models over several processes, on PyTorch's own engine: FSDP2, DeviceMesh, distributed checkpoints.
 
-from moduleformer_ext.distributed.sharding import draw_weights, load_weights, shard_model
+`sharding` and `checkpoint` are imported where they are needed: what they stand on takes a second.
+"""
 
-__all__ = ["draw_weights", "load_weights", "shard_model"]
+from moduleformer_ext.distributed.processes import (
+    ALONE,
+    Processes,
+    ProcessLostError,
+    is_restart,
+    joined,
+    own_device,
+    started_by_torchrun,
+)
+
+__all__ = ["ALONE", "ProcessLostError", "Processes", "is_restart", "joined", "own_device", "started_by_torchrun"]

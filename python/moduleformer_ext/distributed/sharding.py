@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -22,7 +23,6 @@ def shard_model(
     *,
     gather_dtype: torch.dtype | None = None,
     reshard: bool = True,
-    compile_blocks: bool = False,
 ) -> None:
     """Shard a model, which may be on the meta device, over a mesh of one dimension.
 
@@ -33,8 +33,9 @@ def shard_model(
         gather_dtype: of the parameters while they are computed with; None: their own. bfloat16 halves what is sent, and
             rounds norms and routers, which autocast alone leaves in float32. Gradients are added up in float32.
         reshard: free a layer's parameters between the forward and the backward pass, and gather them once more.
-        compile_blocks: ``torch.compile`` the attention and the experts of each layer.
     """
+    # The blocks add what the experts give, in no place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w*MixtureOfFFN\) returned a view", UserWarning)
     policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def shard(module: nn.Module, reshard: bool) -> None:
@@ -47,9 +48,6 @@ def shard_model(
         )
 
     for block in blocks(model):
-        if compile_blocks:
-            block.attn.compile()
-            block.mlpf.compile()
         shard(block.mlpf, reshard)
         shard(block, reshard)
     shard(model, False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing_extensions import TypedDict  # pydantic reads the typing module's fr
 from moduleformer_ext.files import load_tensors, parse_json, read_json, replacing, save_tensors, write_file
 from moduleformer_ext.models.config import MoLMConfig
 from moduleformer_ext.models.published import FORMAT
+from moduleformer_ext.models.shards import has_shards, read_model_shards
 from moduleformer_ext.models.state import canonical_state, router_dtype
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def save_pretrained(model: MoLMForCausalLM, directory: str | Path) -> None:
     """
     directory = Path(directory)
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    try:
-        state = canonical_state(model)
-    except ValueError as error:
-        raise ValueError(f"save_pretrained: {error}") from error
     with _one_writer(model) as is_writer:
+        try:
+            state = canonical_state(model, keep=is_writer)
+        except ValueError as error:
+            raise ValueError(f"save_pretrained: {error}") from error
         if is_writer:
             directory.mkdir(parents=True, exist_ok=True)
             with replacing(directory / WEIGHTS_FILE) as path:
@@ -106,7 +107,7 @@ def read_pretrained(directory: str | Path) -> tuple[MoLMConfig, dict[str, Tensor
     downloaded.
 
     Published ones hold a config.json and weights as .safetensors or .bin (read with ``weights_only=True``), in one
-    file or in shards with an index.
+    file or in shards with an index. Checkpoints of several processes are read by one as they are.
 
     Raises:
         FileNotFoundError: a file is missing; the message says which.
@@ -124,7 +125,7 @@ def read_pretrained(directory: str | Path) -> tuple[MoLMConfig, dict[str, Tensor
             raise ValueError(f"quantization_config must be absent, got {kind!r}; transformers reads quantised weights")
     except ValueError as error:
         raise ValueError(f"from_pretrained: '{directory}': {error}") from error
-    return config, read_weights(directory)
+    return config, read_model_shards(directory) if has_shards(directory) else read_weights(directory)
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
@@ -136,6 +137,31 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         if (directory / name).is_file():
             return _read_shards(directory / name)
     raise FileNotFoundError(f"from_pretrained: {directory} has none of {', '.join(_SINGLE_FILES + _INDEX_FILES)}")
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of a directory that :func:`save_pretrained` wrote, each read when it is asked for, and the ``config``
+    of their model.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        own = _own_config(directory / WEIGHTS_FILE)
+        if own is None:
+            raise ValueError(f"'{directory}' must hold a model that save_pretrained wrote")
+        self.config = MoLMConfig.from_dict(own)
+        self._file = safe_open(directory / WEIGHTS_FILE, framework="pt")
+        self._names = dict(zip(self._file.keys(), self._file.keys(), strict=True))
+        if self.config.tie_word_embeddings:
+            self._names["lm_head.weight"] = "transformer.wte.weight"
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class _Index(TypedDict):

@@ -28,9 +28,10 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and checkpoint wrappers put into names."""
 
 
-def canonical_state(model: MoLMForCausalLM) -> dict[str, Tensor]:
+def canonical_state(model: MoLMForCausalLM, *, keep: bool = True) -> dict[str, Tensor]:
     """All weights, detached, under their published names: those of compiled and wrapped blocks, parametrised ones as
-    they are computed, sharded ones whole (a collective operation). Where embeddings are tied there is no head.
+    they are computed, sharded ones whole (a collective operation). Where embeddings are tied there is no head. Without
+    ``keep`` the tensors have no contents, on a process that does not need them.
 
     Raises:
         ValueError: something else than the configuration's weights, as adapters or a resized head; the message lists
@@ -39,7 +40,8 @@ def canonical_state(model: MoLMForCausalLM) -> dict[str, Tensor]:
     state = {}
     for name, tensor in (_stored(model) | _computed(model)).items():
         gather = getattr(tensor.detach(), "full_tensor", None)  # of a DTensor, whose import takes long
-        state[_published(name)] = tensor.detach() if gather is None else gather()
+        whole = tensor.detach() if gather is None else gather()
+        state[_published(name)] = whole if keep else whole.to("meta")
     with torch.device("meta"):
         expected = type(model)(model.config).state_dict()
     check_fit(expected, state)

@@ -13,7 +13,6 @@ from moduleformer_ext.surgery.usage import (
     count_usage,
     divergences,
     kl_divergence,
-    load_entropy,
     usage_table,
 )
 from moduleformer_ext.surgery.usage_plot import plot_expert_usage
@@ -34,7 +33,6 @@ __all__ = [
     "divergences",
     "insert_experts",
     "kl_divergence",
-    "load_entropy",
     "merge",
     "plan_by_size",
     "plan_by_threshold",

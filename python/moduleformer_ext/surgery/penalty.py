@@ -18,7 +18,6 @@ from torch import Tensor
 from moduleformer_ext import ops
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.nn import BlockRoutes
-from moduleformer_ext.nn.segments import segments_of
 from moduleformer_ext.surgery.anatomy import sites
 
 PENALTIES = ("norm", "share")
@@ -43,9 +42,12 @@ def routing_penalty(model: MoLMForCausalLM, routes: Sequence[BlockRoutes], kind:
                 route = getattr(routes[site.layer], site.kind)
                 terms.append(ops.losses.new_expert_loss(route, num_new))
             else:
-                rows = segments_of(*site.modules(model)[2].rows_parameter)
-                new = rows[-num_new:] if isinstance(rows, Tensor) else rows[-1]
-                terms.append(new.float().square().sum())
+                module, name = site.modules(model)[2].rows_parameter
+                whole: Tensor | None = getattr(module, name)
+                new = getattr(module, f"{name}_new") if whole is None else whole
+                if hasattr(new, "full_tensor"):  # of a sharded model
+                    new = new.full_tensor()
+                terms.append(new[-num_new:].float().square().sum())
     if not terms:
         raise ValueError("routing_penalty: model must have new experts, got none")
     return torch.stack(terms).sum()

@@ -54,6 +54,11 @@ class ExpertUsage:
         pairs = {kind: zip(self.counts[kind], other.counts[kind], strict=True) for kind in KINDS}
         return ExpertUsage({kind: [a + b for a, b in layers] for kind, layers in pairs.items()})
 
+    def load_entropy(self) -> float:
+        """Entropy of the experts' loads, averaged over routers and scaled to [0, 1] (1: all equally used)."""
+        layers = zip(*(self.counts[kind] for kind in KINDS), strict=True)
+        return float(np.mean([_normalised_entropy(counts) for layer in layers for counts in layer]))
+
     def check_fits(self, config: MoLMConfig) -> None:
         """Raise a ValueError unless the counts are of a model of this shape."""
         for kind in KINDS:
@@ -129,11 +134,6 @@ def layer_divergences(usage: ExpertUsage, other: ExpertUsage, kind: str) -> Floa
     """KL(usage || other) of every layer [L]."""
     pairs = zip(usage.counts[kind], other.counts[kind], strict=True)
     return np.array([kl_divergence(counts, counter) for counts, counter in pairs])
-
-
-def load_entropy(routes: Sequence[BlockRoutes]) -> float:
-    """Entropy of the experts' loads, averaged over routers and scaled to [0, 1] (1: all equally used)."""
-    return float(np.mean([_normalised_entropy(_to_array(route.counts)) for layer in routes for route in layer]))
 
 
 def _normalised_entropy(counts: CountArray) -> float:

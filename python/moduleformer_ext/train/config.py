@@ -65,6 +65,20 @@ class RunOptions(Record):
     """weight of the penalty on the routing of new experts"""
     routing_penalty_kind: Literal["norm", "share"] = "norm"
     """norm (of the new router rows) or share (of the probability)"""
+    routing_loss_over: Literal["batch", "process"] = "batch"
+    """the tokens that the routing loss is taken over, where several processes share a batch: all, or each its own"""
+    micro_batches: Lanes = 1
+    """parts in which a process takes its lanes, one after the other, adding up gradients"""
+    activation_checkpointing: bool = False
+    """recompute each layer in the backward pass instead of keeping its activations"""
+    compile: bool = False
+    """torch.compile the attention and the experts of each layer"""
+    gather_dtype: Literal["fp32", "bf16"] = "fp32"
+    """type in which several processes send one another weights; bf16 is half as much, and rounds norms and routers"""
+    reshard: bool = True
+    """of several processes: free the weights of a layer between its forward and backward pass, and gather them again"""
+    background_checkpoints: bool = False
+    """of several processes: write checkpoints while training goes on"""
     steps: Natural = 0
     """optimiser steps (0: as many as fit in --minutes)"""
     minutes: Annotated[float, Field(ge=0, le=10**6)] = 0.0

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moduleformer_ext.data import TokenStream
 from moduleformer_ext.data.stream import TokenArray
+from moduleformer_ext.distributed import ALONE, Processes
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.nn import EvaluationMode
 from moduleformer_ext.surgery import ExpertUsage
@@ -53,11 +54,13 @@ def evaluate(
     segment_length: int = 512,
     dtype: str = "fp32",
     advance: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
 ) -> dict[str, Score]:
     """Score every domain's stream and count its expert activations on the way.
 
     A stream is read by up to `batch_size` lanes of consecutive segments, the history of the segments before being
-    carried along as in training; a lane's first segment has none. `advance` is told of tokens as they are scored.
+    carried along as in training; a lane's first segment has none. `advance` is told of tokens as they are scored, by
+    this one of several processes, which share the lanes.
 
     Raises:
         ValueError: `batch_size` or `segment_length` is below 1.
@@ -73,10 +76,19 @@ def evaluate(
             scores[domain] = score = Score(num_tokens=stream.num_scored, num_bytes=stream.num_bytes)
             with torch.no_grad(), autocast(device, dtype):
                 for lanes in _split_lanes(stream.tokens, batch_size, segment_length):
-                    _score_lanes(model, lanes.to(device), segment_length, score, advance)
+                    own = lanes.tensor_split(processes.size)[processes.rank]  # may be none: all call the model alike
+                    _score_lanes(model, own.to(device), segment_length, score, advance)
+            score.bits, score.usage = processes.total([score.bits])[0], total_usage(score.usage, processes)
             if math.isnan(score.bits):
                 raise FloatingPointError(f"evaluate: the loss on domain '{domain}' must be a number, got nan")
     return scores
+
+
+def total_usage(usage: ExpertUsage, processes: Processes) -> ExpertUsage:
+    """The expert activations of all processes."""
+    counts = iter(processes.total([float(n) for layers in usage.counts.values() for layer in layers for n in layer]))
+    taken = {k: [[int(next(counts)) for _ in layer] for layer in layers] for k, layers in usage.counts.items()}
+    return ExpertUsage.from_dict(taken)
 
 
 def _split_lanes(tokens: TokenArray, batch_size: int, segment_length: int) -> Iterator[Tensor]:

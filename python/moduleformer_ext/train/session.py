@@ -1,15 +1,18 @@
 """A whole run from text to figures: every stage finds what earlier ones, or an earlier process, left."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from moduleformer_ext.data import ALL, Dataset, LaneReader, end_of_text_id, share_lanes
 from moduleformer_ext.display import progress
+from moduleformer_ext.distributed import ALONE, Processes
 from moduleformer_ext.files import read_json, to_json, write_file, writing
 from moduleformer_ext.heap import keep_freed_memory
-from moduleformer_ext.models import MoLMForCausalLM
+from moduleformer_ext.models.checkpoint import StoredWeights
 from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train.baselines import BIGRAM, BitsPerByte, format_table, measure_baselines, per_byte
+from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.evaluation import evaluate
 from moduleformer_ext.train.finetune import finetuned_config
 from moduleformer_ext.train.interrupt import InterruptGuard
@@ -22,18 +25,23 @@ Say = Callable[[str], None]
 MODEL_NAME = "MoLM"
 
 
-def run_session(run: RunDirectory, *, started: float | None = None, say: Say = print) -> bool:
+def run_session(
+    run: RunDirectory, *, started: float | None = None, say: Say = print, processes: Processes = ALONE
+) -> bool:
     """Take the run to its end: data, baselines, training, evaluation, samples, figure.
 
-    `started` is when the wall-clock budget began (`time.monotonic`; default: now). Returns False when a signal
-    stopped the training early; the checkpoint is then written.
+    `started` is when the wall-clock budget began (`time.monotonic`; default: now). Of several processes the first one
+    writes and speaks. Returns False when a signal stopped the training early; the checkpoint is then written.
     """
     started = time.monotonic() if started is None else started
     keep_freed_memory()
-    with run.lock():
-        dataset = _prepare_data(run, say)
-        baselines = _prepare_baselines(run, dataset, say)
-        trainer = _prepare_trainer(run, dataset, started, say)
+    if not processes.is_first:
+        say = _say_nothing
+    with _locked(run, processes):
+        check_division(run.config, processes)
+        dataset = _prepare_data(run, say, processes)
+        baselines = _prepare_baselines(run, dataset, say, processes)
+        trainer = _prepare_trainer(run, dataset, started, say, processes)
         if not _train(run, trainer, say):
             return False
         _conclude(run, dataset, baselines, trainer, say)
@@ -41,9 +49,35 @@ def run_session(run: RunDirectory, *, started: float | None = None, say: Say = p
     return True
 
 
-def _prepare_data(run: RunDirectory, say: Say) -> Dataset:
+def check_division(config: TrainConfig, processes: Processes) -> None:
+    """Refuse lanes that cannot be shared evenly."""
+    parts = processes.size * config.micro_batches
+    if config.batch_size % parts:
+        shares = f"{processes.size} processes" if processes.size > 1 else "one process"
+        raise ValueError(
+            f"batch_size: {shares} with {config.micro_batches} micro-batches each must have a multiple of {parts} "
+            f"lanes, got {config.batch_size}"
+        )
+
+
+def _say_nothing(_: str) -> None: ...
+
+
+@contextmanager
+def _locked(run: RunDirectory, processes: Processes) -> Iterator[None]:
+    with ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(run.lock()))
+        yield
+
+
+def _prepare_data(run: RunDirectory, say: Say, processes: Processes) -> Dataset:
     start = time.monotonic()
-    dataset = run.dataset()
+
+    def build() -> None:
+        run.dataset()
+
+    processes.first(build)
+    dataset = processes.together(run.dataset)
     for domain in dataset.domains:
         train, held_out = dataset.train[domain], dataset.held_out[domain]
         say(
@@ -55,65 +89,86 @@ def _prepare_data(run: RunDirectory, say: Say) -> Dataset:
     return dataset
 
 
-def _prepare_baselines(run: RunDirectory, dataset: Dataset, say: Say) -> BitsPerByte:
-    if not run.baselines.exists():
-        write_file(run.baselines, to_json(measure_baselines(dataset)))
-    baselines = read_json(run.baselines, BitsPerByte)
+def _prepare_baselines(run: RunDirectory, dataset: Dataset, say: Say, processes: Processes) -> BitsPerByte:
+    def measure() -> None:
+        if not run.baselines.exists():
+            write_file(run.baselines, to_json(measure_baselines(dataset)))
+
+    processes.first(measure)
+    baselines = processes.together(lambda: read_json(run.baselines, BitsPerByte))
     say("held-out bits per byte of the baselines:\n" + format_table(baselines))
     return baselines
 
 
-def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: Say) -> Trainer:
-    base = MoLMForCausalLM.from_pretrained(run.base) if run.base.exists() else None
+def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: Say, processes: Processes) -> Trainer:
     config, tokenizer = run.config, dataset.tokenizer
+    base = processes.together(lambda: StoredWeights(run.base)) if run.base.exists() else None
     if base is None:
         architecture = config.architecture(tokenizer.get_vocab_size(), end_of_text_id(tokenizer))
     else:
         architecture = finetuned_config(base.config, config)
-    weights = None if base is None else base.state_dict()
 
     def make_trainer(dtype: str, steps: int = 1_000_000) -> Trainer:
         sizes = {domain: stream.num_scored for domain, stream in dataset.train.items()}
         lanes = share_lanes(sizes, config.batch_size, config.domain_exponent)
         streams = {domain: stream.tokens for domain, stream in dataset.train.items()}
-        reader = LaneReader(streams, lanes, config.segment_length)
-        return Trainer(config, architecture, reader, steps=steps, dtype=dtype, base=weights)
+        reader = LaneReader(streams, lanes, config.segment_length, processes.own_part(config.batch_size))
+        if processes.mesh is None:
+            return Trainer(config, architecture, reader, steps=steps, dtype=dtype, base=base)
+        from moduleformer_ext.train.sharded import ShardedTrainer  # what it stands on takes a second to import
 
-    if not run.plan.exists():
+        return ShardedTrainer(config, architecture, reader, processes, steps=steps, dtype=dtype, base=base)
+
+    if not processes.first(run.plan.exists):
         deadline = started + 60.0 * config.minutes if config.minutes else None
-        plan = make_plan(make_trainer, dataset.held_out, dtype=config.dtype, steps=config.steps, deadline=deadline)
-        write_file(run.plan, to_json(plan))
-    plan = read_json(run.plan, Plan)
+        plan = make_plan(
+            make_trainer,
+            dataset.held_out,
+            dtype=config.dtype,
+            steps=config.steps,
+            deadline=deadline,
+            processes=processes,
+        )
+        processes.first(lambda: write_file(run.plan, to_json(plan)))
+    plan = processes.together(lambda: read_json(run.plan, Plan))
     for dtype, seconds in plan.seconds_per_step.items():
         say(f"measured {seconds:.3f} s per step in {dtype}")
     trainer = make_trainer(plan.dtype, plan.steps)
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     some = "" if trained == size else f"{trained / 1e6:.2f} M of "
-    say(f"training {some}{size / 1e6:.1f} M parameters in {plan.dtype} for {plan.steps} steps")
-    if (checkpoint := run.checkpoints.latest()) is not None:
-        trainer.load(checkpoint)
+    many = f", {processes.size} processes" if processes.mesh else ""
+    say(f"training {some}{size / 1e6:.1f} M parameters in {plan.dtype} for {plan.steps} steps{many}")
+    if (checkpoint := processes.first(run.checkpoints.latest)) is not None:
+        processes.together(lambda: trainer.load(checkpoint))
         say(f"continuing from {checkpoint}")
-    run.metrics.rewind(trainer.step)
+    processes.first(lambda: run.metrics.rewind(trainer.step))
     return trainer
 
 
 def _train(run: RunDirectory, trainer: Trainer, say: Say) -> bool:
     """Take the remaining steps. Returns False if a signal came first."""
-    with InterruptGuard() as guard, progress("training", trainer.steps, trainer.step) as bar:
+    processes, checkpoints = trainer.processes, run.checkpoints
+    with (
+        InterruptGuard() as guard,
+        progress("training", trainer.steps, trainer.step, silent=not processes.is_first) as bar,
+    ):
         smoothed: float | None = None
         clock = time.monotonic()
-        while trainer.step < trainer.steps and not guard.requested:
+        while trainer.step < trainer.steps and not processes.largest(float(guard.requested)):
             result = trainer.take_step()
             smoothed = result.loss if smoothed is None else 0.9 * smoothed + 0.1 * result.loss
             now = time.monotonic()
-            speed, clock = trainer.reader.num_tokens / (now - clock), now
+            speed, clock = trainer.tokens_per_step / (now - clock), now
             bar.advance(1, f"loss {smoothed:.3f}, {speed:.0f} tokens/s, load entropy {result.load_entropy:.3f}")
-            if trainer.step % run.config.log_every == 0 or trainer.step == trainer.steps:
+            due = trainer.step % run.config.log_every == 0 or trainer.step == trainer.steps
+            if processes.is_first and due:
                 _log_step(run, trainer, result, speed)
             if trainer.step % run.config.checkpoint_every == 0:
-                run.checkpoints.save(trainer.step, trainer.save)
-        checkpoint = run.checkpoints.save(trainer.step, trainer.save)
+                checkpoints.save(trainer.step, trainer.save, processes)
+            checkpoints.poll()
+        checkpoint = checkpoints.save(trainer.step, trainer.save, processes)
+        checkpoints.finish()
     if trainer.step < trainer.steps:
         say(f"interrupted at step {trainer.step} of {trainer.steps}; saved {checkpoint}")
         return False
@@ -124,42 +179,47 @@ def _log_step(run: RunDirectory, trainer: Trainer, result: StepResult, speed: fl
     run.metrics.append(
         event="step",
         step=trainer.step,
-        tokens=trainer.step * trainer.reader.num_tokens,
+        tokens=trainer.step * trainer.tokens_per_step,
         tokens_per_second=round(speed, 1),
         **result._asdict(),
     )
 
 
 def _conclude(run: RunDirectory, dataset: Dataset, baselines: BitsPerByte, trainer: Trainer, say: Say) -> None:
+    processes = trainer.processes
     scores = evaluate(
         trainer.model,
         dataset.held_out,
         batch_size=run.config.batch_size,
         segment_length=run.config.segment_length,
         dtype=trainer.dtype,
+        processes=processes,
     )
     bits = {domain: score.bits for domain, score in scores.items()}
     sizes = {domain: score.num_bytes for domain, score in scores.items()}
     results = {**baselines, MODEL_NAME: per_byte(bits, sizes)}
     perplexity = {domain: score.perplexity for domain, score in scores.items()}
     record = {"step": trainer.step, "bits_per_byte": results, "perplexity": perplexity}
-    write_file(run.evaluation, to_json(record))
-    run.metrics.append(event="evaluation", **record)
-    say("\nheld-out bits per byte:\n" + format_table(results))
-    if results[MODEL_NAME][ALL] >= results[BIGRAM][ALL]:
-        say(_behind(trainer, dataset))
 
-    with writing(run.expert_usage):
-        plot_expert_usage(run.expert_usage, {domain: score.usage for domain, score in scores.items()})
-    say(f"\nexpert usage by domain: {run.expert_usage}")
-    samples = generate_samples(trainer.model, dataset, seed=run.config.seed)
-    write_file(run.samples, samples)
+    def write_results() -> None:
+        write_file(run.evaluation, to_json(record))
+        run.metrics.append(event="evaluation", **record)
+        say("\nheld-out bits per byte:\n" + format_table(results))
+        if results[MODEL_NAME][ALL] >= results[BIGRAM][ALL]:
+            say(_behind(trainer, dataset))
+        with writing(run.expert_usage):
+            plot_expert_usage(run.expert_usage, {domain: score.usage for domain, score in scores.items()})
+        say(f"\nexpert usage by domain: {run.expert_usage}")
+
+    processes.first(write_results)
+    samples = generate_samples(trainer.model, dataset, seed=run.config.seed)  # all hold a part of the model
+    processes.first(lambda: write_file(run.samples, samples))
     say("\n" + samples)
 
 
 def _behind(trainer: Trainer, dataset: Dataset) -> str:
     """Why a model may be no better than counting pairs of tokens, and what helps."""
-    read = trainer.steps * trainer.reader.num_tokens
+    read = trainer.steps * trainer.tokens_per_step
     text = sum(stream.num_scored for stream in dataset.train.values())
     return (
         f"the model is behind the {BIGRAM} model, which counted all {text / 1e6:.2f} M tokens of the text: it read "
