@@ -99,6 +99,17 @@ def linear_decode(m: Maker) -> Call:
     return Call("linear_decode", ops.linear_decode, args, twin=reference.linear_decode)
 
 
+def linear_cross_entropy(m: Maker) -> Call:
+    features, classes = m.size(least=1), m.size(least=1)
+    leading = [m.size() for _ in range(m.random.randint(0, 2))]
+    target = torch.randint(classes, leading, generator=m.generator)
+    target = target.masked_fill(torch.rand(leading, generator=m.generator) < 0.2, -100)
+    args = [m.normal(*leading, features), m.normal(classes, features), m.strided(target)]
+    options = {"reduction": m.random.choice(("sum", "none")), "z_loss": m.random.choice((0.0, 0.1))}
+    twin = reference.linear_cross_entropy
+    return Call("linear_cross_entropy", ops.linear_cross_entropy, args, options, twin, differentiable=True)
+
+
 def router(m: Maker, gate: str) -> Call:
     # At least 2 hidden features: in one dimension there are only two unit vectors, so that gmm experts would tie up to
     # rounding.
@@ -227,6 +238,7 @@ PUBLIC: dict[str, Callable[[Maker], Call]] = {
     "expert_ffn": expert_ffn,
     "expert_layout": expert_layout,
     "grouped_gemm": grouped_gemm,
+    "linear_cross_entropy": linear_cross_entropy,
     "linear_decode": linear_decode,
     "route_topk": lambda m: router(m, "logits"),
     "route_topk_gmm": lambda m: router(m, "gmm"),

@@ -145,6 +145,31 @@ class TestLoss:
         alone = model(x, labels=labels, num_items_in_batch=n)
         torch.testing.assert_close(alone.loss, model(x, labels=labels).loss)
 
+    def test_without_logits(self) -> None:
+        """Asked for, or by the configuration in training mode; otherwise logits are returned as everywhere."""
+        _, model = make_pair(aux_loss_weight=0.5)
+        x, labels = tokens(3, 9), tokens(3, 9, seed=2)
+        labels[1, 3:] = -100
+        shifted = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], 1)
+        for options in ({}, {"num_items_in_batch": 40}, {"shift_labels": shifted}, {"ignore_index": 3}):
+            options = {"labels": labels.where(labels != -100, 3) if "ignore_index" in options else labels} | options
+            whole, without = model(x, **options), model(x, **options, skip_logits=True)
+            assert whole.logits is not None and without.logits is None
+            torch.testing.assert_close(without.loss, whole.loss)
+        model.config.skip_logits = True
+        assert model.eval()(x, labels=labels).logits is not None
+        model.train()
+        assert model(x).logits is not None
+        assert model(x, labels=labels).logits is None and model(x, labels=labels, skip_logits=False).logits is not None
+        assert "skip_logits" not in model.generation_config.to_diff_dict()
+
+    def test_a_loss_of_ones_own_is_called(self) -> None:
+        _, model = make_pair(aux_loss_weight=0.0)
+        x = tokens(2, 5)
+        model.loss_function = lambda logits, labels, vocab_size, **options: logits.sum() * 0 + 7
+        output = model(x, labels=x, skip_logits=True)
+        assert output.logits is None and output.loss.item() == 7
+
     def test_of_a_classifier(self) -> None:
         config = hf.ModuleFormerConfig.of(MoLMConfig.preset("molm-nano"), num_labels=3, pad_token_id=0)
         model = hf.ModuleFormerForSequenceClassification(config)

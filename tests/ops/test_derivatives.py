@@ -8,6 +8,7 @@ from moduleformer_ext import reference
 from moduleformer_ext.ops import (
     expert_ffn,
     grouped_gemm,
+    linear_cross_entropy,
     linear_decode,
     route_topk,
     route_topk_gmm,
@@ -20,6 +21,7 @@ from moduleformer_ext.ops import (
 RAW = torch.ops.moduleformer_ext
 LAYOUT = reference.expert_layout(torch.tensor([[0, 1], [2, 1], [0, 2], [1, 0]], dtype=torch.int32), 3)
 CU = torch.tensor([0, 2, 5], dtype=torch.int32)
+CLASSES = torch.tensor([0, 4, -100, 2])
 X, UP, DOWN, GATES, QKV = (4, 8), (3, 8, 8), (3, 8, 8), (4, 2), (1, 5, 2, 8)
 
 # Op -> a function of differentiable inputs, and their shapes.
@@ -34,6 +36,11 @@ CASES = {
         [X, UP, GATES],
     ),
     "expert_ffn": (lambda x, u, d, g: expert_ffn(x, u, d, LAYOUT, g), [X, UP, DOWN, GATES]),
+    "linear_cross_entropy": (lambda x, w: linear_cross_entropy(x, w, CLASSES), [X, (5, 8)]),
+    "linear_cross_entropy of rows": (
+        lambda x, w: linear_cross_entropy(x, w, CLASSES, reduction="none"),
+        [X, (5, 8)],
+    ),
     "stick_attention": (stick_attention, [QKV, QKV, QKV]),
     "stick_attention with K = V": (stick_attention, [QKV, QKV]),
     "stick_attention remainder": (lambda q, k: stick_attention(q, k, return_remainder=True)[1], [QKV, QKV]),
@@ -174,6 +181,16 @@ def raw_calls():
                 g, x, [u], [d], *layout, gates, "relu", None, None, hidden, True, True, False, False, [True], [True]
             )[0],
             [X, X, UP, DOWN, GATES, (8, 8)],
+        ),
+        "linear_cross_entropy_forward": (
+            lambda x, w: RAW.linear_cross_entropy_forward(x, w, CLASSES, -100, "mean", 0.0, True, True)[0],
+            [X, (5, 8)],
+        ),
+        "linear_cross_entropy_backward": (
+            lambda g, x, w: RAW.linear_cross_entropy_backward(
+                g.sum(), x, w, CLASSES, -100, "mean", 0.0, torch.ones(X), torch.ones(5, 8), True, True
+            )[0],
+            [(1,), X, (5, 8)],
         ),
         "stick_attention_backward": (
             lambda g, q, k, v, o, r: RAW.stick_attention_backward(

@@ -8,6 +8,7 @@ from moduleformer_ext import reference
 from moduleformer_ext.ops import (
     expert_ffn,
     grouped_gemm,
+    linear_cross_entropy,
     linear_decode,
     route_topk,
     route_topk_gmm,
@@ -74,6 +75,16 @@ def test_expert_ffn():
     assert count(expert_ffn, *operands, activation="swiglu") == (up + down, 2 * (up + down))
     frozen = leaf(T, D, grad=False), leaf(E, D, 2 * G, grad=False), leaf(E, G, D, grad=False), LAYOUT
     assert count(expert_ffn, *frozen, leaf(T, K), activation="swiglu") == (up + down, down)
+
+
+def test_linear_cross_entropy():
+    product, target = 2 * T * D * E, torch.zeros(T, dtype=torch.long)
+    assert count(linear_cross_entropy, leaf(T, D, grad=False), leaf(E, D, grad=False), target) == (product, 0)
+    assert count(linear_cross_entropy, leaf(T, D), leaf(E, D), target) == (3 * product, 0)
+    assert count(linear_cross_entropy, leaf(T, D, grad=False), leaf(E, D), target) == (2 * product, 0)
+    again = product, 3 * product
+    assert count(linear_cross_entropy, leaf(T, D), leaf(E, D), target, reduction="none") == again
+    assert count(linear_cross_entropy, *(t.half() for t in (leaf(T, D), leaf(E, D))), target) == again
 
 
 @pytest.mark.parametrize("shared", [False, True])

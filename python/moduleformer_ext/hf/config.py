@@ -22,6 +22,7 @@ class ModuleFormerConfig(PreTrainedConfig):
         output_router_logits: return every router's logits and the routing loss by default.
         router_dtype: "float32" where routers are more precise than the model's other weights; they are then loaded as
             they were saved.
+        skip_logits: training steps with labels return no logits, which takes less memory.
 
     Raises:
         ValueError: a field is out of range or contradicts another; the message names it.
@@ -52,6 +53,7 @@ class ModuleFormerConfig(PreTrainedConfig):
         self.router_dtype = fields.pop("router_dtype", None)
         if self.router_dtype not in (None, "float32"):
             raise ValueError(f"ModuleFormerConfig: router_dtype must be None or 'float32', got {self.router_dtype!r}")
+        self.skip_logits = fields.pop("skip_logits", False)
         self.pad_token_id = fields.pop("pad_token_id", None)
         super().__post_init__(**fields)
 

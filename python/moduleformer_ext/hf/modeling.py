@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
@@ -21,7 +22,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from moduleformer_ext.hf.cache import ModuleFormerCache, ModuleFormerStaticCache, cache_layers
 from moduleformer_ext.hf.config import ModuleFormerConfig
 from moduleformer_ext.models.blocks import make_block, redraw, routing_loss
-from moduleformer_ext.nn import Block, BlockRoutes, LayerCache, Linear
+from moduleformer_ext.nn import Block, BlockRoutes, LayerCache, Linear, head_cross_entropy
 from moduleformer_ext.types import RouteTopK
 
 logger = logging.get_logger(__name__)
@@ -222,6 +223,7 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         *,
         cache: Cache | None = None,
         output_router_logits: bool | None = None,
+        skip_logits: bool | None = None,
         **options: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Read new tokens and predict the one after each; other arguments are those of :class:`ModuleFormerModel`.
@@ -231,6 +233,9 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
                 cross-entropy, plus ``aux_loss_weight`` times the routing loss. With ``num_items_in_batch``, tokens of
                 several calls, cross-entropies are divided by it, and each call's routing loss counts by its share.
             logits_to_keep: only the last so many positions, or those of an index tensor; 0 for all.
+            skip_logits: beside labels, return None for logits and hold a chunk of them at a time; by default what
+                the configuration says, in training mode. Where the head is more than its weight (adapters, hooks,
+                quantisation), or ``loss_function`` another than of language models, they are made and dropped.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -249,15 +254,24 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
             **options,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            if labels.shape != logits.shape[:2]:
+        state = output.last_hidden_state[:, kept]
+        if skip_logits is None:
+            skip_logits = self.config.skip_logits and self.training
+        loss, logits = None, None
+        if labels is None:
+            logits = self.lm_head(state)
+        else:
+            if labels.shape != state.shape[:2]:
                 raise ValueError(
-                    f"ModuleFormerForCausalLM: labels must be {list(logits.shape[:2])}, a label for each position that "
+                    f"ModuleFormerForCausalLM: labels must be {list(state.shape[:2])}, a label for each position that "
                     f"logits_to_keep keeps, got shape {list(labels.shape)}"
                 )
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **options)
+            if skip_logits and self.loss_function is ForCausalLMLoss:
+                loss = _loss_without_logits(self.lm_head, state, labels, **options)
+            else:
+                logits = self.lm_head(state)
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **options)
+                logits = None if skip_logits else logits
             if weight > 0:
                 loss = loss + weight * _share(labels, options.get("num_items_in_batch")) * output.aux_loss
         return MoeCausalLMOutputWithPast(
@@ -382,6 +396,27 @@ def _key_mask(mask: Tensor | None, x: Tensor, cache: Cache | None) -> Tensor | N
 def _pad(mask: Tensor, cache: Cache) -> Tensor:
     """Up to the capacity of a static cache: what is not filled is not looked at."""
     return F.pad(mask, (0, max(0, cache.layers[0].capacity - mask.shape[1])), value=1)
+
+
+def _loss_without_logits(
+    head: nn.Module,
+    state: Tensor,
+    labels: Tensor,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """What transformers' loss of language models makes of head(state)."""
+    if shift_labels is None:
+        state, shift_labels = state[:, :-1], labels[:, 1:]
+    reduction: Literal["mean", "sum"] = "mean" if num_items_in_batch is None else "sum"
+    shift_labels = shift_labels.to(state.device)
+    loss = head_cross_entropy(head, state, shift_labels, ignore_index=ignore_index, reduction=reduction)
+    if num_items_in_batch is None:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
 
 
 def _share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:

@@ -18,7 +18,7 @@ from moduleformer_ext.models.blocks import draw, make_block, redraw, routing_los
 from moduleformer_ext.models.cache import KVCache, Pair, StaticKVCache
 from moduleformer_ext.models.config import MoLMConfig
 from moduleformer_ext.models.state import HEADS, canonical_state, model_from_state
-from moduleformer_ext.nn import BlockRoutes, LayerCache, Linear, StaticLayerCache
+from moduleformer_ext.nn import BlockRoutes, LayerCache, Linear, StaticLayerCache, head_cross_entropy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,12 +49,14 @@ class MoLMOutput:
 class CausalLMOutput(MoLMOutput):
     """What the language model computed for input_ids [B, T]."""
 
-    logits: Tensor
-    """[B, T, V] float32; [B, N, V] with ``logits_at``."""
-    uncast_logits: Tensor
+    logits: Tensor | None
+    """[B, T, V] float32; [B, N, V] with ``logits_at``. None with ``skip_logits``."""
+    uncast_logits: Tensor | None
     """The same as the head made them, in the model's type."""
+    cross_entropy: Tensor | None = None
+    """If labels were given: [], the mean over them in nats, in the type of ``aux_loss``."""
     loss: Tensor | None = None
-    """If labels were given: mean cross-entropy + aux_loss_weight · aux_loss, in the type of ``aux_loss``."""
+    """If labels were given: cross_entropy + aux_loss_weight · aux_loss."""
 
 
 # As pytrees they go through DDP, FSDP and torch.export.
@@ -208,6 +210,8 @@ class MoLMForCausalLM(nn.Module):
         past_key_values: KVCache | StaticKVCache | Sequence[Pair] | None = None,
         use_cache: bool = False,
         *,
+        shift_labels: Tensor | None = None,
+        skip_logits: bool = False,
         logits_at: Tensor | None = None,
         output_aux_loss: bool = True,
         output_hidden_states: bool = False,
@@ -224,6 +228,10 @@ class MoLMForCausalLM(nn.Module):
         past_key_values: what an earlier call returned. No gradient flows into it.
         use_cache: return ``past_key_values`` for the next call. In training mode it is the history of
         Transformer-XL, cut to ``config.history_length`` tokens; in evaluation mode nothing is cut.
+        shift_labels: [B, T] int64, in place of labels: position t is scored against shift_labels[:, t].
+        skip_logits: return no logits. The loss is then :func:`moduleformer_ext.ops.linear_cross_entropy`, which
+        never holds them as a whole; where the head is more than its weight (adapters, hooks, quantisation) they are
+        made and dropped.
         logits_at: [B, N] int64, the only positions of each sequence to compute logits for.
         output_aux_loss: return the routing loss. Decoding saves a tenth of its time without.
         output_hidden_states: return the input of every block.
@@ -232,32 +240,42 @@ class MoLMForCausalLM(nn.Module):
         Raises:
         ValueError: shapes do not fit together.
         """
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"MoLMForCausalLM: labels must have the shape of input_ids {list(input_ids.shape)}, "
-                f"got {list(labels.shape)}"
-            )
-        if labels is not None and logits_at is not None:
-            raise ValueError("MoLMForCausalLM: logits_at must be None where labels are given, got both")
+        if labels is not None and shift_labels is not None:
+            raise ValueError("MoLMForCausalLM: labels must be None where shift_labels are given, got both")
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None and given.shape != input_ids.shape:
+                raise ValueError(
+                    f"MoLMForCausalLM: {name} must have the shape of input_ids {list(input_ids.shape)}, "
+                    f"got {list(given.shape)}"
+                )
+            if given is not None and logits_at is not None:
+                raise ValueError(f"MoLMForCausalLM: logits_at must be None where {name} are given, got both")
+        target = shift_labels if labels is None else labels[:, 1:]
+        if skip_logits and logits_at is not None:
+            raise ValueError("MoLMForCausalLM: logits_at must be None with skip_logits, got both")
         output = self.transformer(
             input_ids,
             attention_mask,
             past_key_values,
             use_cache,
-            output_aux_loss=output_aux_loss or labels is not None,
+            output_aux_loss=output_aux_loss or target is not None,
             output_hidden_states=output_hidden_states,
             output_routes=output_routes,
         )
         state = output.last_hidden_state
         if logits_at is not None:
             state = state.gather(1, logits_at[:, :, None].expand(-1, -1, state.shape[2]))
-        uncast_logits = self.lm_head(state)
-        logits = uncast_logits.float()
-        loss = None
-        if labels is not None:
-            # Summed in the published order: float32 sums in another order differ in the seventh digit.
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-            loss = loss.to(output.aux_loss.dtype)
+        uncast_logits = None if skip_logits else self.lm_head(state)
+        logits = None if uncast_logits is None else uncast_logits.float()
+        cross_entropy = loss = None
+        if target is not None:
+            length = target.shape[1]  # without the last position where the labels are not shifted
+            if logits is None:
+                cross_entropy = head_cross_entropy(self.lm_head, state[:, :length], target)
+            else:
+                # Summed in the published order: float32 sums in another order differ in the seventh digit.
+                cross_entropy = F.cross_entropy(logits[:, :length].flatten(0, 1), target.flatten())
+            loss = cross_entropy = cross_entropy.to(output.aux_loss.dtype)
             if self.config.aux_loss_weight > 0:
                 loss = loss + self.config.aux_loss_weight * output.aux_loss
         return CausalLMOutput(
@@ -268,6 +286,7 @@ class MoLMForCausalLM(nn.Module):
             routes=output.routes,
             logits=logits,
             uncast_logits=uncast_logits,
+            cross_entropy=cross_entropy,
             loss=loss,
         )
 

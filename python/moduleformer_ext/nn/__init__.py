@@ -4,7 +4,7 @@ from moduleformer_ext.nn.attention import MixtureOfAttention, RoutedProjection
 from moduleformer_ext.nn.block import Block, BlockRoutes
 from moduleformer_ext.nn.cache import LayerCache, StaticLayerCache
 from moduleformer_ext.nn.experts import ExpertLinear, MixtureOfFFN
-from moduleformer_ext.nn.linear import Linear
+from moduleformer_ext.nn.linear import Linear, head_cross_entropy
 from moduleformer_ext.nn.modes import EvaluationMode
 from moduleformer_ext.nn.router import GMMRouter, LinearRouter, MLPRouter, Router, make_router
 
@@ -23,5 +23,6 @@ __all__ = [
     "RoutedProjection",
     "Router",
     "StaticLayerCache",
+    "head_cross_entropy",
     "make_router",
 ]

@@ -8,6 +8,7 @@ from moduleformer_ext.ops import _dtensor, flops, losses  # noqa: F401  (flops r
 from moduleformer_ext.ops.expert_ffn import expert_ffn
 from moduleformer_ext.ops.expert_layout import expert_layout
 from moduleformer_ext.ops.grouped_gemm import grouped_gemm
+from moduleformer_ext.ops.linear_cross_entropy import linear_cross_entropy
 from moduleformer_ext.ops.linear_decode import linear_decode
 from moduleformer_ext.ops.route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
 from moduleformer_ext.ops.stick_attention import stick_attention
@@ -17,6 +18,7 @@ __all__ = [
     "expert_ffn",
     "expert_layout",
     "grouped_gemm",
+    "linear_cross_entropy",
     "linear_decode",
     "losses",
     "route_topk",

@@ -43,6 +43,35 @@ def _linear_decode(x: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * prod(x[:-1]) * prod(weight)
 
 
+def _saves_gradients(x: Tensor, reduction: str) -> bool:
+    """Whether the forward pass of linear_cross_entropy makes the gradients."""
+    return reduction != "none" and x.dtype != torch.float16
+
+
+@register_flop_formula([_OPS.linear_cross_entropy, _OPS.linear_cross_entropy_forward], get_raw=True)
+def _linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    needs_x: bool = False,
+    needs_weight: bool = False,
+    **kwargs: Any,
+) -> int:
+    gradients = needs_x + needs_weight if _saves_gradients(x, reduction) else 0
+    return 2 * prod(target.shape) * prod(weight.shape) * (1 + gradients)
+
+
+@register_flop_formula(_OPS.linear_cross_entropy_backward, get_raw=True)
+def _linear_cross_entropy_backward(*args: Any, **kwargs: Any) -> int:
+    call = _named(_OPS.linear_cross_entropy_backward, args, kwargs)
+    if _saves_gradients(call["x"], call["reduction"]):
+        return 0
+    return 2 * prod(call["target"].shape) * prod(call["weight"].shape) * (1 + call["needs_x"] + call["needs_weight"])
+
+
 @register_flop_formula([_OPS.route_topk, _OPS.route_topk_forward])
 def _route_topk(
     x: Shape,

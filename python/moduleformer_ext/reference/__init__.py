@@ -7,6 +7,7 @@ sums are carried in float32 (float64 for float64). No attention is paid to speed
 from moduleformer_ext.reference import losses
 from moduleformer_ext.reference.expert_layout import expert_layout
 from moduleformer_ext.reference.grouped_gemm import expert_ffn, grouped_gemm
+from moduleformer_ext.reference.linear_cross_entropy import linear_cross_entropy
 from moduleformer_ext.reference.linear_decode import linear_decode
 from moduleformer_ext.reference.route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
 from moduleformer_ext.reference.stick_attention import stick_attention, stick_attention_decode
@@ -15,6 +16,7 @@ __all__ = [
     "expert_ffn",
     "expert_layout",
     "grouped_gemm",
+    "linear_cross_entropy",
     "linear_decode",
     "losses",
     "route_topk",

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moduleformer_ext.data import TokenStream
 from moduleformer_ext.data.stream import TokenArray
@@ -113,9 +112,15 @@ def _score_lanes(
     for start in range(0, lanes.shape[1] - 1, segment_length):
         block = lanes[:, start : start + segment_length + 1]
         inputs, targets = block[:, :-1], block[:, 1:]
-        output = model(inputs, past_key_values=history, use_cache=True, output_aux_loss=False, output_routes=True)
+        output = model(
+            inputs,
+            past_key_values=history,
+            use_cache=True,
+            shift_labels=targets,
+            skip_logits=True,
+            output_routes=True,
+        )
         history = output.past_key_values.last(model.config.history_length)
-        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        score.bits += loss.item() / math.log(2.0)
+        score.bits += output.cross_entropy.item() * targets.numel() / math.log(2.0)
         score.usage.add(output.routes)
         advance(targets.numel())

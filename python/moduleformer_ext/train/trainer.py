@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moduleformer_ext.data import LaneReader
 from moduleformer_ext.distributed import ALONE, Processes, own_device
@@ -140,9 +139,15 @@ class Trainer:
     def _backward(self, part: int, inputs: Tensor, targets: Tensor, usage: ExpertUsage) -> tuple[float, float]:
         """Add the gradients of one micro-batch; its cross-entropy and routing loss."""
         with autocast(self.device, self.dtype):
-            output = self.model(inputs, past_key_values=self._histories[part], use_cache=True, output_routes=True)
-        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten())
-        objective = loss + self.model.config.aux_loss_weight * output.aux_loss
+            output = self.model(
+                inputs,
+                past_key_values=self._histories[part],
+                use_cache=True,
+                shift_labels=targets,
+                skip_logits=True,
+                output_routes=True,
+            )
+        loss, objective = output.cross_entropy, output.loss
         if self.config.routing_penalty:
             penalty = routing_penalty(self.model, output.routes, self.config.routing_penalty_kind)
             objective = objective + self.config.routing_penalty * penalty
