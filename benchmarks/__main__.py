@@ -1,10 +1,11 @@
-"""Measure everything and report: `python -m benchmarks [--quick] [--missing] [--budget SECONDS] [pytest's options]`.
+"""Measure everything and report: `python -m benchmarks [--quick] [--missing] [--isa LIST] [pytest's options]`.
 
 Each `bench_*.py` runs in a process of its own: neither memory nor a crash reaches the next one. Files and `-k` select,
 as in pytest; `pytest -c benchmarks/pytest.ini benchmarks --collect-only -q` lists the cells. Results go to
 `benchmarks/results/<date>-<machine>/`: a file of pytest-benchmark for each, rewritten after every cell, `table.md` and
 pictures. A run into a folder that has results replaces only the cells that it measures; `--missing` measures only those
-not there.
+not there. With `--isa native,avx2` each file runs again in a process that our kernels, oneDNN, ATen and MKL restrict to
+that instruction set: a processor with AVX-512 then also measures what one with AVX2 sees, peers included.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import os
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from typing import TextIO
 
 import torch
 
-from .machine import slug
+from .machine import ISAS, NATIVE, slug, usable_isas
 from .report import write_index, write_report
 
 HERE = Path(__file__).parent
@@ -50,10 +52,23 @@ def options_of(words: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
         metavar="SECONDS",
         help="no cell begins later, and a run with --missing goes on from there",
     )
+    parser.add_argument(
+        "--isa",
+        type=lambda text: tuple(dict.fromkeys(text.split(","))),
+        default=(NATIVE,),
+        metavar="LIST",
+        help=f"instruction sets to measure, with commas between them: {', '.join(ISAS)} (default: {NATIVE})",
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results")
     chosen, rest = parser.parse_known_args(words)
     if not chosen.budget >= 0:
         parser.error(f"--budget must be >= 0, got {chosen.budget}")
+    if unknown := [isa for isa in chosen.isa if isa not in ISAS]:
+        parser.error(f"--isa must be of {', '.join(ISAS)}, got {unknown[0]}")
+    if unusable := [isa for isa in chosen.isa if isa != NATIVE and isa not in usable_isas()]:
+        parser.error(f"--isa must be of what runs here ({', '.join(usable_isas())}), got {unusable[0]}")
+    if chosen.device == "cuda" and chosen.isa != (NATIVE,):
+        parser.error(f"--isa must be {NATIVE} with --device cuda, got {','.join(chosen.isa)}")
     if chosen.out is not None and chosen.out.exists() and not chosen.out.is_dir():
         parser.error(f"--out must be a folder, got the file {chosen.out}")
     files, options = [], []
@@ -91,14 +106,16 @@ def _measure(
     options += ["--benchmark-quiet", f"--benchmark-max-time={seconds}", f"--benchmark-min-rounds={rounds}"]
     options += [f"--device={device}", *["--quick"] * quick, *["--missing"] * chosen.missing]
     broken: dict[str, str] = {}
-    for file in files or sorted(HERE.rglob("bench_*.py"), key=lambda path: (path.parent == HERE, path.name)):
+    every = files or sorted(HERE.rglob("bench_*.py"), key=lambda path: (path.parent == HERE, path.name))
+    for file, isa in ((file, isa) for file in every for isa in chosen.isa):
         left = deadline - time.monotonic()
         if left <= 0:
             break
         name = _file_of(str(file)).stem.removeprefix("bench_")
+        name += "" if isa == NATIVE else f".{isa}"
         command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), str(file), *options]
-        command += [f"--budget={left}", f"--benchmark-json={folder / name}.json"]
-        code = subprocess.run(command, stdout=log).returncode
+        command += [f"--budget={left}", f"--benchmark-json={folder / name}.json", f"--isa={isa}"]
+        code = subprocess.run(command, stdout=log, env=os.environ | ISAS[isa]).returncode
         if code == _USAGE:
             raise UsageError
         if code not in (0, _NOTHING_SELECTED):

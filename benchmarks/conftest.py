@@ -16,7 +16,7 @@ from pytest_benchmark.utils import get_commit_info
 from moduleformer_ext.heap import keep_freed_memory
 
 from .inputs import MOLM_4B_K2, TINY, LayerShape
-from .machine import CpuMeter, CudaMeter, Limits, Meter, clocks, describe, dtype_name, measure_limits
+from .machine import NATIVE, CpuMeter, CudaMeter, Limits, Meter, clocks, describe, dtype_name, measure_limits
 from .race import OURS, CheckFailed, Effort, Measured, Race, Run, measure
 
 QUICK = {"threads": 1, "tokens": 32}
@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
     group.addoption("--quick", action="store_true", help="tiny shapes: does everything run?")
     group.addoption("--missing", action="store_true", help="only cells that the file of --benchmark-json lacks")
+    group.addoption("--isa", default=NATIVE, help="what this process was restricted to; a label of its rows")
     group.addoption("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no cell later than this")
 
 
@@ -152,7 +153,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     output_json["limits"] = session.known["limits"] | {
         str(threads): vars(limits) for threads, limits in session.limits.items()
     }
-    output_json |= {"quick": session.quick, "shape": vars(session.shape)}
+    output_json |= {"isa": config.getoption("isa"), "quick": session.quick, "shape": vars(session.shape)}
 
 
 @pytest.fixture(scope="session")
@@ -201,6 +202,7 @@ def run(request: pytest.FixtureRequest, benchmark: Any, threads: int) -> Iterato
             "section": benchmark.group or request.node.originalname,
             "case": request.node.callspec.id.partition("-")[2].replace("-", ", "),
             "threads": threads,
+            "isa": config.getoption("isa"),
             "dtype": dtype_name(race.work.dtype),
             "flops": race.work.flops,
             "limit": least,

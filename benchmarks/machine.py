@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -143,6 +143,8 @@ class Limits:
     matrix_by: dict[str, str]
     """The product that reached it."""
     read_bytes: float
+    left_out: dict[str, str] = field(default_factory=dict)
+    """By type and product, why a product was not measured: not every machine has each."""
 
     def seconds(self, work: Work) -> float | None:
         """The least time in which `work` can be done, the slower of arithmetic and reads; None where its rate is not
@@ -183,20 +185,63 @@ def measure_limits(meter: Meter, *, budget: float, n: int = 1024) -> Limits:
     """
     flops: dict[str, float | None] = {}
     by: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     for name, dtype in DTYPES.items():
         rates: dict[str, float] = {}
         for product, call in _products(dtype, n).items():
             try:
                 rates[product] = 2 * n**3 / _best_seconds(call, meter, budget)
-            except (RuntimeError, AttributeError) as error:
-                reason = str(error).splitlines()[0]
+            except Exception as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                left_out[f"{name}, {product}"] = reason
                 print(f"limit of {name} products: measured without {product}: {reason}", file=sys.stderr)
         flops[name] = max(rates.values(), default=None)
         if rates:
             by[name] = max(rates, key=rates.__getitem__)
     big = torch.ones(1 << 27)
     readers = (big.sum, big.amax, lambda: torch.dot(big, big))
-    return Limits(flops, by, big.nbytes / min(_best_seconds(reader, meter, budget) for reader in readers))
+    read_bytes = big.nbytes / min(_best_seconds(reader, meter, budget) for reader in readers)
+    return Limits(flops, by, read_bytes, left_out)
+
+
+NATIVE = "native"
+"""Everything that the processor has."""
+ISAS = {
+    NATIVE: {},
+    "avx512": {
+        "MFX_CPU_ISA": "avx512",
+        "MFX_BRGEMM": "aten",  # not our AMX kernel
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "avx2": {
+        "MFX_CPU_ISA": "avx2",
+        "MFX_BRGEMM": "aten",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "baseline": {
+        "MFX_CPU_ISA": "baseline",
+        "MFX_BRGEMM": "aten",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    },
+}
+"""What restricts a process to an instruction set: our kernels, oneDNN, ATen's own, MKL."""
+
+
+@cache
+def usable_isas() -> tuple[str, ...]:
+    """The instruction sets that the extension was compiled for and this processor has."""
+    from moduleformer_ext import _extension
+
+    info = _extension.build_info()
+    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    within = order[: order.index(str(info["cpu_isa"])) + 1]
+    return tuple(isa for isa in ISAS if isa == NATIVE or (isa in within and isa in str(info["cpu_isas"]).split()))
 
 
 @cache

@@ -61,6 +61,17 @@ class Peer:
     """Called once with the inputs of a race; gives the timed call."""
     comparable: bool = True
 
+    def bound(self, *inputs: object) -> Callable[[], Tensor]:
+        """The timed call, which binds when it is first called: one that fails at that is left out like any other."""
+        call: list[Callable[[], Tensor]] = []
+
+        def run() -> Tensor:
+            if not call:
+                call.append(self.bind(*inputs))
+            return call[0]()
+
+        return run
+
 
 @dataclass(frozen=True)
 class Backward:
@@ -253,7 +264,7 @@ def check_all(race: Race, meter: Meter) -> tuple[dict[str, Measured], dict[str, 
         try:
             outputs, memory = _first_runs(contestant, meter)
         except Exception as failure:
-            left_out[contestant.name] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            left_out[contestant.name] = reason(failure)
             continue
         error = check(contestant.name, outputs, expected, race.tolerance) if contestant.comparable else None
         del outputs
@@ -261,11 +272,23 @@ def check_all(race: Race, meter: Meter) -> tuple[dict[str, Measured], dict[str, 
     return ran, left_out
 
 
+def reason(failure: Exception) -> str:
+    """Why a candidate was left out, in a line."""
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]
+
+
 def measure(race: Race, meter: Meter, effort: Effort) -> tuple[dict[str, Measured], dict[str, str]]:
-    """Check, then time. Raises CheckFailed before anything is timed."""
+    """Check, then time. Raises CheckFailed before anything is timed. A peer that fails later on is left out, too."""
     ran, left_out = check_all(race, meter)
     running = [contestant for contestant in race.contestants if contestant.name in ran]
     while pending := [contestant for contestant in running if not effort.enough(ran[contestant.name].times)]:
         for contestant in pending:
-            ran[contestant.name].rounds.append(meter.seconds(contestant.prepared(contestant.run)))
+            try:
+                ran[contestant.name].rounds.append(meter.seconds(contestant.prepared(contestant.run)))
+            except Exception as failure:
+                if contestant.name == OURS:
+                    raise
+                left_out[contestant.name] = reason(failure)
+                del ran[contestant.name]
+                running.remove(contestant)
     return ran, left_out

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from moduleformer_ext.files import write_file
 
-from .machine import path_part
+from .machine import NATIVE, path_part
 from .race import BEST_PEER, LIMIT, MEMORY, OURS, REFERENCE
 
 MISSING = "-"
@@ -51,8 +51,14 @@ class Cell:
         return self.rows[OURS]["extra_info"]
 
     @property
+    def isa(self) -> str:
+        """What the process was restricted to."""
+        return self.info.get("isa", NATIVE)
+
+    @property
     def threads(self) -> str:
-        return {0: "GPU", 1: "1 (CPU time)"}.get(self.info["threads"], str(self.info["threads"]))
+        threads = {0: "GPU", 1: "1 (CPU time)"}.get(self.info["threads"], str(self.info["threads"]))
+        return threads if self.isa == NATIVE else f"{threads}, {self.isa}"
 
     def median(self, name: str) -> float | None:
         return self.rows[name]["stats"]["median"] if name in self.rows else None
@@ -111,10 +117,13 @@ class Run:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        found: dict[str, dict[str, Any]] = {}
+        """Those of one test follow one another, whatever instruction sets they are of."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
         for row in (row for file in self.files for row in file["benchmarks"]):
-            found.setdefault(row["extra_info"]["cell"], {})[row["extra_info"]["contestant"]] = row
-        return [Cell(rows) for rows in found.values()]
+            info = row["extra_info"]
+            of_test = found.setdefault(info["cell"], {})
+            of_test.setdefault(info.get("isa", NATIVE), {})[info["contestant"]] = row
+        return [Cell(rows) for of_test in found.values() for rows in of_test.values()]
 
     @property
     def sections(self) -> dict[str, list[Cell]]:
@@ -127,18 +136,34 @@ class Run:
     @property
     def failures(self) -> dict[str, str]:
         """Cells without times, and why."""
-        return {cell: why for file in self.files for cell, why in file["failures"].items()}
+        return {
+            cell if file.get("isa", NATIVE) == NATIVE else f"{cell} ({file['isa']})": why
+            for file in self.files
+            for cell, why in file["failures"].items()
+        }
 
     @property
     def limits(self) -> dict[str, dict[str, Any]]:
-        """The best that was measured, by number of threads."""
+        """The best that was measured, by number of threads and instruction set."""
         best: dict[str, dict[str, Any]] = {}
-        for threads, limits in ((t, limits) for file in self.files for t, limits in file["limits"].items()):
-            known = best.setdefault(threads, {"read_bytes": 0.0, **dict.fromkeys(limits["matrix_flops"])})
-            known["read_bytes"] = max(known["read_bytes"], limits["read_bytes"])
-            for dtype, flops in limits["matrix_flops"].items():
-                known[dtype] = max(filter(None, (known[dtype], flops)), default=None)
+        for file, isa in ((file, file.get("isa", NATIVE)) for file in self.files):
+            for threads, limits in file["limits"].items():
+                name = threads if isa == NATIVE else f"{threads}, {isa}"
+                known = best.setdefault(name, {"read_bytes": 0.0, **dict.fromkeys(limits["matrix_flops"])})
+                known["read_bytes"] = max(known["read_bytes"], limits["read_bytes"])
+                for dtype, flops in limits["matrix_flops"].items():
+                    known[dtype] = max(filter(None, (known[dtype], flops)), default=None)
         return dict(sorted(best.items()))
+
+    @property
+    def products_left_out(self) -> dict[str, str]:
+        """What the limits were measured without, and why."""
+        found = {}
+        for file in self.files:
+            of = "" if file.get("isa", NATIVE) == NATIVE else f" ({file['isa']})"
+            for limits in file["limits"].values():
+                found |= {f"{product}{of}": why for product, why in limits.get("left_out", {}).items()}
+        return found
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -304,7 +329,8 @@ def write_report(folder: Path, broken: dict[str, str]) -> None:
         picture = f"{path_part(title)}.png"
         draw([cell for cell in cells if len(cell.rows) > 1], title, folder / picture)
         parts += [f"## {title}", section_table(cells), f"![{title}: time of each contestant over ours]({picture})"]
-    left_out = [
+    left_out = [f"- limit of {product}: {why}" for product, why in run.products_left_out.items()]
+    left_out += [
         f"- {name}, {cell.info['section']}, {cell.info['case']}: {why}"
         for cell in run.cells
         for name, why in cell.info["left_out"].items()

@@ -44,7 +44,7 @@ def test_expert_ffn(run: Run, shape: LayerShape, threads: int, dtype: str, direc
     contestants = [contestant(OURS, partial(ops.expert_ffn, *inputs), train)]
     # JetMoE indexes its weight expert by expert; each index makes a whole gradient: 8 times slower than the rest.
     for name, peer in ffn_peers(jetmoe_experts=not (backward and tokens > 512)).items():
-        contestants.append(contestant(name, peer.bind(*inputs), train))
+        contestants.append(contestant(name, peer.bound(*inputs), train))
 
     passes = 3 if backward else 1
     live_experts = int((inputs[3].counts > 0).sum())

@@ -94,7 +94,7 @@ def test_stick_attention(
     if not exact:
         contestants.append(contestant(EXACT, partial(ours, 0.0), train))
     for name, peer in attention_peers(sizes["k"]).items():
-        contestants.append(contestant(name, peer.bind(q, k, v), train, comparable=peer.comparable))
+        contestants.append(contestant(name, peer.bound(q, k, v), train, comparable=peer.comparable))
     yardstick = differentiate(dict(zip("qkv", softmax, strict=True)))
     contestants.append(contestant(SDPA, partial(softmax_attention, *softmax), yardstick, comparable=False))
 

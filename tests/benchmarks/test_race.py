@@ -25,6 +25,7 @@ from benchmarks.race import (
     CheckFailed,
     Contestant,
     Effort,
+    Peer,
     Race,
     Tolerance,
     check,
@@ -85,6 +86,30 @@ def test_peers_that_fail_are_left_out_and_named() -> None:
     assert left_out == {"bad": "RuntimeError: not on this device"}
     with pytest.raises(RuntimeError, match="not on this device"):
         measure(Race([Contestant(OURS, fail), entry("good", [])], Tolerance(1e-3)), METER, FAST)
+
+
+def test_a_peer_that_fails_in_a_timed_round_or_when_bound_is_left_out() -> None:
+    calls: list[int] = []
+
+    def worn_out() -> dict[str, torch.Tensor]:
+        calls.append(1)
+        if len(calls) > 3:
+            raise ValueError("no more")
+        return {"y": torch.full((3, 4), 1.0)}
+
+    def bind(shape: tuple[int, int]) -> Callable[[], torch.Tensor]:
+        raise RuntimeError("could not create a primitive descriptor")
+
+    late = Contestant("late", worn_out)
+    unbound = contestant("unbound", Peer(bind).bound((3, 4)))
+    ran, left_out = measure(Race([entry(OURS, []), late, unbound], Tolerance(1e-3)), METER, FAST)
+    assert list(ran) == [OURS] and len(ran[OURS].times) == 4
+    assert left_out == {
+        "late": "ValueError: no more",
+        "unbound": "RuntimeError: could not create a primitive descriptor",
+    }
+    fine = Peer(lambda value: lambda: torch.full((3, 4), value)).bound(1.0)
+    assert torch.equal(fine(), fine())
 
 
 def test_check() -> None:
@@ -180,6 +205,8 @@ def test_a_type_without_any_product_has_no_limit(monkeypatch, capsys) -> None:
     limits = measure_limits(QuickMeter(), budget=0.1, n=10)
     assert limits.matrix_flops == {"fp32": 2 * 10**3 / 0.5, "bf16": None}
     assert limits.matrix_by == {"fp32": "mm"}
+    why = "could not create a primitive descriptor"
+    assert limits.left_out == {"fp32, other": why, "bf16, mm": why, "bf16, other": why}
     message = "limit of bf16 products: measured without mm: could not create a primitive descriptor\n"
     assert message in capsys.readouterr().err
 
@@ -224,8 +251,9 @@ def row(name: str, median: float, memory: int | None = None, **info: object) -> 
 
 
 GOALS = {REFERENCE: 2.0, "yardstick": 50.0, LIMIT: 1000.0, BEST_PEER: 1.5, "absent": 1.0, MEMORY + REFERENCE: 1.0}
+OF_OURS = {"facts": {"live tiles": 0.5}, "goals": GOALS, "left_out": {"kernel": "RuntimeError: no"}}
 ROWS = [
-    row(OURS, 0.004, 3 << 20, facts={"live tiles": 0.5}, goals=GOALS, left_out={"kernel": "RuntimeError: no"}),
+    row(OURS, 0.004, 3 << 20, **OF_OURS),
     row(REFERENCE, 0.02, 2 << 20),
     row("yardstick", 0.001),
 ]
@@ -247,6 +275,26 @@ def test_arithmetic_of_the_report() -> None:
     }
     unknown = Cell({OURS: row(OURS, 0.004, of_limit=None)})
     assert str(unknown.judge(LIMIT, 1.0)) == str(unknown.judge(BEST_PEER, 1.0)) == "not measured"
+
+
+def test_instruction_sets_are_told_apart(tmp_path: Path) -> None:
+    slower = [row(OURS, 0.01, isa="avx2", **OF_OURS), row(REFERENCE, 0.005, isa="avx2")]
+    common = {"machine_info": {}, "failures": {"test_y": "no"}}
+    out = {"fp32, oneDNN's linear": "could not create a primitive descriptor"}
+    (tmp_path / "x.json").write_text(json.dumps({**common, "benchmarks": ROWS, "limits": {"1": vars(LIMITS)}}))
+    limits = {"1": {**vars(LIMITS), "read_bytes": 5e9, "left_out": out}}
+    (tmp_path / "x.avx2.json").write_text(json.dumps({**common, "benchmarks": slower, "limits": limits, "isa": "avx2"}))
+    write_report(tmp_path, {})
+    table = (tmp_path / "table.md").read_text()
+    for text in (
+        "| fp32 | 1 (CPU time) | 4 | 20 | 1 |",
+        "| fp32 | 1 (CPU time), avx2 | 10 | 5 | - |",
+        "| 1, avx2 | 1 | not available | 5 |",
+        "No peer is faster: met in 1 of 2 cells.",
+        "- test_y (avx2): no",
+        "- limit of fp32, oneDNN's linear (avx2): could not create a primitive descriptor",
+    ):
+        assert text in table, text
 
 
 def test_a_folder_is_reported(tmp_path: Path) -> None:

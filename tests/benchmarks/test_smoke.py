@@ -71,7 +71,7 @@ def test_the_cells_of_a_gpu_on_a_stand_in(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     write_report(tmp_path, {})
     cells = rows(tmp_path, "all")
-    assert len({contestants["ours"]["section"] for contestants in cells.values()}) == 4
+    assert len({contestants["ours"]["section"] for contestants in cells.values()}) == 5
     for contestants in cells.values():
         assert len(contestants) > 1
         assert contestants["ours"]["threads"] == 0 and contestants["ours"]["left_out"] == {}
@@ -131,7 +131,19 @@ def test_a_wrong_result_is_reported_in_place_of_times(tmp_path: Path) -> None:
     assert "reference: y deviates by 1" in table and "- wrong: a test failed" in table
 
 
-@pytest.mark.parametrize(("device", "cells"), [("cpu", 200), ("cuda", 140)])
+def test_instruction_sets_one_after_another(tmp_path: Path) -> None:
+    options = ("-k", "linear and fp32 and not backward")
+    result = bench("--quick", "--out", tmp_path, "--isa", "native,baseline", FILES["route_topk"], *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name, isa in (("route_topk", "native"), ("route_topk.baseline", "baseline")):
+        assert {info["isa"] for cell in rows(tmp_path, name).values() for info in cell.values()} == {isa}
+        ran = json.loads((tmp_path / f"{name}.json").read_text())["machine_info"]["cpu_isa"]
+        assert isa == "native" or ran == isa
+    table = (tmp_path / "table.md").read_text()
+    assert "| linear gate, fp32, forward, T32 | 1 (CPU time), baseline |" in table
+
+
+@pytest.mark.parametrize(("device", "cells"), [("cpu", 204), ("cuda", 144)])
 def test_full_cells(device: str, cells: int) -> None:
     """Nothing is there twice (conftest.py refuses it), and a run ends in reasonable time."""
     plugins = "-p stand_in_gpu" if device == "cuda" else ""
@@ -156,6 +168,8 @@ def test_folders_files_and_tests_are_told_from_options(monkeypatch: pytest.Monke
         (["--budget", "nan"], "--budget must be >= 0"),
         (["benchmarks/ops/bench_nothing.py"], "there is no file benchmarks/ops/bench_nothing.py"),
         (["--out", "README.md"], "--out must be a folder"),
+        (["--isa", "native,sse9"], "--isa must be of native, avx512, avx2, baseline, got sse9"),
+        (["--device", "cuda", "--isa", "baseline"], "--isa must be native with --device cuda, got baseline"),
     ],
 )
 def test_wrong_options_are_named(
