@@ -16,7 +16,8 @@ from .race import BEST_PEER, OURS, Backward, Race, Run, Tolerance, contestant
 moe = pytest.importorskip("transformers.integrations.moe")
 
 pytestmark = pytest.mark.benchmark(group="Experts of transformers")
-TOLERANCES = {"fp32": Tolerance(1e-4), "bf16": Tolerance(0.05)}
+# The others round to bfloat16 between all steps, so that a single sum may lose a bit or two.
+TOLERANCES = {"fp32": Tolerance(1e-4), "bf16": Tolerance(0.05, quantile=0.95)}
 MOST_EXPERTS = 8
 """Eager's backward makes a gradient of all experts for each of them."""
 MOST_TOKENS_BATCHED = 16
