@@ -17,7 +17,7 @@ from ..machine import DTYPES, Work
 from ..race import MEMORY, OURS, REFERENCE, Backward, Race, Run, Tolerance, contestant
 
 pytestmark = pytest.mark.benchmark(group="Loss of the head")
-TOLERANCES = {"fp32": Tolerance(1e-4), "bf16": Tolerance(3e-2)}
+TOLERANCES = {"fp32": Tolerance(1e-4), "bf16": Tolerance(5e-2)}
 
 
 def whole_logits(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
