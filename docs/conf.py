@@ -44,7 +44,7 @@ myst_heading_anchors = 4
 nitpicky = True  # a name of ours in a docstring that leads nowhere is a warning, and a warning is an error
 nitpick_ignore_regex = [
     ("py:.*", r"(?!moduleformer_ext\b).*"),
-    ("py:class", r"moduleformer_ext\..*\.Model"),  # type variables
+    ("py:class", r"moduleformer_ext\..*\.(Model|Found)"),  # type variables
 ]
 
 default_role = "code"
