@@ -81,11 +81,11 @@ class _Op:
     def _compute(self, function: Callable[..., Any], local: Arguments, plan: Plan) -> Any:
         if plan.uses(_TOKENS.name):
             local |= _own_tokens(local, plan)
-        if plan.uses(_EXPERTS):
-            return _own_experts(self, function, local, plan)
         bias = self.biases[-1]
         if local.get(bias) is not None and not plan.is_first(_DEPTH):  # added by one process
             local[bias] = torch.zeros_like(local[bias])
+        if plan.uses(_EXPERTS):
+            return _own_experts(self, function, local, plan)
         return function(*local.values())
 
 
