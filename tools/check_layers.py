@@ -26,7 +26,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "nn": COMMON | {"ops"},
     "models": COMMON | {"ops", "nn"},
     "surgery": COMMON | {"ops", "nn", "models"},
-    "distributed": COMMON | {"nn", "models"},
+    "distributed": COMMON | {"ops", "nn", "models"},
     "data": COMMON,
     "train": COMMON | {"ops", "nn", "models", "surgery", "data", "distributed"},
     "hf": COMMON | {"ops", "nn", "models", "data"},

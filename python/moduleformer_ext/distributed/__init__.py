@@ -1,6 +1,6 @@
 """Models over several processes, on PyTorch's own engine: FSDP2, DeviceMesh, distributed checkpoints.
 
-`sharding` and `checkpoint` are imported where they are needed: what they stand on takes a second.
+`sharding`, `tensor_parallel` and `checkpoint` are imported where they are needed: what they stand on takes a second.
 """
 
 from moduleformer_ext.distributed.processes import (

@@ -108,7 +108,7 @@ class MixtureOfAttention(nn.Module):
             decoding = not torch.is_grad_enabled() and past.length > 0 and length <= MAX_DECODE_QUERIES
             k, v, present = past.extend(k, v)
             if decoding:
-                lengths = torch.full((batch,), k.shape[1], dtype=torch.int32, device=x.device)
+                lengths = k.new_full((batch,), k.shape[1], dtype=torch.int32)
         elif use_cache:
             present = LayerCache.of(k, v)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["call_in_dtype_of_input", "has_plain_weight", "is_plain", "plain_layers"]
+__all__ = ["call_in_dtype_of_input", "has_plain_weight", "is_plain", "is_readable", "plain_layers"]
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -49,12 +49,17 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """False for weights that are quantised or distributed: they know their own products."""
+    """False for weights that are quantised: they know their own products."""
     parameters = module._parameters
     if not parameters:
         return True
     weight = parameters.get("weight")
-    return weight is None or type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)
+    return weight is None or is_readable(weight)
+
+
+def is_readable(weight: Tensor) -> bool:
+    """Whether the ops take it: plain tensors, and DTensors, whose class takes long to import."""
+    return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight) or hasattr(weight, "full_tensor")
 
 
 def call_in_dtype_of_input(module: nn.Module, x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from moduleformer_ext.nn.plain import is_readable
 from moduleformer_ext.types import Segments
 
 __all__ = ["join_parameter", "segments_of", "split_parameter"]
@@ -22,13 +22,13 @@ def segments_of(module: nn.Module, name: str) -> Segments:
     """The parameter as the ops take it: whole, or its two segments.
 
     Raises:
-        TypeError: it is quantised or distributed, which the kernels cannot read.
+        TypeError: it is quantised, which the kernels cannot read.
     """
     whole: Tensor | None = getattr(module, name)
-    if type(whole) is not nn.Parameter and is_traceable_wrapper_subclass(whole):
+    if whole is not None and not is_readable(whole):
         raise TypeError(
-            f"{type(module).__name__}: {name} must be a plain tensor, got {type(whole).__name__}; quantise or "
-            "distribute linear layers alone"
+            f"{type(module).__name__}: {name} must be a plain tensor, got {type(whole).__name__}; quantise or wrap "
+            "linear layers alone"
         )
     return (getattr(module, f"{name}_old"), getattr(module, f"{name}_new")) if whole is None else whole
 
