@@ -189,6 +189,17 @@ CALLS: Mapping[str, Call] = {
     ),
     "ffn of segments": Call(_ffn_values((1, 4)), _ffn(activation="relu")),
     "ffn with a gated activation": Call(_ffn_values(columns=16), _ffn(activation="geglu")),
+    **{
+        f"loss, {reduction}": Call(
+            lambda: {
+                "x": _randn(3, 5, 6),
+                "weight": _randn(8, 6, seed=1),
+                "target": torch.arange(15).reshape(3, 5) % 9 - (torch.arange(15).reshape(3, 5) % 9 == 8) * 108,
+            },
+            lambda reduction=reduction, **values: [ops.linear_cross_entropy(**values, reduction=reduction)],
+        )
+        for reduction in ("mean", "sum", "none")
+    },
     "linear_decode": Call(
         lambda: {"x": _randn(3, 5, 6), "weight": _randn(8, 6, seed=1), "bias": _randn(8, seed=2)},
         lambda **values: [_no_grad(ops.linear_decode, **values)],

@@ -131,6 +131,9 @@ NATURAL = [
             "bias_down": "P",
         },
     ),
+    ("loss, sum", {"x": "S0", "target": "S0"}, "P", {"x": "S0", "weight": "P"}),
+    ("loss, none", {"x": "S1", "target": "S1"}, "S1", {"x": "S1", "weight": "P"}),
+    ("loss, mean", {}, "R", {}),
     ("linear_decode", {"x": "S0"}, "S0", {}),
     ("linear_decode", {"x": "S1"}, "S1", {}),
     ("linear_decode", {"weight": "S0", "bias": "S0"}, "S2", {}),
@@ -169,6 +172,8 @@ MOVED = [
     ("gemm in expert order", {"x": "S0", "weight0": "S2"}, "S1", (1, 1)),
     ("gemm with a gated activation", {"weight0": "S2"}, "P", (1, 1)),
     ("ffn with a gated activation", {"up0": "S2", "down0": "S1"}, "P", (2, 2)),
+    ("loss, mean", {"x": "S0", "target": "S0"}, "R", (2, 2)),
+    ("loss, sum", {"weight": "S0"}, "R", (1, 1)),
     ("linear_decode", {"x": "P"}, "S0", (1, 0)),
 ]
 
