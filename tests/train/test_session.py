@@ -136,7 +136,7 @@ def test_directory_in_use_is_refused(tiny_config: ConfigMaker, tmp_path: Path) -
 def test_time_budget_sets_the_number_of_steps_once(
     tiny_config: ConfigMaker, tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moduleformer_ext.train.plan._CLOSING_SECONDS", 0.5)
+    monkeypatch.setattr("moduleformer_ext.train.plan.CLOSING_SECONDS", 0.5)
     run = _run(tmp_path / "run", tiny_config(text=corpus, steps=0, minutes=0.1, dtype="auto", checkpoint_every=10_000))
     plan = json.loads(run.plan.read_text())
     assert plan["steps"] >= 20

@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from moduleformer_ext.cli.source import check_device
 from moduleformer_ext.data import STANDARD_DOMAINS, check_sources, end_of_text_id, load_tokenizer, share_lanes
 from moduleformer_ext.distributed import is_restart, joined
 from moduleformer_ext.records import Text
-from moduleformer_ext.train import RunDirectory, TrainConfig, is_run, run_session
+from moduleformer_ext.train import RunDirectory, Size, TrainConfig, is_run, run_session
 from moduleformer_ext.train.config import RunOptions, read_options
 from moduleformer_ext.train.metrics import check_logging
 from moduleformer_ext.train.session import check_division
@@ -131,7 +131,7 @@ def check_surroundings(config: TrainConfig) -> None:
     check_logging(config.log)
 
 
-def start(config: TrainConfig, started: float, create: Callable[[], RunDirectory]) -> int:
+def start(config: TrainConfig, started: float, create: Callable[[], RunDirectory], sizes: Sequence[Size] = ()) -> int:
     """Take a new run to its end with the processes that torchrun started. One that cannot even begin leaves nothing."""
     made: list[RunDirectory] = []
 
@@ -140,14 +140,14 @@ def start(config: TrainConfig, started: float, create: Callable[[], RunDirectory
         return made[0]
 
     try:
-        return finish(config, started, create_once)
+        return finish(config, started, create_once, sizes)
     except Exception:
         for directory in made:
             directory.discard()
         raise
 
 
-def finish(config: TrainConfig, started: float, find: Callable[[], RunDirectory]) -> int:
+def finish(config: TrainConfig, started: float, find: Callable[[], RunDirectory], sizes: Sequence[Size] = ()) -> int:
     """Take a run, which the first process finds or creates, to its end, with the processes that torchrun started; say
     how to go on if it was interrupted.
     """
@@ -156,7 +156,7 @@ def finish(config: TrainConfig, started: float, find: Callable[[], RunDirectory]
         processes.check_same({**versions, **config.to_dict()})
         check_division(config, processes)
         directory = RunDirectory(processes.first(lambda: find().root), config)
-        if run_session(directory, started=started, processes=processes):
+        if run_session(directory, started=started, processes=processes, sizes=sizes):
             return 0
         if processes.is_first:
             print(f"continue with: moduleformer-ext train --resume {shlex.quote(str(directory.root))}")

@@ -6,6 +6,7 @@ from moduleformer_ext.data.corpus import (
     Document,
     check_source,
     check_sources,
+    library_fingerprint,
     standard_library,
     text_files,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "encode_texts",
     "end_of_text_id",
     "find_tokenizer",
+    "library_fingerprint",
     "load_tokenizer",
     "open_dataset",
     "share_lanes",

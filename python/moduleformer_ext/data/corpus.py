@@ -1,8 +1,10 @@
 """Documents to train on: the user's text files, or the code and the prose that come with every Python."""
 
 import ast
+import hashlib
 import os
 import re
+import sys
 import sysconfig
 import tokenize
 import warnings
@@ -52,15 +54,31 @@ def standard_library() -> list[Document]:
     return _distinct([*code, *_without_repeated_paragraphs(prose)])
 
 
+def library_fingerprint() -> str:
+    """What `standard_library` returns, in a line: as long as this is the same, so are the documents."""
+    root = Path(sysconfig.get_path("stdlib"))
+    digest = hashlib.sha256(sys.version.encode())
+    for path in (Path(__file__), *_library_files(root)):
+        status = path.stat()
+        digest.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}\n"))
+    return digest.hexdigest()
+
+
+def _library_files(root: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
+    ]
+
+
 def _library_sources(root: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts) and not path.name.startswith("_sysconfigdata"):
-            try:
-                with tokenize.open(path) as file:  # honours the coding declared in the source
-                    yield relative.as_posix(), file.read()
-            except (SyntaxError, UnicodeDecodeError):
-                continue  # templates and samples of broken source
+    for path in _library_files(root):
+        try:
+            with tokenize.open(path) as file:  # honours the coding declared in the source
+                yield path.relative_to(root).as_posix(), file.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # templates and samples of broken source
 
 
 def separate_docstrings(source: str) -> tuple[str, str]:

@@ -4,13 +4,17 @@ from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.evaluation import Score, evaluate, overall_bits_per_byte
 from moduleformer_ext.train.run_directory import RunDirectory, is_run
 from moduleformer_ext.train.session import run_session
+from moduleformer_ext.train.sizing import Choice, Size, choose_size
 from moduleformer_ext.train.trainer import Trainer
 
 __all__ = [
+    "Choice",
     "RunDirectory",
     "Score",
+    "Size",
     "TrainConfig",
     "Trainer",
+    "choose_size",
     "evaluate",
     "is_run",
     "overall_bits_per_byte",

@@ -11,13 +11,22 @@ from moduleformer_ext.data import (
     TOKENIZER,
     Dataset,
     build_dataset,
+    library_fingerprint,
     load_tokenizer,
     open_dataset,
     standard_library,
     text_files,
     write_tokenizer,
 )
-from moduleformer_ext.files import new_directory, read_json, remove_directory, remove_partial, to_json, write_file
+from moduleformer_ext.files import (
+    new_directory,
+    read_json,
+    read_text,
+    remove_directory,
+    remove_partial,
+    to_json,
+    write_file,
+)
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.train.checkpoints import CheckpointStore
 from moduleformer_ext.train.config import TrainConfig
@@ -25,6 +34,8 @@ from moduleformer_ext.train.metrics import MetricsLog
 
 _CONFIG = "run.json"
 _LOCK = ".lock"
+_SOURCE = "source.txt"
+"""In data/: what the tokens were made of, where that was the standard library."""
 
 
 class RunDirectory:
@@ -78,6 +89,13 @@ class RunDirectory:
             write_file(root / _CONFIG, to_json(config))
         return run
 
+    def configure(self, config: TrainConfig) -> None:
+        """Go on with another configuration, before the first step; the texts and their tokens stay as they are."""
+        if self.plan.exists():
+            raise FileExistsError(f"run: '{self.root}' must not have begun to train when it is configured")
+        write_file(self.root / _CONFIG, to_json(config))
+        self.config = config
+
     def discard(self) -> None:
         """Remove what `create` and the stages after it wrote, unless the run got to its first step."""
         if not self.plan.exists():
@@ -87,6 +105,23 @@ class RunDirectory:
                 file.unlink(missing_ok=True)
             if not any(self.root.iterdir()):
                 self.root.rmdir()
+
+    @classmethod
+    def replace(cls, root: Path, config: TrainConfig) -> "RunDirectory":
+        """Start anew where there may be an earlier run, whose tokens stay if they are of the same texts."""
+        if not is_run(root):
+            return cls.create(root, config)
+        run, kept = cls(root, config), root.with_name(f".{root.name}.tokens")
+        with run.lock():
+            source = run.data / _SOURCE
+            if source.is_file() and read_text(source) == run._source():
+                shutil.rmtree(kept, ignore_errors=True)
+                run.data.rename(kept)
+            shutil.rmtree(root)
+        run = cls.create(root, config)
+        if kept.exists():
+            kept.rename(run.data)
+        return run
 
     @classmethod
     def open(cls, root: Path) -> "RunDirectory":
@@ -119,13 +154,23 @@ class RunDirectory:
         else:
             documents = standard_library()
         own = self.base / TOKENIZER if self.base.exists() else config.tokenizer
-        return build_dataset(
+        dataset = build_dataset(
             self.data,
             documents,
             vocab_size=config.vocab_size,
             held_out_fraction=config.held_out,
             tokenizer=None if own is None else load_tokenizer(Path(own)),
         )
+        if (made_of := self._source()) is not None:
+            write_file(self.data / _SOURCE, made_of)
+        return dataset
+
+    def _source(self) -> str | None:
+        """All that the tokens of the standard library depend on; None for other texts, which are read anew."""
+        config = self.config
+        if config.text or config.tokenizer is not None or self.base.exists():
+            return None
+        return f"{library_fingerprint()} vocab_size {config.vocab_size} held_out {config.held_out!r}\n"
 
 
 def is_run(root: Path) -> bool:

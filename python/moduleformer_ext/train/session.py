@@ -1,8 +1,11 @@
 """A whole run from text to figures: every stage finds what earlier ones, or an earlier process, left."""
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+
+import torch
 
 from moduleformer_ext.data import ALL, Dataset, LaneReader, end_of_text_id, share_lanes
 from moduleformer_ext.display import progress
@@ -16,9 +19,10 @@ from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.evaluation import evaluate
 from moduleformer_ext.train.finetune import finetuned_config
 from moduleformer_ext.train.interrupt import InterruptGuard
-from moduleformer_ext.train.plan import Plan, make_plan
+from moduleformer_ext.train.plan import CLOSING_SECONDS, Plan, Speed, fastest, keep_threads, make_plan, measure_speed
 from moduleformer_ext.train.run_directory import RunDirectory
 from moduleformer_ext.train.samples import generate_samples
+from moduleformer_ext.train.sizing import Size, choose_size
 from moduleformer_ext.train.trainer import StepResult, Trainer
 
 Say = Callable[[str], None]
@@ -26,22 +30,30 @@ MODEL_NAME = "MoLM"
 
 
 def run_session(
-    run: RunDirectory, *, started: float | None = None, say: Say = print, processes: Processes = ALONE
+    run: RunDirectory,
+    *,
+    started: float | None = None,
+    say: Say = print,
+    processes: Processes = ALONE,
+    sizes: Sequence[Size] = (),
 ) -> bool:
     """Take the run to its end: data, baselines, training, evaluation, samples, figure.
 
-    `started` is when the wall-clock budget began (`time.monotonic`; default: now). Of several processes the first one
-    writes and speaks. Returns False when a signal stopped the training early; the checkpoint is then written.
+    With `sizes`, for one process only, the run gets the largest that there is time for, as measured. `started` is when
+    the wall-clock budget began (`time.monotonic`; default: now). Of several processes the first one writes and speaks.
+    Returns False when a signal stopped the training early; the checkpoint is then written.
     """
+    if sizes and processes.size > 1:
+        raise ValueError(f"run_session: sizes must be left out with several processes, got {processes.size} processes")
     started = time.monotonic() if started is None else started
     keep_freed_memory()
     if not processes.is_first:
         say = _say_nothing
-    with _locked(run, processes):
+    with _locked(run, processes), keep_threads():
         check_division(run.config, processes)
         dataset = _prepare_data(run, say, processes)
         baselines = _prepare_baselines(run, dataset, say, processes)
-        trainer = _prepare_trainer(run, dataset, started, say, processes)
+        trainer = _prepare_trainer(run, dataset, started, say, processes, sizes)
         if not _train(run, trainer, say):
             return False
         _conclude(run, dataset, baselines, trainer, say)
@@ -100,9 +112,10 @@ def _prepare_baselines(run: RunDirectory, dataset: Dataset, say: Say, processes:
     return baselines
 
 
-def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: Say, processes: Processes) -> Trainer:
-    config, tokenizer = run.config, dataset.tokenizer
-    base = processes.together(lambda: StoredWeights(run.base)) if run.base.exists() else None
+def _trainer_maker(
+    config: TrainConfig, dataset: Dataset, base: StoredWeights | None, processes: Processes = ALONE
+) -> Callable[..., Trainer]:
+    tokenizer = dataset.tokenizer
     if base is None:
         architecture = config.architecture(tokenizer.get_vocab_size(), end_of_text_id(tokenizer))
     else:
@@ -119,20 +132,72 @@ def _prepare_trainer(run: RunDirectory, dataset: Dataset, started: float, say: S
 
         return ShardedTrainer(config, architecture, reader, processes, steps=steps, dtype=dtype, base=base)
 
+    return make_trainer
+
+
+def _fit_size(run: RunDirectory, dataset: Dataset, sizes: Sequence[Size], deadline: float, say: Say) -> Speed:
+    """Configure the run with the size that there is time for. Returns its speed."""
+    measured: dict[str, Speed] = {}
+    held_out = sum(stream.num_scored for stream in dataset.held_out.values())
+
+    def measure(size: Size) -> float:
+        config = size.applied(run.config)
+        make_trainer = _trainer_maker(config, dataset, None)
+        if measured:  # which dtype and how many threads are fastest showed at the first size
+            seconds, threads = next(iter(measured.values()))
+            speed = measure_speed(make_trainer, fastest(seconds), threads=threads)
+        else:
+            speed = measure_speed(make_trainer, config.dtype)
+        measured[size.name] = speed
+        return speed.best
+
+    def spare(seconds: float, size: Size) -> float:
+        config = size.applied(run.config)
+        # Evaluation is the forward pass alone, which is a third of a step.
+        evaluation = held_out / (config.batch_size * config.segment_length) * seconds / 3
+        return deadline - CLOSING_SECONDS - evaluation - time.monotonic()
+
+    choice = choose_size(sizes, measure, spare)
+    run.configure(choice.size.applied(run.config))
+    if choice.size is not sizes[0]:
+        say(
+            f"this machine takes {measured[sizes[0].name].best:.2f} s for a step of the {sizes[0].name} model: "
+            f"it trains the {choice.size.name} one"
+        )
+    if not choice.enough:
+        minutes = run.config.minutes + choice.seconds_short / 60
+        say(
+            f"there is time for {choice.steps} steps of {choice.seconds_per_step:.2f} s, and it takes about "
+            f"{choice.size.steps} to be ahead of the {BIGRAM} model: expect to end behind it, or give it "
+            f"--minutes {math.ceil(minutes)}"
+        )
+    return measured[choice.size.name]
+
+
+def _prepare_trainer(
+    run: RunDirectory, dataset: Dataset, started: float, say: Say, processes: Processes, sizes: Sequence[Size]
+) -> Trainer:
+    base = processes.together(lambda: StoredWeights(run.base)) if run.base.exists() else None
     if not processes.first(run.plan.exists):
-        deadline = started + 60.0 * config.minutes if config.minutes else None
+        deadline = started + 60.0 * run.config.minutes if run.config.minutes else None
+        speed = _fit_size(run, dataset, sizes, deadline, say) if sizes and deadline is not None else None
+        config = run.config
         plan = make_plan(
-            make_trainer,
+            _trainer_maker(config, dataset, base, processes),
             dataset.held_out,
             dtype=config.dtype,
             steps=config.steps,
             deadline=deadline,
+            speed=speed,
             processes=processes,
         )
         processes.first(lambda: write_file(run.plan, to_json(plan)))
+    make_trainer = _trainer_maker(run.config, dataset, base, processes)
     plan = processes.together(lambda: read_json(run.plan, Plan))
     for dtype, seconds in plan.seconds_per_step.items():
-        say(f"measured {seconds:.3f} s per step in {dtype}")
+        say(f"measured {seconds:.3f} s per step in {dtype} with {plan.threads or torch.get_num_threads()} threads")
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
     trainer = make_trainer(plan.dtype, plan.steps)
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
