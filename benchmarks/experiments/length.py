@@ -46,7 +46,10 @@ def evaluate_lengths(setting: Setting, name: str, seed: int) -> Result:
     parts = []
     for stream in setting.old.held_out.values():
         tokens = as_tokens(stream)
-        parts.append(tokens[: (len(tokens) - 1) // longest * longest + 1])
+        if windows := (len(tokens) - 1) // longest:
+            parts.append(tokens[: windows * longest + 1])
+    if not parts:
+        raise ValueError(f"length: the held-out text of some domain must fill a window of {longest} tokens, got less")
     bits: dict[str, float] = {}
     by_position = torch.zeros(0)
     for length in lengths(setting):
