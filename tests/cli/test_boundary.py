@@ -183,7 +183,7 @@ def test_wrong_texts(
         ("eval {run} --wrong 3", "Unknown option: --wrong."),
         ("eval", "model must be given a value."),
         ("generate {run} {run}", "Unused Tokens: "),
-        ("train --run", "--run must be given a value."),
+        ("train --run", "--run-dir must be given a value."),
     ],
 )
 def test_wrong_words_name_the_usage_of_their_verb(

@@ -101,7 +101,7 @@ def measure_speed(
     far: a step waits for the slowest thread again and again. Of several processes the slowest one counts.
     """
     first: Dtype = "fp32" if dtype == "auto" else dtype
-    chosen = int(processes.largest(torch.get_num_threads())) if threads is None else threads
+    chosen = int(-processes.largest(-torch.get_num_threads())) if threads is None else threads
     best = _seconds_per_step(make_trainer(first), chosen, processes)
     while threads is None and chosen > 1:
         seconds = _seconds_per_step(make_trainer(first), chosen // 2, processes, hopeless=_HOPELESS * best)
