@@ -197,7 +197,7 @@ Forward in_chunks(const Args& a, const Targets& targets, const at::Tensor& facto
 at::Tensor row_factors(const Args& a, const Targets& targets, const at::Tensor& grad) {
   const at::Tensor counted = targets.counted.to(accumulation_type(a.x));
   if (a.reduction == "none") return counted * grad.reshape({-1});
-  return counted * (a.reduction == "mean" ? grad / counted.sum() : grad);
+  return counted * (a.reduction == "mean" ? grad / counted.sum().clamp_min(1) : grad);
 }
 
 template <bool kMeta>

@@ -198,3 +198,9 @@ def test_texts_that_begin_like_something_else(tmp_path: Path) -> None:
     for content in ("BZh is how bzip2 begins", "PK is a name", "(µ/ý", "# %PDF-1.4"):
         (tmp_path / "a.txt").write_text(content)
         assert list(read_texts(tmp_path / "a.txt")) == [("", content)]
+
+
+def test_blank_lines_before_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "late.txt"
+    path.write_text("\n" * 70 + "prose\n")
+    assert [text.strip() for _, text in read_texts(path)] == ["prose"]

@@ -14,10 +14,10 @@ from ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from moduleformer_ext.data import LaneReader
+from moduleformer_ext.data import LaneReader, TokenStream
 from moduleformer_ext.distributed import Processes
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
-from moduleformer_ext.train import TrainConfig, Trainer
+from moduleformer_ext.train import TrainConfig, Trainer, evaluate
 from moduleformer_ext.train.checkpoints import CheckpointStore
 from moduleformer_ext.train.sharded import ShardedTrainer
 from moduleformer_ext.train.trainer import StepResult
@@ -243,3 +243,17 @@ def _failing_save(folder: Path) -> str:
 def test_a_save_that_fails_on_one_fails_on_all(pair: Ranks, tmp_path: Path) -> None:
     assert pair.run(_failing_save, tmp_path) == ["disk full", "disk full"]
     assert list(tmp_path.iterdir()) == []
+
+
+def _evaluate(size: int) -> float:
+    processes = Processes(dist.get_rank(), size, init_device_mesh("cpu", (size,)))
+    trainer = _trainer({}, {}, processes)
+    stream = TokenStream(np.arange(11, dtype=np.uint16), num_bytes=11, num_documents=1)
+    return evaluate(
+        trainer.model, {"short": stream}, batch_size=4, segment_length=12, dtype="fp32", processes=processes
+    )["short"].bits
+
+
+def test_a_text_with_fewer_lanes_than_processes_is_evaluated(pair: Ranks) -> None:
+    first, second = pair.run(_evaluate, 2)
+    assert first == second and 0 < first < float("inf")

@@ -317,6 +317,13 @@ def test_a_copy_of_a_patched_model_has_its_own_weights() -> None:
     assert twin(tokens()).logits.abs().max() > 0
 
 
+def test_a_patched_model_is_pickled(tmp_path: Path) -> None:
+    model = hf_experts.patch(make("mixtral"), routers=True)
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(twin(tokens()).logits, model(tokens()).logits)
+
+
 def test_patch_refuses_what_it_does_not_serve() -> None:
     with pytest.raises(ValueError, match=r"^patch: model must have experts stored as gate_up_proj .*, got Linear"):
         hf_experts.patch(nn.Linear(2, 2))

@@ -267,3 +267,13 @@ def test_errors(change, message):
     arguments = dict(zip(("x", "weight", "target"), inputs(3), strict=True)) | change
     with pytest.raises(ValueError, match=f"^linear_cross_entropy: {message}"):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_of_ignored_rows_alone_are_zero(reduction, dtype):
+    x, weight, target = inputs(4, ignored=1, dtype=dtype)
+    loss, *ours = gradients(linear_cross_entropy, x, weight, target, reduction=reduction)
+    expected = F.cross_entropy(F.linear(x, weight), target, reduction=reduction)
+    torch.testing.assert_close(loss, expected.to(loss.dtype), equal_nan=True)
+    assert not any(gradient.any() for gradient in ours)

@@ -58,7 +58,7 @@ class Flags(RunOptions):
     log: Annotated[
         tuple[Literal["tensorboard"], ...], Parameter(name=("--log-to", "--log"), group=HELP_GROUPS["Records"])
     ] = ()
-    """beside metrics.jsonl"""
+    """also write the figures of metrics.jsonl for TensorBoard"""
 
     def given(self, file: Path | None) -> dict[str, Any]:
         """The options of the file, with the flags that were given over them."""

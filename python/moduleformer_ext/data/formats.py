@@ -49,7 +49,7 @@ _UNPACK: Final[dict[str, Callable[[bytes], bytes]]] = {
 
 def stem(path: Path) -> str:
     """The name without the suffixes of compression and format: `a` of `a.jsonl.gz`."""
-    inner = Path(path.name.removesuffix(path.suffix)) if _SUFFIXES.get(path.suffix) in _COMPRESSED else path
+    inner = Path(path.name.removesuffix(path.suffix)) if _SUFFIXES.get(path.suffix.lower()) in _COMPRESSED else path
     return inner.stem
 
 
@@ -168,7 +168,7 @@ def _looks_like_lines(content: bytes, field: str) -> bool:
         records = [json.loads(line) for line in lines]
     except (ValueError, RecursionError):
         return False
-    return len(records) == 2 or all(field in record for record in records)
+    return len(records) == 2 or (len(records) == 1 and field in records[0])
 
 
 def _lines(path: Path, content: bytes, field: str) -> Iterator[str]:

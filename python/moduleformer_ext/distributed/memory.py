@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 
 from moduleformer_ext.models import KVCache, MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.models.presets import PRESETS
@@ -104,8 +103,8 @@ def _forward(model: MoLMForCausalLM, batch: int, past: KVCache | None, autocast:
     config = model.config
     tokens = torch.zeros(batch, config.block_size, dtype=torch.long)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        output = model(tokens, past_key_values=past, use_cache=True)
-    return output, F.cross_entropy(output.logits.flatten(0, 1).float(), tokens.flatten()) + output.aux_loss
+        output = model(tokens, past_key_values=past, use_cache=True, shift_labels=tokens, skip_logits=True)
+    return output, output.loss
 
 
 def _block(block: nn.Module, x: Tensor, past: KVCache | None, autocast: torch.dtype | None) -> object:

@@ -11,6 +11,7 @@ their gradients lie likewise.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from transformers import activations
 from transformers.integrations import moe
 
 from moduleformer_ext import ops
+from moduleformer_ext.nn.router import RouterOrder
 
 __all__ = ["NAME", "experts_forward", "patch"]
 
@@ -99,7 +101,8 @@ def patch(model: Model, *, routers: bool = False) -> Model:
         The model, changed in place.
 
     Raises:
-        ValueError: no module has such experts, or, with `routers`, one routes by a rule that `route_topk` has not.
+        ValueError: no module has such experts or, with `routers`, there is no router, or one routes by a rule that
+            `route_topk` has not.
     """
     experts: list[Any] = [module for module in model.modules() if _has_experts(module)]
     if not experts:
@@ -108,13 +111,17 @@ def patch(model: Model, *, routers: bool = False) -> Model:
             f"{type(model).__name__}, which has none"
         )
     found: list[Any] = [module for module in model.modules() if routers and _is_router(module)]
+    if routers and not found:
+        raise ValueError(
+            f"patch: model must have routers of a class ...TopKRouter, got {type(model).__name__}, which has none"
+        )
     orders = [_order(router) for router in found]  # all are known before anything changes
     for module in experts:
         if not hasattr(module, "is_transposed"):
             module.is_transposed = _lies_transposed(module)
-        module.forward = MethodType(experts_forward, module)
+        module.forward = partial(experts_forward, module)  # a bound method could not be pickled
     for router, order in zip(found, orders, strict=True):
-        router.forward = MethodType(_FORWARD_OF_ROUTER[order], router)
+        router.forward = partial(_route, router, order)
     return model
 
 
@@ -183,7 +190,7 @@ def _lies_transposed(module: Any) -> bool:
 # ---- Routers ----
 
 # A softmax over all experts that is renormalised over the chosen ones is a softmax over their logits.
-_ORDERS: dict[str, str | None] = {
+_ORDERS: dict[str, RouterOrder | None] = {
     "Mixtral": "topk_softmax",
     "MiniMax": "topk_softmax",
     "GptOss": "topk_softmax",
@@ -209,7 +216,7 @@ def _is_router(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith("topkrouter")
 
 
-def _order(router: Any) -> str:
+def _order(router: Any) -> RouterOrder:
     family = type(router).__name__[: -len("TopKRouter")]
     if family not in _ORDERS:
         raise ValueError(
@@ -219,16 +226,11 @@ def _order(router: Any) -> str:
     return _ORDERS[family] or ("topk_softmax" if router.norm_topk_prob else "softmax_topk")
 
 
-def _router_forward(order: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    def forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits = F.linear(x, router.weight, getattr(router, "bias", None))
-        route = ops.route_topk(logits, router.top_k, order=order)
-        return logits, route.gates, route.expert_ids.long()
+def _route(router: Any, order: RouterOrder, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    logits = F.linear(x, router.weight, getattr(router, "bias", None))
+    route = ops.route_topk(logits, router.top_k, order=order)
+    return logits, route.gates, route.expert_ids.long()
 
-    return forward
-
-
-_FORWARD_OF_ROUTER = {order: _router_forward(order) for order in ("softmax_topk", "topk_softmax")}
 
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

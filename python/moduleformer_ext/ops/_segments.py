@@ -17,4 +17,11 @@ def segments(op: str, argument: str, value: Segments) -> list[Tensor]:
 
 def joined(op: str, argument: str, value: Segments | None) -> Tensor | None:
     """One tensor, for what is small."""
-    return value if value is None or isinstance(value, Tensor) else torch.cat(segments(op, argument, value))
+    if value is None or isinstance(value, Tensor):
+        return value
+    found = segments(op, argument, value)
+    kinds = {(part.dtype, part.device, *part.shape[1:]) for part in found if part.dim()}
+    if len(kinds) != 1 or not all(part.dim() for part in found):
+        shapes = ", ".join(f"{part.dtype} {list(part.shape)} on {part.device}" for part in found) or "none"
+        raise ValueError(f"{op}: {argument} must have segments that agree in all but their experts, got {shapes}")
+    return torch.cat(found)

@@ -110,7 +110,7 @@ class RunOptions(Record):
     log_every: Count = 10
     """steps between lines of metrics.jsonl"""
     log: tuple[Literal["tensorboard"], ...] = ()
-    """beside metrics.jsonl"""
+    """also write the figures of metrics.jsonl for TensorBoard"""
 
 
 class FileOptions(RunOptions):

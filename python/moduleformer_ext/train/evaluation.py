@@ -121,6 +121,7 @@ def _score_lanes(
             output_routes=True,
         )
         history = output.past_key_values.last(model.config.history_length)
-        score.bits += output.cross_entropy.item() * targets.numel() / math.log(2.0)
+        if len(targets):  # the mean over nothing is not a number
+            score.bits += output.cross_entropy.item() * targets.numel() / math.log(2.0)
         score.usage.add(output.routes)
         advance(targets.numel())
