@@ -13,7 +13,7 @@ OP = torch.ops.moduleformer_ext
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 # Of the largest element: accumulated rounding, or some units of the last place where products are rounded.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
 def inputs(*leading, features=12, classes=37, dtype=torch.float32, ignored=0.2, seed=0):
@@ -59,7 +59,8 @@ def test_against_the_oracle(dtype, reduction, z_loss, rows):
     x, weight, target = inputs(rows, classes=classes, dtype=dtype, ignored=0 if rows == 1 else 0.2)
     # Of a mean over many rows and classes float16 holds gradients only if a scale is in them.
     scale = 2.0**7 if dtype == torch.float16 and reduction == "mean" else 1.0
-    factor = scale * (torch.rand(rows if reduction == "none" else (), dtype=torch.float64).float() + 0.5)
+    generator = torch.Generator().manual_seed(1)
+    factor = scale * (torch.rand(rows if reduction == "none" else (), generator=generator) + 0.5)
     options = {"reduction": reduction, "z_loss": z_loss}
     ours = gradients(linear_cross_entropy, x, weight, target, factor, **options)
     oracle = gradients(plain, x.double(), weight.double(), target, factor, **options)
