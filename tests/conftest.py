@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -46,6 +47,16 @@ def new_memory_is_nan() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a few small texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(12):
+        words = " ".join(f"word{number * index % 11}" for index in range(50))
+        (folder / f"{number}.txt").write_text(f"{words}\n")
+    return folder
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

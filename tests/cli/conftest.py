@@ -1,4 +1,4 @@
-"""A small corpus and a small run on it."""
+"""A small run on the small corpus."""
 
 from pathlib import Path
 
@@ -7,15 +7,6 @@ import torch
 from tiny import FLAGS, TINY
 
 from moduleformer_ext.cli import main
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for number in range(12):
-        words = " ".join(f"word{number * index % 11}" for index in range(50))
-        (folder / f"{number}.txt").write_text(f"{words}\n")
-    return folder
 
 
 @pytest.fixture(scope="session")

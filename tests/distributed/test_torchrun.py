@@ -29,15 +29,6 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for number in range(12):
-        words = " ".join(f"word{number * index % 11}" for index in range(50))
-        (folder / f"{number}.txt").write_text(f"{words}\n")
-    return folder
-
-
 def _words(corpus: Path, steps: int = STEPS) -> list[str]:
     return [*FLAGS, "--steps", str(steps), "--text", f"words={corpus}"]
 

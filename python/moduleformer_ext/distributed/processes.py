@@ -43,7 +43,12 @@ class Processes:
 
     def first(self, function: Callable[[], Found]) -> Found:
         """What the function gives on the first process, which alone calls it. Its error is raised on all."""
-        return self._share(_attempt(function) if self.is_first else None, [0])
+        own = _attempt(function) if self.is_first else None
+        shared = [own]
+        if self.size > 1:
+            dist.broadcast_object_list(shared, src=0)
+        # The first process keeps its own error, with the place where it was raised.
+        return _result(own if self.is_first else shared[0])
 
     def together(self, function: Callable[[], Found]) -> Found:
         """Call the function on every process. If it fails on any, all raise the error of the first of these."""
@@ -100,15 +105,6 @@ class Processes:
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, value)
         return everyone
-
-    def _share(self, outcome: Any, box: list[Any]) -> Any:
-        if self.size == 1:
-            return _result(outcome)
-        box[0] = outcome
-        dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], _Failure):
-            raise box[0].as_error() from (outcome.error if isinstance(outcome, _Failure) else None)
-        return box[0]
 
 
 ALONE = Processes()

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.models.blocks import draw, make_block
 from moduleformer_ext.nn import Block, Linear
+from moduleformer_ext.nn.segments import whole_name
 
 
 def shard_model(
@@ -97,11 +98,10 @@ def whole_of(model: nn.Module, name: str) -> tuple[str, int | None]:
     whole where it begins.
     """
     path, _, leaf = name.rpartition(".")
-    stem, _, part = leaf.rpartition("_")
-    module = model.get_submodule(path)
-    if part not in ("old", "new") or f"{stem}_old" not in module._parameters:
+    stem, module = whole_name(leaf), model.get_submodule(path)
+    if stem == leaf or f"{stem}_old" not in module._parameters:
         return name, None
-    start = 0 if part == "old" else module.get_parameter(f"{stem}_old").shape[0]
+    start = 0 if leaf == f"{stem}_old" else module.get_parameter(f"{stem}_old").shape[0]
     return f"{path}.{stem}", start
 
 

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.models.activations import ACTIVATIONS
 from moduleformer_ext.nn import LayerCache, StaticLayerCache
+from moduleformer_ext.nn.segments import whole_name
 from moduleformer_ext.ops.grouped_gemm import GATED_ACTIVATIONS
 
 _FEATURES = {"experts.weight": Shard(2), "output_experts.weight": Shard(1)}
@@ -73,9 +74,8 @@ class _Style(ParallelStyle):
                 )
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             owner, _, key = name.rpartition(".")
-            whole = name.removesuffix("_old").removesuffix("_new")  # of a parameter split into segments
             if parameter not in self._made:
-                placement = self._placements.get(whole, Replicate())
+                placement = self._placements.get(whole_name(name), Replicate())
                 sharded = distribute_tensor(parameter, device_mesh, [placement], src_data_rank=self.src_data_rank)
                 self._made[parameter] = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
             module.get_submodule(owner).register_parameter(key, self._made[parameter])

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moduleformer_ext.nn.segments import join_in_state, whole_name
+
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -65,7 +67,7 @@ def read_model_shards(directory: Path) -> dict[str, Tensor]:
     """The whole model in the shards of a checkpoint, under the names of a state dict; by one process."""
     stored = read_shards(directory, lambda name: name.startswith(MODEL))
     state = {name.removeprefix(MODEL): tensor for name, tensor in stored.items()}
-    for name in [name for name in state if name.endswith("_old") and f"{name[:-4]}_new" in state]:
-        whole = name.removesuffix("_old")  # segments (moduleformer_ext.nn.segments) are whole in a state dict
-        state[whole] = torch.cat([state.pop(name), state.pop(f"{whole}_new")])
+    for name in {whole_name(name) for name in state}:
+        if {f"{name}_old", f"{name}_new"} <= state.keys():
+            join_in_state(state, name)
     return state

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moduleformer_ext.nn.plain import is_readable
 from moduleformer_ext.types import Segments
 
-__all__ = ["join_parameter", "segments_of", "split_parameter"]
+__all__ = ["join_in_state", "join_parameter", "segments_of", "split_parameter", "whole_name"]
 
 
 def segments_of(module: nn.Module, name: str) -> Segments:
@@ -61,11 +61,20 @@ def join_parameter(module: nn.Module, name: str) -> nn.Parameter:
     return whole
 
 
+def whole_name(name: str) -> str:
+    """The name, in a state dict, of the parameter whose segment has this name; other names are their own."""
+    return name.removesuffix("_old").removesuffix("_new")
+
+
+def join_in_state(state: dict[str, Tensor], name: str) -> None:
+    """Put the whole parameter in the place of its two segments."""
+    state[name] = torch.cat([state.pop(f"{name}_old"), state.pop(f"{name}_new")])
+
+
 def _join_in_state(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object, *, name: str) -> None:
     if f"{prefix}{name}_old" not in state or f"{prefix}{name}_new" not in state:
         raise ValueError(f"split_parameter: the segments of {prefix}{name} must be plain parameters, got a wrapped one")
-    old, new = state.pop(f"{prefix}{name}_old"), state.pop(f"{prefix}{name}_new")
-    state[f"{prefix}{name}"] = torch.cat([old, new])
+    join_in_state(state, f"{prefix}{name}")
 
 
 def _split_in_state(module: nn.Module, state: dict[str, Tensor], prefix: str, *_arguments: Any, name: str) -> None:
