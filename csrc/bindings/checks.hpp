@@ -75,6 +75,17 @@ inline void check_tensor(const char* op, const char* argument, const at::Tensor&
   check_same_device(op, argument, tensor, other_name, other);
 }
 
+// A matrix [out, in] for rows x [..., in], under the op's own names of the two.
+inline void check_projection(const char* op, const char* argument, const at::Tensor& matrix, const char* out,
+                             const char* in, const at::Tensor& x) {
+  check_dim(op, argument, matrix, 2);
+  check_same_dtype(op, argument, matrix, "x", x);
+  check_same_device(op, argument, matrix, "x", x);
+  MFX_CHECK_ARG(matrix.sym_size(1) == x.sym_size(-1), op, argument,
+                c10::str("be [", out, ", ", in, "] with ", in, " = ", x.sym_size(-1), ", x's last dimension"), "shape ",
+                matrix.sym_sizes());
+}
+
 // A vector of lengths or offsets.
 inline void check_int32_vector(const char* op, const char* argument, const at::Tensor& tensor, const char* other_name,
                                const at::Tensor& other) {

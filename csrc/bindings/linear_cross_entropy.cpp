@@ -49,21 +49,12 @@ void check_arguments(const Args& a) {
   const auto& [x, weight, target, ignore_index, reduction, z_loss] = a;
   check_float_dtype(kOp, "x", x);
   MFX_CHECK_ARG(x.dim() >= 1, kOp, "x", "be [..., features]", "shape ", x.sym_sizes());
-  check_dim(kOp, "weight", weight, 2);
-  check_same_dtype(kOp, "weight", weight, "x", x);
-  check_same_device(kOp, "weight", weight, "x", x);
-  MFX_CHECK_ARG(weight.sym_size(1) == x.sym_size(-1), kOp, "weight",
-                c10::str("be [classes, features] with features = ", x.sym_size(-1), ", x's last dimension"), "shape ",
-                weight.sym_sizes());
+  check_projection(kOp, "weight", weight, "classes", "features", x);
   MFX_CHECK_ARG(weight.sym_size(0) > 0, kOp, "weight", "have at least one class", "shape ", weight.sym_sizes());
   check_tensor(kOp, "target", target, x.sym_sizes().slice(0, x.dim() - 1), at::kLong, "x", x);
   MFX_CHECK_ARG(reduction == "mean" || reduction == "sum" || reduction == "none", kOp, "reduction",
                 "be 'mean', 'sum' or 'none'", "'", reduction, "'");
   MFX_CHECK_ARG(z_loss >= 0 && std::isfinite(z_loss), kOp, "z_loss", "be finite and at least 0", z_loss);
-}
-
-at::ScalarType accumulation_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // Whether the forward pass makes the gradients.
@@ -144,7 +135,7 @@ Forward in_chunks(const Args& a, const Targets& targets, const at::Tensor& facto
   const at::Tensor x = a.x.reshape({a.target.numel(), a.x.size(-1)});
   const at::Tensor& weight = a.weight;
   const int64_t num_rows = x.size(0), classes = weight.size(0), features = weight.size(1);
-  const at::ScalarType sums = accumulation_type(x);
+  const at::ScalarType sums = result_type(x);
   const auto options = x.options().dtype(sums);
   const bool rounds = x.scalar_type() != sums;
   at::Tensor losses = at::empty({num_rows}, options);
@@ -195,7 +186,7 @@ Forward in_chunks(const Args& a, const Targets& targets, const at::Tensor& facto
 
 // What the gradient of the loss makes of each row's: [N].
 at::Tensor row_factors(const Args& a, const Targets& targets, const at::Tensor& grad) {
-  const at::Tensor counted = targets.counted.to(accumulation_type(a.x));
+  const at::Tensor counted = targets.counted.to(result_type(a.x));
   if (a.reduction == "none") return counted * grad.reshape({-1});
   return counted * (a.reduction == "mean" ? grad / counted.sum().clamp_min(1) : grad);
 }
@@ -205,7 +196,7 @@ Forward forward(const ForwardArgs& f) {
   const Args& a = f.args;
   check_arguments(a);
   const bool saves = saves_gradients(a), needs_x = saves && f.needs_x, needs_weight = saves && f.needs_weight;
-  const auto options = a.x.options().dtype(accumulation_type(a.x));
+  const auto options = a.x.options().dtype(result_type(a.x));
   if constexpr (kMeta) {
     return {a.reduction == "none" ? at::empty_symint(a.target.sym_sizes(), options) : at::empty({}, options),
             empty_gradient(a.x, needs_x), empty_gradient(a.weight, needs_weight)};
@@ -223,7 +214,7 @@ void check_backward(const BackwardArgs& b) {
   const auto& [grad, a, saved, needs_x, needs_weight] = b;
   check_arguments(a);
   const c10::SymDimVector shape(a.reduction == "none" ? a.target.sym_sizes() : at::SymIntArrayRef());
-  check_tensor(kOp, "grad", grad, shape, accumulation_type(a.x), "x", a.x);
+  check_tensor(kOp, "grad", grad, shape, result_type(a.x), "x", a.x);
   for (const auto& [name, gradient] :
        {std::pair("grad_x", saved.grad_x), std::pair("grad_weight", saved.grad_weight)}) {
     check_same_dtype(kOp, name, gradient, "x", a.x);

@@ -24,12 +24,7 @@ void check_arguments(const Args& a) {
   const auto& [x, weight, bias] = a;
   MFX_CHECK_ARG(x.dim() >= 1, kOp, "x", "be [..., in]", "shape ", x.sym_sizes());
   check_float_dtype(kOp, "x", x);
-  check_dim(kOp, "weight", weight, 2);
-  check_same_dtype(kOp, "weight", weight, "x", x);
-  check_same_device(kOp, "weight", weight, "x", x);
-  MFX_CHECK_ARG(weight.sym_size(1) == x.sym_size(-1), kOp, "weight",
-                c10::str("be [out, in] with in = ", x.sym_size(-1), ", x's last dimension"), "shape ",
-                weight.sym_sizes());
+  check_projection(kOp, "weight", weight, "out", "in", x);
   MFX_CHECK_ARG(weight.is_contiguous(), kOp, "weight", "be contiguous", "strides ", weight.sym_strides());
   if (!bias) return;
   check_dim(kOp, "bias", *bias, 1);

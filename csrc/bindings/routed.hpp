@@ -139,7 +139,7 @@ inline void check_gates(const char* op, const at::Tensor& gates, const LayoutTen
   MFX_CHECK_ARG(gates.sym_size(0) == layout.num_tokens() && gates.sym_size(1) == layout.num_choices, op, "gates",
                 c10::str("have shape [", layout.num_tokens(), ", ", layout.num_choices, "] as the layout says"),
                 "shape ", gates.sym_sizes());
-  const auto expected = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::ScalarType expected = result_type(x);
   MFX_CHECK_ARG(gates.scalar_type() == expected, op, "gates",
                 c10::str("be ", expected, " beside x of ", x.scalar_type()), gates.scalar_type());
   check_same_device(op, "gates", gates, "x", x);
