@@ -62,10 +62,6 @@ bool saves_gradients(const Args& a) {
   return a.reduction != "none" && a.x.scalar_type() != at::kHalf;
 }
 
-at::Tensor no_tensor(const at::Tensor& like) {
-  return at::empty({0}, like.options());
-}
-
 at::Tensor empty_gradient(const at::Tensor& like, bool wanted) {
   return wanted ? at::empty_symint(like.sym_sizes(), like.options()) : no_tensor(like);
 }
@@ -169,9 +165,7 @@ Forward in_chunks(const Args& a, const Targets& targets, const at::Tensor& facto
       at::mm_out(out, products, weight);
     }
     if (!needs_weight) continue;
-    if (rows == num_rows) {
-      grad_weight = at::mm(products.t(), x_rows);
-    } else if (rounds) {
+    if (rounds && rows < num_rows) {
       if (begin == 0) grad_weight = at::zeros({classes, features}, options);
       add_rounded_product(grad_weight, products, x_rows);
     } else if (begin == 0) {

@@ -8,6 +8,7 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -22,6 +23,11 @@
 #include "bindings/checks.hpp"
 
 namespace mfx {
+
+// Stands for a result that nobody asked for: ops return tensors of every kind, never undefined ones.
+inline at::Tensor no_tensor(const at::Tensor& like) {
+  return at::empty({0}, like.options());
+}
 
 // ---- The members of a struct ----
 

@@ -239,10 +239,6 @@ inline at::Tensor empty_rows(at::SymIntArrayRef shape, const at::TensorOptions& 
   return tensor;
 }
 
-// Stands for a gradient that nobody asked for: ops return tensors of every kind, never undefined ones.
-inline at::Tensor no_tensor(const at::Tensor& like) {
-  return at::empty({0}, like.options());
-}
 inline void* data_or_null(const at::Tensor& tensor) {
   return tensor.numel() > 0 ? tensor.data_ptr() : nullptr;
 }

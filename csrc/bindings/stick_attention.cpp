@@ -112,7 +112,7 @@ void check_arguments(const Inputs& inputs, const Options& options, std::optional
 Outputs allocate(const Tensor& q, bool for_backward) {
   const auto rows = q.sym_sizes().slice(0, q.dim() - 1);
   return {empty_in_order_of(q), at::empty_symint(rows, q.options().dtype(result_type(q))),
-          for_backward && is_rounded(q) ? empty_in_order_of(q) : at::empty({0}, q.options()),
+          for_backward && is_rounded(q) ? empty_in_order_of(q) : no_tensor(q),
           at::empty_symint(rows, q.options().dtype(at::kInt))};
 }
 
@@ -204,7 +204,7 @@ void check_backward_arguments(const BackwardArgs& a) {
 
 Grads allocate_grads(const Tensor& q, const Tensor& k, const OptionalTensor& v) {
   return {empty_in_order_of(q), empty_in_order_of(k),
-          v.has_value() ? empty_in_order_of(with_contiguous_heads(*v)) : at::empty({0}, k.options())};
+          v.has_value() ? empty_in_order_of(with_contiguous_heads(*v)) : no_tensor(k)};
 }
 
 template <bool kMeta>
