@@ -29,9 +29,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) 
     On a terminal that is too narrow for it, each row is a list of `title value` lines instead. What is not a terminal
     gets whole lines without lines drawn around them.
     """
-    console = Console(soft_wrap=False, emoji=False, markup=False, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _UNBOUNDED
+    console = _standard_output()
     style = box.SIMPLE_HEAD if console.is_terminal else None
     drawn = Table(box=style, pad_edge=False, show_edge=False, header_style="bold")
     for index, title in enumerate(columns):
@@ -49,20 +47,30 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) 
                 for title, value in zip(columns, row, strict=True):
                     console.print(Text.assemble((f"{title} " if title else "", "bold"), _shown(value)))
                 console.print()
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+    return _stripped(capture.get())
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
     """Names and values, a pair a line; on a terminal long values go on in further lines."""
-    console = Console(emoji=False, markup=False, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _UNBOUNDED
+    console = _standard_output()
     drawn = Table.grid(Column(no_wrap=True, style="bold"), Column(overflow="fold"), padding=(0, 2, 0, 0))
     for name, value in pairs:
         drawn.add_row(Text(name), Text(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)))
     with console.capture() as capture:
         console.print(drawn)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+    return _stripped(capture.get())
+
+
+def _standard_output() -> Console:
+    """As wide as the terminal; what is none has no end of a line."""
+    console = Console(emoji=False, markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _UNBOUNDED
+    return console
+
+
+def _stripped(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
 
 
 def _is_number(value: object) -> bool:

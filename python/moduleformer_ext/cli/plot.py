@@ -48,15 +48,14 @@ def run(*runs: Annotated[Path, Parameter(help="run directories")], options: Opti
         return 0
     rows = []
     for name, curve in curves.items():
-        scored = [f"{bits:.4f}" for bits in list(curve.held_out.values())[-1:]]
+        scored = f"{[*curve.held_out.values()][-1]:.4f}" if curve.held_out else None
         rows.append(
             (
                 name,
                 curve.steps[-1],
                 curve.tokens[-1],
                 f"{curve.smoothed(options.smoothing)[-1]:.4f}",
-                *scored,
-                *[None] * (not scored),
+                scored,
             )
         )
     print(table(["run", "steps", "tokens", options.metric, "held-out bits/byte"], rows))

@@ -5,7 +5,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from cyclopts import Group, Parameter
@@ -46,6 +46,7 @@ _GROUPS = {
 }
 """The first option of every group in the help; those after it belong to it."""
 HELP_GROUPS = {title: Group(title, sort_key=number) for number, title in enumerate(_GROUPS.values())}
+_OTHER_NAMES = {"log": ("--log-to", "--log")}
 Assignments = tuple[Annotated[Text, AfterValidator(_check_assignment)], ...]
 
 
@@ -55,10 +56,6 @@ class Flags(RunOptions):
 
     model: Annotated[Assignments, Parameter(name="--model", group=HELP_GROUPS["Model"])] = ()
     """model configuration fields that replace those of the preset, as FIELD=VALUE"""
-    log: Annotated[
-        tuple[Literal["tensorboard"], ...], Parameter(name=("--log-to", "--log"), group=HELP_GROUPS["Records"])
-    ] = ()
-    """also write the figures of metrics.jsonl for TensorBoard"""
 
     def given(self, file: Path | None) -> dict[str, Any]:
         """The options of the file, with the flags that were given over them."""
@@ -74,7 +71,7 @@ def _group_options() -> None:
     for name in RunOptions.model_fields:
         title = _GROUPS.get(name, title)
         field = Flags.model_fields[name]
-        field.metadata = [*field.metadata, Parameter(group=HELP_GROUPS[title])]
+        field.metadata = [*field.metadata, Parameter(name=_OTHER_NAMES.get(name), group=HELP_GROUPS[title])]
 
 
 _group_options()

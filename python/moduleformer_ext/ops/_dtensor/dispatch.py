@@ -32,11 +32,11 @@ def register(rule: Rule) -> None:
 
 
 def _serve(op: str, run: Callable[[Callable[..., Any], Arguments], Any]) -> None:
-    names = [argument.name for argument in getattr(torch.ops.moduleformer_ext, op).default._schema.arguments]
+    schema = getattr(torch.ops.moduleformer_ext, op).default._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema}
 
     def dispatch(_cls: type, function: Any, _types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        defaults = {argument.name: argument.default_value for argument in function._schema.arguments}
-        arguments = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        arguments = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
         with torch.no_grad():
             return run(function, arguments)
 
