@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from moduleformer_ext import __version__
-from moduleformer_ext.cli import GROUPS, VERBS, main
+from moduleformer_ext.cli import GROUPS, VERBS, chat, main
 from moduleformer_ext.data import load_tokenizer
 from moduleformer_ext.models import MoLMForCausalLM
 
@@ -222,6 +223,16 @@ class Terminal:
         self.shown = ""
         os.write(self.descriptor, text.encode())
 
+    def interrupt(self, times: int = 1) -> None:
+        """Ctrl-C, as often as that within milliseconds; then waits until a prompt is there and nothing comes after."""
+        self.shown = ""
+        for _ in range(times):
+            self.process.send_signal(signal.SIGINT)
+            time.sleep(0.002)
+        self.wait_for("\n> ")
+        while select.select([self.descriptor], [], [], 0.5)[0]:
+            self.shown += os.read(self.descriptor, 65536).decode(errors="replace")
+
     def close(self) -> int:
         deadline = time.monotonic() + 30
         while self.process.poll() is None and time.monotonic() < deadline:
@@ -241,12 +252,10 @@ def test_chat_on_a_terminal(run: Path, tmp_path: Path) -> None:
     terminal.type("word1 word2\n")
     terminal.wait_for("word1 word2\r\n")
     time.sleep(1)  # it answers
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for("\n> ")
-    assert terminal.process.poll() is None
-    terminal.process.send_signal(signal.SIGINT)  # at the prompt: a new line
+    for times in (1, 1, 30):  # then at the prompt: a new line
+        terminal.interrupt(times)
     terminal.type("/reset\n")
-    terminal.wait_for("/reset\r\n")
+    terminal.wait_for("/reset\r\n> ")
     terminal.type("\x04")
     assert terminal.close() == 0
     history = tmp_path / "moduleformer-ext" / "chat_history"
@@ -259,6 +268,15 @@ def test_chat_on_a_terminal(run: Path, tmp_path: Path) -> None:
     again.wait_for("\n> ")
     again.type("\x04")
     assert again.close() == 0
+
+
+def test_a_second_interrupt_finds_nothing_to_end(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the prompt, and once more while the new line for it is written."""
+    prompt = Mock(side_effect=[KeyboardInterrupt, EOFError])
+    monkeypatch.setattr("builtins.input", prompt)
+    monkeypatch.setattr(chat, "print", lambda *_: signal.raise_signal(signal.SIGINT), raising=False)
+    assert main(["chat", str(run)]) == 0
+    assert prompt.call_count == 2
 
 
 def test_chat_in_a_pipe(run: Path, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from tokenizers import Tokenizer
 
@@ -36,24 +39,55 @@ def run(source: Model, /, *, options: Options = Options()) -> int:
     end = end_of_text_id(tokenizer)
     said = [end]
     turn = 0
-    with _history():
+    with _Interrupts() as interrupts, _history():
         if sys.stdin.isatty():
             print(_HINT)
-        while (message := _read()) is not None:
+        while (message := _read(interrupts)) is not None:
             if message.strip() == _RESET:
                 said = [end]
             elif message:
                 said += encode_texts(tokenizer, [f"{message}\n"])[0]
                 seed = None if options.seed is None else options.seed + turn
-                said += _answer(model, tokenizer, said[-options.remember :], options, seed)
+                said += _answer(interrupts, model, tokenizer, said[-options.remember :], options, seed)
                 turn += 1
     return 0
 
 
-def _read() -> str | None:
+class _Interrupts:
+    """While open, Ctrl-C interrupts only what runs under `heard`, and that once: a second one finds nothing to end."""
+
+    def __init__(self) -> None:
+        self._heard = False
+
+    def __enter__(self) -> "_Interrupts":
+        self._own = threading.current_thread() is threading.main_thread()  # only it may set handlers
+        if self._own:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._own:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self._heard:
+            self._heard = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        self._heard = True
+        try:
+            yield
+        finally:
+            self._heard = False
+
+
+def _read(interrupts: _Interrupts) -> str | None:
     """The next message; None at the end, nothing for what is no message."""
     try:
-        message = input("> " if sys.stdin.isatty() else "")
+        with interrupts.heard():
+            message = input("> " if sys.stdin.isatty() else "")
         message.encode()
     except EOFError:
         if sys.stdin.isatty():
@@ -69,19 +103,25 @@ def _read() -> str | None:
 
 
 def _answer(
-    model: MoLMForCausalLM, tokenizer: Tokenizer, said: list[int], options: Options, seed: int | None
+    interrupts: _Interrupts,
+    model: MoLMForCausalLM,
+    tokenizer: Tokenizer,
+    said: list[int],
+    options: Options,
+    seed: int | None,
 ) -> list[int]:
     """Write an answer as it comes, until Ctrl-C at the latest; returns its tokens, a line's end the last."""
     text, tokens, written = sampling.Text(tokenizer), list[int](), ""
     try:
-        for token in options.stream(model, said, end_of_text_id(tokenizer), seed):
-            tokens.append(token)
-            piece = text.add(token)
-            written += piece
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            if options.one_line and "\n" in written.lstrip():
-                break
+        with interrupts.heard():
+            for token in options.stream(model, said, end_of_text_id(tokenizer), seed):
+                tokens.append(token)
+                piece = text.add(token)
+                written += piece
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                if options.one_line and "\n" in written.lstrip():
+                    break
     except KeyboardInterrupt:
         pass
     if not written.endswith("\n"):
