@@ -82,8 +82,9 @@ demo: $(STAMP)
 	@$(MAKE) --no-print-directory build $(if $(wildcard $(EVERYTHING)),,MFX_NATIVE=1)
 	$(PY) -m moduleformer_ext.cli demo --run runs/demo
 
+# Most tests are one thread's work: a process per core.
 test: build
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -m 'not slow' -n '$(MAX_JOBS)'
 	@$(MAKE) --no-print-directory test-emulated
 
 # The emulator's own tests, then those of the CUDA kernels on it; skipped where there is no nvcc.

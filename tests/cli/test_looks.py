@@ -223,12 +223,10 @@ class Terminal:
         self.shown = ""
         os.write(self.descriptor, text.encode())
 
-    def interrupt(self, times: int = 1) -> None:
-        """Ctrl-C, as often as that within milliseconds; then waits until a prompt is there and nothing comes after."""
+    def interrupt(self) -> None:
+        """Ctrl-C; then waits until a prompt is there and nothing comes after, so that readline listens."""
         self.shown = ""
-        for _ in range(times):
-            self.process.send_signal(signal.SIGINT)
-            time.sleep(0.002)
+        self.process.send_signal(signal.SIGINT)
         self.wait_for("\n> ")
         while select.select([self.descriptor], [], [], 0.5)[0]:
             self.shown += os.read(self.descriptor, 65536).decode(errors="replace")
@@ -252,8 +250,8 @@ def test_chat_on_a_terminal(run: Path, tmp_path: Path) -> None:
     terminal.type("word1 word2\n")
     terminal.wait_for("word1 word2\r\n")
     time.sleep(1)  # it answers
-    for times in (1, 1, 30):  # then at the prompt: a new line
-        terminal.interrupt(times)
+    terminal.interrupt()
+    terminal.interrupt()  # at the prompt: a new line
     terminal.type("/reset\n")
     terminal.wait_for("/reset\r\n> ")
     terminal.type("\x04")
