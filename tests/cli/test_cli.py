@@ -124,6 +124,19 @@ def test_unknown_model_field_is_named(corpus: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [["--gather-dtype", "bf16"], ["--no-reshard"], ["--background-checkpoints"]], ids=lambda flags: flags[0]
+)
+def test_options_of_several_processes_are_refused_alone(
+    flags: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--run", str(tmp_path / "run"), "--text", f"words={corpus}", *FLAGS, *flags]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"{flags[0]}: takes several processes; start them with torchrun, or leave it out" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_ctrl_c_saves_and_resume_finishes(corpus: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     flags = [*FLAGS, "--steps", "100000", "--checkpoint-every", "100000", "--log-every", "1"]

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moduleformer_ext.data import LaneReader, TokenStream
 from moduleformer_ext.distributed import Processes
-from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
+from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM, shards
+from moduleformer_ext.models.shards import described_shards
 from moduleformer_ext.train import TrainConfig, Trainer, evaluate
 from moduleformer_ext.train.checkpoints import CheckpointStore
 from moduleformer_ext.train.sharded import ShardedTrainer
@@ -223,6 +224,42 @@ def test_wrong_checkpoints_are_refused_alike(pair: Ranks, tmp_path: Path) -> Non
     (checkpoint / "trainer.json").write_text(json.dumps({**scalars, "steps": 9}))
     first, second = pair.run(_refusal, tmp_path, {})
     assert first == second and first.endswith("has steps 9, but the run has 6")
+
+
+def test_damaged_shards_are_refused_by_one_process(
+    pair: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.run(_save_and_go_on, tmp_path, {}, {}, 1)
+    checkpoint = tmp_path / "step-00000001"
+    names = sorted(path.name for path in (checkpoint / "shards").iterdir())
+    contents = {name: (checkpoint / "shards" / name).read_bytes() for name in names}
+
+    def refusal(*lost: str) -> str:
+        for name, content in contents.items():
+            (checkpoint / "shards" / name).write_bytes(content)
+        for name in lost:
+            (checkpoint / "shards" / name).unlink()
+        with pytest.raises(ValueError, match="step-00000001") as error:
+            MoLMForCausalLM.from_pretrained(checkpoint)
+        return str(error.value)
+
+    assert "it must have files shard-...-model-...-of-....safetensors, got none" in refusal(*names)
+    assert "must have files of 5 kinds, got none of kind 2" in refusal(
+        *(name for name in names if "model-00002" in name)
+    )
+    assert "elements, got " in refusal(names[0])
+
+    def lost_meanwhile(directory: Path) -> Any:
+        found = described_shards(directory)
+        for path in (directory / "shards").glob("*model-00002*"):
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(shards, "described_shards", lost_meanwhile)
+    for name, content in contents.items():
+        (checkpoint / "shards" / name).write_bytes(content)
+    with pytest.raises((OSError, ValueError), match=r"checkpoint: '.*step-00000001': process 0: "):
+        MoLMForCausalLM.from_pretrained(checkpoint)
 
 
 def _failing_save(folder: Path) -> str:

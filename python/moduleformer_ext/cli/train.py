@@ -15,7 +15,7 @@ from moduleformer_ext._version import __version__
 from moduleformer_ext.cli import INTERRUPTED
 from moduleformer_ext.cli.source import check_device
 from moduleformer_ext.data import STANDARD_DOMAINS, check_sources, end_of_text_id, load_tokenizer, share_lanes
-from moduleformer_ext.distributed import is_restart, joined
+from moduleformer_ext.distributed import is_restart, joined, started_by_torchrun
 from moduleformer_ext.records import Text
 from moduleformer_ext.train import RunDirectory, Size, TrainConfig, is_run, run_session
 from moduleformer_ext.train.config import RunOptions, read_options
@@ -120,8 +120,21 @@ def run(
     return start(options, started, lambda: RunDirectory.create(new, options))
 
 
+_OF_SEVERAL_PROCESSES = {
+    "gather_dtype": "--gather-dtype",
+    "reshard": "--no-reshard",
+    "background_checkpoints": "--background-checkpoints",
+}
+"""Options that one process alone has no use for, and their flags."""
+
+
 def check_surroundings(config: TrainConfig) -> None:
-    """Refuse what will not be found, before anything is written: texts, a device, packages, a lane for every domain."""
+    """Refuse what will not be found, before anything is written: other processes, texts, a device, packages, a lane for
+    every domain.
+    """
+    for name, flag in _OF_SEVERAL_PROCESSES.items():
+        if not started_by_torchrun() and getattr(config, name) != TrainConfig.model_fields[name].default:
+            raise ValueError(f"{flag}: takes several processes; start them with torchrun, or leave it out")
     check_device(config.device)
     domains = check_sources(config.text) or STANDARD_DOMAINS
     share_lanes(dict.fromkeys(domains, 1), config.batch_size, config.domain_exponent)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from moduleformer_ext.models.shards import SHARDS
+from moduleformer_ext.models.shards import SHARDS, as_errors
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class BackgroundWrite:
         Raises:
             ValueError, OSError: some process failed.
         """
-        with _as_errors(self.directory):
+        with as_errors(self.directory):
             self.pending.result()
 
 
@@ -58,7 +56,7 @@ def save_shards(
     kinds = sorted({_file_of(name) for name in tensors})
     numbers = {name: kinds.index(_file_of(name)) + 1 for name in tensors}
     writer = HuggingFaceStorageWriter(str(directory / SHARDS), numbers, save_distributed=True)
-    with _as_errors(directory):
+    with as_errors(directory):
         if background is None:
             save(dict(tensors), storage_writer=writer)
             return None
@@ -76,19 +74,8 @@ def load_shards(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     together.
     """
     reader = HuggingFaceStorageReader(str(directory / SHARDS))
-    with _as_errors(directory):
+    with as_errors(directory):
         load(dict(tensors), storage_reader=reader)
-
-
-@contextmanager
-def _as_errors(directory: Path) -> Iterator[None]:
-    """What goes wrong on one process is raised on all, as a ValueError or OSError that names the checkpoint."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        known = OSError if isinstance(cause, OSError) else ValueError
-        raise known(f"checkpoint: '{directory}': process {rank}: {cause}") from error
 
 
 def by_lanes(own: Tensor, mesh: DeviceMesh) -> DTensor:

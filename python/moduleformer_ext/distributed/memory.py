@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moduleformer_ext.distributed.sharding import DTYPES, units
 from moduleformer_ext.models import KVCache, MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.models.presets import PRESETS
 from moduleformer_ext.nn import LayerCache
@@ -149,15 +150,12 @@ def _elements(module: nn.Module) -> int:
 
 
 def _gathered(model: MoLMForCausalLM, gather_dtype: torch.dtype | None, reshard: bool) -> int:
-    """In the units of :func:`~moduleformer_ext.distributed.sharding.shard_model`."""
     size = _FLOAT if gather_dtype is None else gather_dtype.itemsize
-    units = []
-    for block in model.transformer.h:
-        experts = _elements(block.get_submodule("mlpf"))
-        units += [experts, _elements(block) - experts]
-    outside = _elements(model) - sum(units)
-    at_once = sum(sorted(units)[-2:]) if reshard else sum(units)
-    return size * (outside + at_once) + _FLOAT * max([outside, *units])
+    found = units(model)
+    elements = [sum(parameter.numel() for parameter in unit.parameters) for unit in found]
+    in_layers = [count for unit, count in zip(found, elements, strict=True) if unit.in_layer]
+    at_once = sum(sorted(in_layers)[-2:]) if reshard else sum(in_layers)
+    return size * (sum(elements) - sum(in_layers) + at_once) + _FLOAT * max(elements)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -168,11 +166,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--lanes", type=int, default=1, help="of one process")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--gather-dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--gather-dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--no-reshard", action="store_true")
     given = parser.parse_args(words)
-    dtypes = {"fp32": None, "bf16": torch.bfloat16}
     names = [field.name for field in fields(MemoryPerProcess)]
     print("| processes | " + " | ".join(names) + " | total, GB |")
     print("|---" * (len(names) + 2) + "|")
@@ -183,8 +180,8 @@ def main(words: Sequence[str] | None = None) -> None:
             lanes=given.lanes,
             micro_batches=given.micro_batches,
             recompute=given.activation_checkpointing,
-            autocast=dtypes[given.dtype],
-            gather_dtype=dtypes[given.gather_dtype],
+            autocast=DTYPES[given.dtype],
+            gather_dtype=DTYPES[given.gather_dtype],
             reshard=not given.no_reshard,
         )
         cells = [getattr(memory, name) for name in names] + [memory.total]

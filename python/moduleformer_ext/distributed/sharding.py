@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,31 @@ from moduleformer_ext.models.blocks import draw, make_block
 from moduleformer_ext.nn import Block, Linear
 from moduleformer_ext.nn.segments import whole_name
 
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+"""What options call the types that parameters are gathered in, and autocast to; None leaves them as they are."""
+
+
+class Unit(NamedTuple):
+    """What is gathered at once."""
+
+    module: nn.Module
+    parameters: list[nn.Parameter]
+    in_layer: bool
+    """Whether it can be freed between the forward and the backward pass."""
+
+
+def units(model: MoLMForCausalLM) -> list[Unit]:
+    """A model's units: the feed-forward experts of a layer with their router, the rest of the layer, and what is
+    outside of the layers.
+    """
+    modules = [(module, True) for block in blocks(model) for module in (block.mlpf, block)] + [(model, False)]
+    found, known = [], set[nn.Parameter]()
+    for module, in_layer in modules:
+        parameters = [parameter for parameter in module.parameters() if parameter not in known]
+        known |= set(parameters)
+        found.append(Unit(module, parameters, in_layer))
+    return found
+
 
 def shard_model(
     model: MoLMForCausalLM,
@@ -25,10 +50,7 @@ def shard_model(
     gather_dtype: torch.dtype | None = None,
     reshard: bool = True,
 ) -> None:
-    """Shard a model, which may be on the meta device, over a mesh of one dimension.
-
-    What is gathered at once: the feed-forward experts of a layer with their router, the rest of the layer, and what is
-    outside of the layers.
+    """Shard a model, which may be on the meta device, over a mesh of one dimension, in its :func:`units`.
 
     Args:
         gather_dtype: of the parameters while they are computed with; None: their own. bfloat16 halves what is sent, and
@@ -38,20 +60,14 @@ def shard_model(
     # The blocks add what the experts give, in no place.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w*MixtureOfFFN\) returned a view", UserWarning)
     policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-
-    def shard(module: nn.Module, reshard: bool) -> None:
+    for unit in units(model):
         fully_shard(
-            module,
+            unit.module,
             mesh=mesh,
             mp_policy=policy,
-            reshard_after_forward=reshard,
+            reshard_after_forward=reshard and unit.in_layer,
             shard_placement_fn=lambda parameter: _placement(parameter, mesh.size()),
         )
-
-    for block in blocks(model):
-        shard(block.mlpf, reshard)
-        shard(block, reshard)
-    shard(model, False)
 
 
 def blocks(model: MoLMForCausalLM) -> Iterator[Block]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ SHARDS = "shards"
 """The folder of them, beside config.json."""
 MODEL = "model."
 """Beginning of the names of the model's own tensors in them."""
+_FILE = re.compile(r"shard-\d+-model-(\d+)-of-(\d+)\.safetensors")
 
 
 def has_shards(directory: Path) -> bool:
@@ -29,28 +32,59 @@ def described_shards(directory: Path) -> dict[str, TensorStorageMetadata]:
     """Size, type and pieces of every tensor in the shards of a checkpoint.
 
     Raises:
-        ValueError: a shard is damaged, or a piece is missing.
+        ValueError: a shard is damaged or missing, or holds a piece of another checkpoint.
     """
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+    folder = directory / SHARDS
+    if (absent := _absent(folder)) is not None:
+        raise ValueError(f"'{folder}' does not hold whole shards: {absent}")
     try:
-        metadata = HuggingFaceStorageReader(str(directory / SHARDS)).read_metadata()
+        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"'{directory / SHARDS}' does not hold whole shards: {error!r}") from error
+        raise ValueError(f"'{folder}' does not hold whole shards: {error!r}") from error
     described: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata  # type: ignore[assignment]
     for name, tensor in described.items():
         held = sum(chunk.sizes.numel() for chunk in tensor.chunks)
         if held != tensor.size.numel():
             raise ValueError(
-                f"'{directory / SHARDS}' does not hold whole shards: {name} must have {tensor.size.numel()} elements, "
-                f"got {held}"
+                f"'{folder}' does not hold whole shards: {name} must have {tensor.size.numel()} elements, got {held}"
             )
     return described
 
 
+def _absent(folder: Path) -> str | None:
+    """What the names of the files say is missing. A file that only some processes lack shows by its tensors."""
+    found = [match for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))]
+    if not found:
+        return "it must have files shard-...-model-...-of-....safetensors, got none"
+    count = max(int(match[2]) for match in found)
+    missing = set(range(1, count + 1)) - {int(match[1]) for match in found}
+    return f"it must have files of {count} kinds, got none of kind {min(missing)}" if missing else None
+
+
+@contextmanager
+def as_errors(directory: Path) -> Iterator[None]:
+    """What goes wrong in the engine of distributed checkpoints on one process is raised on all, as a ValueError or
+    OSError that names the checkpoint.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        known = OSError if isinstance(cause, OSError) else ValueError
+        raise known(f"checkpoint: '{directory}': process {rank}: {cause}") from error
+
+
 def read_shards(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The whole tensors of some names in the shards of a checkpoint, by one process."""
+    """The whole tensors of some names in the shards of a checkpoint, by one process.
+
+    Raises:
+        ValueError, OSError: as :func:`described_shards`, and for one that cannot be read.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -59,7 +93,8 @@ def read_shards(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Ten
         for name, tensor in described_shards(directory).items()
         if wanted(name)
     }
-    load(state, storage_reader=HuggingFaceStorageReader(str(directory / SHARDS)), no_dist=True)
+    with as_errors(directory):
+        load(state, storage_reader=HuggingFaceStorageReader(str(directory / SHARDS)), no_dist=True)
     return state
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from moduleformer_ext.data import LaneReader
 from moduleformer_ext.distributed import Processes
 from moduleformer_ext.distributed.checkpoint import BackgroundWrite, by_lanes, empty_by_lanes, load_shards, save_shards
-from moduleformer_ext.distributed.sharding import draw_weights, fill, load_weights, shard_model
+from moduleformer_ext.distributed.sharding import DTYPES, draw_weights, fill, load_weights, shard_model
 from moduleformer_ext.files import load_tensors, to_json, write_file
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.models.checkpoint import CONFIG_FILE, StoredWeights
@@ -22,7 +22,6 @@ from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.evaluation import total_usage
 from moduleformer_ext.train.trainer import TENSORS, Trainer, check_matching, compile_blocks
 
-_GATHER_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 _HISTORY, _OPTIMIZER, _RANDOM = "history.", "optimizer.", "rng."
 _APART = 1_000_003
 """Between the seeds of two processes."""
@@ -63,7 +62,7 @@ class ShardedTrainer(Trainer):
         set_trainable(model, config.trainable, embedding=config.train_embedding)
         if config.compile:
             compile_blocks(model)
-        shard_model(model, self.mesh, gather_dtype=_GATHER_DTYPES[config.gather_dtype], reshard=config.reshard)
+        shard_model(model, self.mesh, gather_dtype=DTYPES[config.gather_dtype], reshard=config.reshard)
         model.to_empty(device=self.device)
         if base is None:
             draw_weights(model)

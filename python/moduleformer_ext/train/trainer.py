@@ -199,7 +199,7 @@ class Trainer:
         except (OSError, ValueError) as error:
             raise ValueError(f"checkpoint: '{directory}' cannot be read: {error}") from error
         if "rng.cpu" not in tensors:
-            raise ValueError(f"checkpoint: '{directory / TENSORS}' has no random state")
+            raise ValueError(f"checkpoint: '{directory}' must hold a random state (rng.cpu), got none")
         stored = MoLMForCausalLM.from_pretrained(directory).state_dict()
         check_matching(directory, _shapes(self.model.state_dict()), _shapes(stored))
         self.model.load_state_dict(stored)
