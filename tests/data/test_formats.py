@@ -13,12 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from moduleformer_ext.data import text_files
-from moduleformer_ext.data.formats import check_packages, read_texts, stem
+from moduleformer_ext.data import formats, text_files
+from moduleformer_ext.data.formats import check_packages, stem
+from moduleformer_ext.data.texts import TextStore
 
 TEXTS = ["naïve one", "two\nlines", "日本"]
 LINES = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(TEXTS)).encode()
 RECORDS = [("#0", TEXTS[0]), ("#1", TEXTS[1]), ("#2", TEXTS[2])]
+
+
+def read_texts(path: Path, field: str = "text") -> list[tuple[str, str]]:
+    return [(part, str(text)) for part, text in formats.read_texts(path, TextStore(), field)]
 
 
 def _pyarrow_packed(codec: str) -> Callable[[bytes], bytes]:
@@ -62,38 +67,38 @@ def test_compressed_texts_and_records(suffix: str, tmp_path: Path) -> None:
     lines.write_bytes(PACKERS[suffix](LINES))
     twice = tmp_path / f"a.txt.gz{suffix}"
     twice.write_bytes(PACKERS[suffix](gzip.compress(b"deep")))
-    assert list(read_texts(text)) == [("", TEXTS[1])]
-    assert list(read_texts(lines)) == RECORDS
-    assert list(read_texts(twice)) == [("", "deep")]
+    assert read_texts(text) == [("", TEXTS[1])]
+    assert read_texts(lines) == RECORDS
+    assert read_texts(twice) == [("", "deep")]
     assert stem(lines) == stem(text) == "a"
     # what is compressed is so under any name, and a compressed file that was cut off is an error
     plain = tmp_path / "plain.txt"
     plain.write_bytes(PACKERS[suffix](b"one two three"))
-    assert list(read_texts(plain)) == [("", "one two three")]
+    assert read_texts(plain) == [("", "one two three")]
     lines.write_bytes(PACKERS[suffix](LINES)[:-20])
     with pytest.raises(ValueError, match=rf"a\.jsonl{suffix}' is not a whole"):
-        list(read_texts(lines))
+        read_texts(lines)
     lines.write_bytes(b"not packed")
     with pytest.raises(ValueError, match="as its name says, got something else"):
-        list(read_texts(lines))
+        read_texts(lines)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
 def test_tables(kind: str, tmp_path: Path) -> None:
     path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
     path.write_bytes(_table(kind, [TEXTS[0], None, " ", *TEXTS[1:]], "body"))
-    assert list(read_texts(path, "body")) == [("#0", TEXTS[0]), ("#3", TEXTS[1]), ("#4", TEXTS[2])]
+    assert read_texts(path, "body") == [("#0", TEXTS[0]), ("#3", TEXTS[1]), ("#4", TEXTS[2])]
     with pytest.raises(ValueError, match=r"the field 'text', got id, body; name one with --text-field"):
-        list(read_texts(path))
+        read_texts(path)
     with pytest.raises(ValueError, match="must have text in field 'id', got int64"):
-        list(read_texts(path, "id"))
+        read_texts(path, "id")
     whole = path.read_bytes()
     unnamed = tmp_path / "no-suffix"
     unnamed.write_bytes(whole)
-    assert len(list(read_texts(unnamed, "body"))) == 3
+    assert len(read_texts(unnamed, "body")) == 3
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"a\.(parquet|arrow)' is not a whole"):
-        list(read_texts(path, "body"))
+        read_texts(path, "body")
 
 
 def test_dictionary_columns(tmp_path: Path) -> None:
@@ -108,9 +113,9 @@ def test_dictionary_columns(tmp_path: Path) -> None:
 def test_json_lines_are_read_as_such_whatever_their_name(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(b"\n" + LINES.replace(b"\n", b"\r\n"))
-    assert list(read_texts(path)) == RECORDS
+    assert read_texts(path) == RECORDS
     with pytest.raises(ValueError, match=r"line 2 of .*the field 'body', got id, text"):
-        list(read_texts(path, "body"))
+        read_texts(path, "body")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_damaged_lines(line: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINES + line)
     with pytest.raises(ValueError, match=message):
-        list(read_texts(path))
+        read_texts(path)
 
 
 def test_json_that_is_one_value_stays_text(tmp_path: Path) -> None:
@@ -138,9 +143,9 @@ def test_json_that_is_one_value_stays_text(tmp_path: Path) -> None:
         ("c.txt", "{} and {}\n{}"),
     ):
         (tmp_path / name).write_text(content)
-        assert list(read_texts(tmp_path / name)) == [("", content)]
+        assert read_texts(tmp_path / name) == [("", content)]
     (tmp_path / "d").write_text('{"text": "one record"}')
-    assert list(read_texts(tmp_path / "d")) == [("#0", "one record")]
+    assert read_texts(tmp_path / "d") == [("#0", "one record")]
 
 
 def _archive(kind: str) -> bytes:
@@ -189,7 +194,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1....PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for read in (check_packages, lambda path: list(read_texts(path))):
+    for read in (check_packages, lambda path: read_texts(path)):
         with pytest.raises(ImportError, match=r"a\.parquet' is Parquet.*pip install 'moduleformer_ext\[data\]'"):
             read(path)
 
@@ -197,7 +202,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_texts_that_begin_like_something_else(tmp_path: Path) -> None:
     for content in ("BZh is how bzip2 begins", "PK is a name", "(µ/ý", "# %PDF-1.4"):
         (tmp_path / "a.txt").write_text(content)
-        assert list(read_texts(tmp_path / "a.txt")) == [("", content)]
+        assert read_texts(tmp_path / "a.txt") == [("", content)]
 
 
 def test_blank_lines_before_a_text(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from moduleformer_ext.data.lanes import LaneReader, Segment, share_lanes
 from moduleformer_ext.data.ngram import Bigram, NGram, Unigram, stream_bits
 from moduleformer_ext.data.split import Split, split_documents
 from moduleformer_ext.data.stream import TokenStream, tokenize, tokenize_domains
+from moduleformer_ext.data.texts import StoredText, TextStore
 from moduleformer_ext.data.tokenizer import (
     END_OF_TEXT,
     TOKENIZER,
@@ -41,6 +42,8 @@ __all__ = [
     "NGram",
     "Segment",
     "Split",
+    "StoredText",
+    "TextStore",
     "TokenStream",
     "Unigram",
     "build_dataset",

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from moduleformer_ext.data.formats import FIELD, check_packages, dataset_files, read_texts, stem
+from moduleformer_ext.data.texts import StoredText, TextStore
 
 # Tests are not part of every installation; the others are tables or generated text rather than code.
 _SKIPPED_FOLDERS = {
@@ -36,7 +37,17 @@ class Document:
 
     domain: str
     name: str
-    text: str
+    content: str | StoredText
+
+    @property
+    def text(self) -> str:
+        """All of it, in memory."""
+        return str(self.content)
+
+    @property
+    def stored(self) -> StoredText:
+        """The text as UTF-8, to be read in pieces."""
+        return StoredText.of(self.content) if isinstance(self.content, str) else self.content
 
 
 def standard_library() -> list[Document]:
@@ -129,30 +140,37 @@ def _without_repeated_paragraphs(documents: Sequence[Document]) -> list[Document
 
 def _distinct(documents: Iterable[Document]) -> list[Document]:
     """Drop blank documents and those whose text came before: a copy might fall into the other split."""
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     kept = []
     for document in documents:
-        if document.text.strip() and document.text not in seen:
-            seen.add(document.text)
+        text = document.stored
+        if not text.is_blank() and (digest := text.digest()) not in seen:
+            seen.add(digest)
             kept.append(document)
     return kept
 
 
-def text_files(sources: Sequence[str], *, field: str = FIELD, without: Path | None = None) -> list[Document]:
+def text_files(
+    sources: Sequence[str], *, field: str = FIELD, without: Path | None = None, scratch: Path | None = None
+) -> list[Document]:
     """Read text files and folders (recursively, hidden entries aside) as documents.
+
+    Their texts wait in a file without a name in the folder `scratch` (default: that of temporary files), which takes as
+    much of its disk as they have bytes; memory holds their names.
 
     Each source is `PATH` or `DOMAIN=PATH`; without a name the domain is the stem of the path. JSON lines, Parquet,
     Arrow and datasets that Hugging Face's library saved have a document per record, its text in `field`. Files that
     are not UTF-8 text, empty files, repeated contents and what is in the folder `without` are left out. A source
     without any text, an archive as a source and a damaged file are errors.
     """
+    store = TextStore(scratch)
     documents: list[Document] = []
     for source in sources:
         domain, root = _parse_source(source)
         found = []
         for path in _files_below(root, without):
             name = path.name if path == root else path.relative_to(root).as_posix()
-            texts = read_texts(path, field, named=path == root)
+            texts = read_texts(path, store, field, named=path == root)
             found += [Document(domain, f"{name}{part}", text) for part, text in texts]
         if not found:
             raise ValueError(f"text: no non-empty UTF-8 text file found at '{root}'")

@@ -1,17 +1,24 @@
 """The texts in a file: plain text, JSON lines, Parquet or Arrow, compressed or not. The content says which."""
 
 import bz2
+import codecs
 import gzip
 import importlib
 import json
 import lzma
 import re
+import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader, RawIOBase
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, Final, TypeVar
 
+from moduleformer_ext.data.texts import StoredText, TextStore
 from moduleformer_ext.files import read_json
 
 FIELD: Final = "text"
@@ -40,11 +47,12 @@ _LINES_SUFFIXES: Final = (".jsonl", ".ndjson", ".jsonlines")
 _SUFFIXES: Final = {
     ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4", ".parquet": "Parquet", ".arrow": "Arrow"
 }  # fmt: skip
-_UNPACK: Final[dict[str, Callable[[bytes], bytes]]] = {
-    "gzip": gzip.decompress,
-    "bzip2": bz2.decompress,
-    "xz": lzma.decompress,
-}
+_OPEN: Final[dict[str, Callable[[BinaryIO], Any]]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+_CHUNK: Final = 1 << 20
+"""Bytes that are read at a time."""
+_ROWS: Final = 1024
+"""Of Parquet that are read at a time."""
+_Result = TypeVar("_Result")
 
 
 def stem(path: Path) -> str:
@@ -84,11 +92,14 @@ def check_packages(path: Path) -> None:
         _pyarrow(path, kind)
 
 
-def read_texts(path: Path, field: str = FIELD, *, named: bool = False) -> Iterator[tuple[str, str]]:
-    """The texts of a file that are not blank, each with what tells it from others of the file: nothing for plain text,
-    `#3` for the fourth record.
+def read_texts(
+    path: Path, store: TextStore, field: str = FIELD, *, named: bool = False
+) -> Iterator[tuple[str, StoredText]]:
+    """The texts of a file that are not blank, moved piece by piece to a store, each with what tells it from others of
+    the file: nothing for plain text, `#3` for the fourth record.
 
     Args:
+        store: where the texts go.
         field: of the records of JSON lines, Parquet and Arrow.
         named: the file was asked for, and not only found in a folder: archives are errors rather than left out.
 
@@ -96,28 +107,96 @@ def read_texts(path: Path, field: str = FIELD, *, named: bool = False) -> Iterat
         ValueError: the file is damaged, or records have no such field; the message names file and line.
         ImportError: a package is missing; the message says which.
     """
-    content = path.read_bytes()
+    packings: list[str] = []
     suffixes = path.suffixes
-    while (kind := _kind(content)) in _COMPRESSED:
+    while (kind := _kind(_first(path, packings, lambda stream: stream.read(_HEAD)))) in _COMPRESSED:
         _check_suffix(path, suffixes, kind)
-        content = _unpack(path, kind, content)
+        packings.append(kind)
         suffixes = suffixes[:-1]
     if kind and kind not in _TABLES:
         if named:
             raise ValueError(f"text: '{path}' is a {kind}; unpack or convert it to text first")
         return
-    if not content.strip():
+    if not (start := _first(path, packings, _not_blank)):
         return
     _check_suffix(path, suffixes, kind)
-    if kind:
-        yield from _numbered(_column(path, kind, content, field))
-    elif (suffixes and suffixes[-1].lower() in _LINES_SUFFIXES) or _looks_like_lines(content, field):
-        yield from _numbered(_lines(path, content, field))
-    elif b"\0" not in content:
-        try:
-            yield "", content.decode()
-        except UnicodeDecodeError:
+    is_lines = bool(suffixes) and suffixes[-1].lower() in _LINES_SUFFIXES
+    if not (kind or is_lines) and start.startswith(b"{"):
+        is_lines = _first(path, packings, lambda stream: _looks_like_lines(stream, field))
+    with _opened(path, packings) as stream:
+        if kind or is_lines:
+            records = _column(path, kind, stream, field) if kind else _lines(path, stream, field)
+            for number, record in enumerate(records):
+                if (text := store.add([record])) is not None:
+                    yield f"#{number}", text
             return
+        try:
+            text = store.add(_decoded(stream))
+        except (_NotTextError, UnicodeDecodeError):
+            return
+        if text is not None:
+            yield "", text
+
+
+class _NotTextError(Exception):
+    """What looked like text has a zero byte."""
+
+
+def _decoded(stream: BinaryIO) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    while chunk := stream.read(_CHUNK):
+        if b"\0" in chunk:
+            raise _NotTextError
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
+
+
+def _not_blank(stream: BinaryIO) -> bytes:
+    """What the first bytes that are not blank begin with."""
+    return next((start for chunk in iter(lambda: stream.read(_CHUNK), b"") if (start := chunk.lstrip())), b"")
+
+
+def _first(path: Path, packings: Sequence[str], look: Callable[[BinaryIO], _Result]) -> _Result:
+    """What a look at the beginning of a file says."""
+    with _opened(path, packings) as stream:
+        return look(stream)
+
+
+@contextmanager
+def _opened(path: Path, packings: Sequence[str]) -> Iterator[BinaryIO]:
+    """A file as it is read after unpacking it, the outermost packing first."""
+    with ExitStack() as stack:
+        stream: BinaryIO = stack.enter_context(path.open("rb"))
+        for kind in packings:
+            with _whole(path, kind):
+                unpacked = stack.enter_context(_unpacker(path, kind, stream))
+            stream = stack.enter_context(BufferedReader(_Unpacked(path, kind, unpacked), _CHUNK))
+        yield stream
+
+
+class _Unpacked(RawIOBase):
+    """What a damaged file says while it is unpacked, with its name."""
+
+    def __init__(self, path: Path, kind: str, unpacked: BinaryIO) -> None:
+        self._path, self._kind, self._unpacked = path, kind, unpacked
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _whole(self._path, self._kind):
+            content = self._unpacked.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+@contextmanager
+def _whole(path: Path, kind: str) -> Iterator[None]:
+    """Errors of what reads a kind of file are about one that is damaged."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # pyarrow's own are among them
+        raise ValueError(f"text: '{path}' is not a whole {kind} file: {error}") from error
 
 
 def _kind(head: bytes) -> str:
@@ -132,17 +211,12 @@ def _check_suffix(path: Path, suffixes: list[str], kind: str) -> None:
         raise ValueError(f"text: '{path}' must be {said}, as its name says, got {kind or 'something else'}")
 
 
-def _unpack(path: Path, kind: str, content: bytes) -> bytes:
-    try:
-        if kind in _UNPACK:
-            return _UNPACK[kind](content)
-        if kind == "zstd" and sys.version_info >= (3, 14):
-            return bytes(importlib.import_module("compression.zstd").decompress(content))
-        pyarrow = _pyarrow(path, kind)
-        with pyarrow.CompressedInputStream(pyarrow.BufferReader(content), kind) as stream:
-            return bytes(stream.read())
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"text: '{path}' is not a whole {kind} file: {error}") from error
+def _unpacker(path: Path, kind: str, stream: BinaryIO) -> Any:
+    if kind in _OPEN:
+        return _OPEN[kind](stream)
+    if kind == "zstd" and sys.version_info >= (3, 14):
+        return importlib.import_module("compression.zstd").open(stream)
+    return _pyarrow(path, kind).CompressedInputStream(stream, kind)
 
 
 def _pyarrow(path: Path, kind: str) -> Any:
@@ -154,14 +228,9 @@ def _pyarrow(path: Path, kind: str) -> Any:
         ) from error
 
 
-def _numbered(texts: Iterator[str]) -> Iterator[tuple[str, str]]:
-    return ((f"#{number}", text) for number, text in enumerate(texts) if text.strip())
-
-
-def _looks_like_lines(content: bytes, field: str) -> bool:
+def _looks_like_lines(stream: BinaryIO, field: str) -> bool:
     """Whether the first two lines are JSON objects, or a single line is one that has the field."""
-    lines = content.split(b"\n", 64)[:64]
-    lines = [line for line in lines if line.strip()][:2]
+    lines = list(islice((line for line in islice(stream, 64) if line.strip()), 2))
     if not all(line.strip().startswith(b"{") and line.strip().endswith(b"}") for line in lines):
         return False
     try:
@@ -171,8 +240,8 @@ def _looks_like_lines(content: bytes, field: str) -> bool:
     return len(records) == 2 or (len(records) == 1 and field in records[0])
 
 
-def _lines(path: Path, content: bytes, field: str) -> Iterator[str]:
-    for number, line in enumerate(content.split(b"\n"), 1):
+def _lines(path: Path, stream: BinaryIO, field: str) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         try:
@@ -196,33 +265,39 @@ def _lacks(field: str, fields: str) -> str:
     return f"must be a record with the field '{field}', got {fields or 'none'}; name one with --text-field"
 
 
-def _column(path: Path, kind: str, content: bytes, field: str) -> Iterator[str]:
+def _column(path: Path, kind: str, stream: BinaryIO, field: str) -> Iterator[str]:
     pyarrow = _pyarrow(path, kind)
-    try:
-        schema, batches = _open_table(pyarrow, kind, content)
-    except (OSError, ValueError) as error:  # pyarrow's own are one of the two
-        raise ValueError(f"text: '{path}' is not a whole {kind} file: {error}") from error
-    if field not in schema.names:
-        raise ValueError(f"text: '{path}' {_lacks(field, ', '.join(schema.names))}")
-    kinds, column = pyarrow.types, schema.field(field).type
-    inner = column.value_type if kinds.is_dictionary(column) else column
-    if not (kinds.is_string(inner) or kinds.is_large_string(inner) or kinds.is_string_view(inner)):
-        raise ValueError(f"text: '{path}' must have text in field '{field}', got {column}")
-    try:
-        for batch in batches(field):
+    with TemporaryFile() as unpacked:
+        if not stream.seekable():  # tables begin at their end
+            shutil.copyfileobj(stream, unpacked, _CHUNK)
+            stream = unpacked
+        with _whole(path, kind):
+            schema, batches = _open_table(pyarrow, kind, stream)
+        if field not in schema.names:
+            raise ValueError(f"text: '{path}' {_lacks(field, ', '.join(schema.names))}")
+        kinds, column = pyarrow.types, schema.field(field).type
+        inner = column.value_type if kinds.is_dictionary(column) else column
+        if not (kinds.is_string(inner) or kinds.is_large_string(inner) or kinds.is_string_view(inner)):
+            raise ValueError(f"text: '{path}' must have text in field '{field}', got {column}")
+        source = iter(batches(field))
+        while True:
+            with _whole(path, kind):
+                batch = next(source, None)
+            if batch is None:
+                return
             yield from (text or "" for text in batch.column(field).to_pylist())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"text: '{path}' is not a whole {kind} file: {error}") from error
 
 
-def _open_table(pyarrow: Any, kind: str, content: bytes) -> tuple[Any, Callable[[str], Iterator[Any]]]:
+def _open_table(pyarrow: Any, kind: str, stream: BinaryIO) -> tuple[Any, Callable[[str], Iterator[Any]]]:
     """The schema, and what gives the batches with a column."""
-    buffer = pyarrow.BufferReader(content)
+    stream.seek(0)
     if kind == "Parquet":
-        file = importlib.import_module("pyarrow.parquet").ParquetFile(buffer)
-        return file.schema_arrow, lambda field: file.iter_batches(columns=[field])
-    if content.startswith(b"ARROW1"):
-        reader = pyarrow.ipc.open_file(buffer)
+        file = importlib.import_module("pyarrow.parquet").ParquetFile(stream)
+        return file.schema_arrow, lambda field: file.iter_batches(batch_size=_ROWS, columns=[field])
+    head = stream.read(_HEAD)
+    stream.seek(0)
+    if head.startswith(b"ARROW1"):
+        reader = pyarrow.ipc.open_file(stream)
         return reader.schema, lambda _: map(reader.get_batch, range(reader.num_record_batches))
-    stream = pyarrow.ipc.open_stream(buffer)
-    return stream.schema, lambda _: iter(stream)
+    table = pyarrow.ipc.open_stream(stream)
+    return table.schema, lambda _: iter(table)

@@ -58,12 +58,13 @@ def _reading_order(document: Document) -> tuple[float, str, str]:
 
 def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
     """Cut one document in two, the tail being about `fraction` of it."""
-    text = document.text
-    aim = round(len(text) * (1.0 - fraction))
-    at = text.rfind("\n", 0, aim) + 1 or text.rfind(" ", 0, aim) + 1 or aim
-    if not (text[:at].strip() and text[at:].strip()):
-        raise ValueError(f"text: '{document.name}' is too short ({len(text)} characters) to hold out a part of it")
-    return (
-        [Document(document.domain, f"{document.name}#train", text[:at])],
-        [Document(document.domain, f"{document.name}#held-out", text[at:])],
+    parts = document.stored.cut(1.0 - fraction)
+    if any(part.is_blank() for part in parts):
+        raise ValueError(
+            f"text: '{document.name}' is too short ({len(document.stored)} bytes) to hold out a part of it"
+        )
+    train, held_out = (
+        Document(document.domain, f"{document.name}#{side}", part)
+        for side, part in zip(("train", "held-out"), parts, strict=True)
     )
+    return [train], [held_out]

@@ -1,6 +1,7 @@
 """Token streams: the documents of one domain and split, end to end, in one memory-mapped array."""
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from moduleformer_ext.data.corpus import Document
-from moduleformer_ext.data.tokenizer import encode_texts, end_of_text_id
+from moduleformer_ext.data.texts import PIECE
+from moduleformer_ext.data.tokenizer import encode_texts, end_of_text_id, parts_lines
 from moduleformer_ext.display import progress
 from moduleformer_ext.files import writing
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-_DOCUMENTS_AT_ONCE = 256
+_BATCH = 8 * PIECE
+"""Characters that are encoded at a time, on as many threads as there are."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +40,44 @@ class TokenStream:
 def tokenize(
     documents: Sequence[Document], tokenizer: Tokenizer, advance: Callable[[int], None] = lambda _: None
 ) -> TokenStream:
-    """Encode documents in the given order; `advance` is told of documents as they are done."""
-    width = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    separator = np.array([end_of_text_id(tokenizer)], dtype=width)
-    pieces = [separator]
-    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
-        for ids in encode_texts(tokenizer, texts):
-            pieces += [np.array(ids, dtype=width), separator]
-        advance(len(texts))
-    num_bytes = sum(len(document.text.encode()) for document in documents)
-    return TokenStream(np.concatenate(pieces), num_bytes, len(documents))
+    """Encode documents in the given order; `advance` is told of the bytes of those that are done."""
+    code, width = ("H", np.uint16) if tokenizer.get_vocab_size() <= 2**16 else ("I", np.uint32)
+    separator = end_of_text_id(tokenizer)
+    ids, num_bytes = array(code, [separator]), 0
+    for batch in _batches(documents, PIECE if parts_lines(tokenizer) else None):
+        for (_, ends), piece_ids in zip(batch, encode_texts(tokenizer, [piece for piece, _ in batch]), strict=True):
+            ids.extend(piece_ids)
+            if ends:
+                ids.append(separator)
+        size = sum(len(piece.encode()) for piece, _ in batch)
+        num_bytes += size
+        advance(size)
+    return TokenStream(np.frombuffer(ids, dtype=width), num_bytes, len(documents))
+
+
+def _batches(documents: Iterable[Document], size: int | None) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of the documents, each with whether its document ends there, as many as are encoded together."""
+    batch: list[tuple[str, bool]] = []
+    room = _BATCH
+    for document in documents:
+        pieces = document.stored.pieces(size)
+        piece: str | None = next(pieces)
+        while piece is not None:
+            after = next(pieces, None)
+            batch.append((piece, after is None))
+            room -= len(piece)
+            if room <= 0:
+                yield batch
+                batch, room = [], _BATCH
+            piece = after
+    if batch:
+        yield batch
 
 
 def tokenize_domains(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, TokenStream]:
     """Encode documents into one stream per domain, showing progress."""
     domains = sorted({document.domain for document in documents})
-    with progress("tokenising", len(documents), keep=False) as bar:
+    with progress("tokenising", sum(len(document.stored) for document in documents), keep=False) as bar:
         return {
             domain: tokenize([d for d in documents if d.domain == domain], tokenizer, bar.advance) for domain in domains
         }

@@ -127,6 +127,21 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         tokenizer.encode_special_tokens = before
 
 
+_LINES = ("a\nb", "1\n2", ".\n(", "a\n's", "A\n#", "}\n_")
+
+
+def parts_lines(tokenizer: Tokenizer) -> bool:
+    """Whether lines are encoded alike together and one by one: no word goes beyond the end of a line, and none is
+    changed where a text begins or ends.
+    """
+    words = tokenizer.pre_tokenizer
+    if words is None or any(2 not in (start for _, (start, _) in words.pre_tokenize_str(line)) for line in _LINES):
+        return False
+    both = encode_texts(tokenizer, [*_LINES, *(line[:2] for line in _LINES), *(line[2:] for line in _LINES)])
+    count = len(_LINES)
+    return all(both[i] == both[count + i] + both[2 * count + i] for i in range(count))
+
+
 def _interruptible(work: Callable[[], _Result]) -> _Result:
     """Do `work`, which returns from native code only at its end, such that Ctrl-C does not wait for it."""
     results: list[_Result] = []

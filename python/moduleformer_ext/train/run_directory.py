@@ -150,7 +150,7 @@ class RunDirectory:
             return open_dataset(self.data)
         config = self.config
         if config.text:
-            documents = text_files(config.text, field=config.text_field, without=self.root)
+            documents = text_files(config.text, field=config.text_field, without=self.root, scratch=self.root)
         else:
             documents = standard_library()
         own = self.base / TOKENIZER if self.base.exists() else config.tokenizer
