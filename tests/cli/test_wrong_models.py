@@ -106,3 +106,16 @@ def test_a_vocabulary_beside_the_tokenizers(tmp_path: Path, capsys: pytest.Captu
     words = ["train", "--run", str(tmp_path / "run"), "--steps", "1", "--model", "vocab_size=3"]
     assert "vocab_size must be left out" in _complaint(words, capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_of_ours_that_contradicts_itself(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own"
+    assert main(["convert", str(run), str(own)]) == 0
+    _fields(own, num_experts=3)
+    assert "n_mlp_experts and num_experts are names of one field and must agree, got 8 and 3" in _complaint(
+        ["generate", str(own), "--prompt", "x"], capsys
+    )
+    _fields(own, num_experts=8)
+    assert main(["generate", str(own), "--prompt", "x", "--max-new-tokens", "1"]) == 0

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from moduleformer_ext.models import MoLMConfig
-from moduleformer_ext.models.published import FORMAT, MODEL_TYPE, is_own, without_aliases
+from moduleformer_ext.models.published import ALIASES, FORMAT, MODEL_TYPE, is_own, without_aliases
 
 FIELDS: tuple[str, ...] = tuple(MoLMConfig().to_dict())
 """What describes the model itself."""
@@ -30,20 +30,10 @@ class ModuleFormerConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "router_logits", "aux_loss"]
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "intermediate_size": "ffd_hidden",
-        "hidden_act": "activation_function",
-        "num_experts": "n_mlp_experts",
-        "num_local_experts": "n_mlp_experts",
-        "num_experts_per_tok": "k_mlp",
-        "router_aux_loss_coef": "aux_loss_weight",
-    }
+    attribute_map: ClassVar[dict[str, str]] = dict(ALIASES)
 
     def __post_init__(self, **fields: Any) -> None:
-        fields = without_aliases(fields, self.attribute_map)
+        fields = without_aliases(fields)
         own = {name: fields.pop(name) for name in FIELDS if name in fields}
         for name, value in MoLMConfig.from_dict(own).to_dict().items():
             setattr(self, name, value)
@@ -61,7 +51,7 @@ class ModuleFormerConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a config.json: of a published MoLM, whose fields mean what they meant in its implementation, or ours."""
         if not is_own(config_dict):
-            published = MoLMConfig.from_reference(without_aliases(config_dict, cls.attribute_map)).to_dict()
+            published = MoLMConfig.from_reference(config_dict).to_dict()
             config_dict = {n: v for n, v in config_dict.items() if n not in cls.attribute_map} | published
         return super().from_dict(config_dict, **kwargs)
 

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict  # pydantic reads the typing module's fr
 
 from moduleformer_ext.files import load_tensors, parse_json, read_json, replacing, save_tensors, write_file
 from moduleformer_ext.models.config import MoLMConfig
-from moduleformer_ext.models.published import FORMAT
+from moduleformer_ext.models.published import FORMAT, without_aliases
 from moduleformer_ext.models.shards import has_shards, read_model_shards
 from moduleformer_ext.models.state import canonical_state, router_dtype
 
@@ -117,8 +117,10 @@ def read_pretrained(directory: str | Path) -> tuple[MoLMConfig, dict[str, Tensor
     if not directory.is_dir():
         raise FileNotFoundError(f"from_pretrained: {directory} is not a directory")
     own = _own_config(directory / WEIGHTS_FILE)
-    published = _read_json(directory / CONFIG_FILE) if own is None else {}
+    published = _read_json(directory / CONFIG_FILE) if own is None or (directory / CONFIG_FILE).is_file() else {}
     try:
+        if own is not None:  # config.json may be of an earlier model, but not contradict itself
+            without_aliases(published)
         config = MoLMConfig.from_reference(published) if own is None else MoLMConfig.from_dict(own)
         if quantised := published.get("quantization_config"):
             kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised

@@ -55,11 +55,22 @@ _SHARED_DEFAULTS: dict[str, Any] = {
 }
 """Fields that mean the same in both formats, with what a published config.json leaves out."""
 
-_ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "ffd_hidden",
+    "hidden_act": "activation_function",
+    "num_experts": "n_mlp_experts",
+    "num_local_experts": "n_mlp_experts",
+    "num_experts_per_tok": "k_mlp",
+    "router_aux_loss_coef": "aux_loss_weight",
+}
+"""What transformers calls fields that have other names here."""
 _LAYER_NORM_EPSILON = 1e-5
 
 
-def without_aliases(fields: Mapping[str, Any], aliases: Mapping[str, str] = _ALIASES) -> dict[str, Any]:
+def without_aliases(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields under their own names.
 
     Raises:
@@ -68,7 +79,7 @@ def without_aliases(fields: Mapping[str, Any], aliases: Mapping[str, str] = _ALI
     own: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, value in fields.items():
-        target = aliases.get(name, name)
+        target = ALIASES.get(name, name)
         if target in own and own[target] != value:
             raise ValueError(
                 f"config.json: {names[target]} and {name} are names of one field and must agree, got {own[target]!r} "
