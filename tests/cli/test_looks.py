@@ -176,6 +176,9 @@ def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert picture.read_bytes() != drawn
     assert main(["plot"]) == 2
     assert "RUNS must be given" in capsys.readouterr().err
+    log.write_text("".join(json.dumps(record) + "\n" for record in records if record["event"] != "step"))
+    assert main(words) == 2
+    assert f"run: '{other}': metrics.jsonl has no figures of a step yet" in capsys.readouterr().err
 
 
 def test_shards_and_tokenizer_config(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,6 +172,36 @@ def test_concentrate_then_prune(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "convert {source} {source}/new",
+        "convert {run}/checkpoints/{last} {run}/checkpoints/new",
+        "prune {source} {source}/new --remaining 0.8",
+        "extend {source} {source}/deep/new --ffn 1",
+        "merge {source} {extended} {source}/new",
+        "merge {extended} {source} {source}/new",
+        "usage {source} {source}/new",
+        "finetune {source} --run {source}/new --steps 1",
+        "train --run {run}/new --steps 1",
+        "convert {extended} {run}/new",
+    ],
+)
+@pytest.mark.parametrize("kind", ["run", "model", "link"])
+def test_nothing_is_written_into_what_is_read(
+    words: str, kind: str, run: Path, extended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = extended if kind == "model" else run
+    if kind == "link":
+        source = tmp_path / "link"
+        source.symlink_to(run)
+    before = sorted(path for folder in (run, extended) for path in folder.rglob("*"))
+    names = {"source": source, "run": run, "extended": extended, "last": _last(run).name}
+    assert main(words.format(**names).split()) == 2
+    assert "new' must lie outside of '" in capsys.readouterr().err
+    assert sorted(path for folder in (run, extended) for path in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["prune", "{run}", "{tmp}/o", "--threshold", "2"], "--threshold must be at most 1, got 2"),

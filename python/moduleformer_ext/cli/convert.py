@@ -32,7 +32,7 @@ class Options(Record):
 
 def run(model: Model, output: Output, /, *, options: Options = Options()) -> int:
     """Write a model, with its tokenizer if it has one, as a new directory in the wanted format."""
-    check_new(output)
+    check_new(output, model)
     directory, tokenizer = locate(model)
     if options.max_shard_size is not None and options.to == "native":
         raise ValueError("--max-shard-size: is for published and hf; the native format is one file")

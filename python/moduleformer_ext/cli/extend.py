@@ -35,7 +35,7 @@ class Options(Record):
 
 def run(source: Model, output: Output, /, *, options: Options = Options()) -> int:
     """Write a model with more experts; train them with `moduleformer-ext finetune --trainable new`."""
-    check_new(output)
+    check_new(output, source)
     directory, tokenizer = locate(source)
     usage = _usage(options)
     model = MoLMForCausalLM.from_pretrained(directory)

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from moduleformer_ext.cli.source import Model, load_source, locate, run_of
 from moduleformer_ext.cli.train import HELP_GROUPS, NEW_RUN, ConfigFile, Flags, check_surroundings, start
 from moduleformer_ext.records import NonNegative
-from moduleformer_ext.train import RunDirectory, TrainConfig
+from moduleformer_ext.train import RunDirectory, TrainConfig, check_outside
 from moduleformer_ext.train.finetune import finetuned_config
 
 _KEPT = "what the model's own run read is kept unless given"
@@ -34,6 +34,7 @@ def run(
 ) -> int:
     """Start a run from a trained model."""
     started = time.monotonic()
+    check_outside(run, base)
     given = options.given(config)
     if fixed := [name for name in _FIXED if name in given]:
         raise ValueError(f"--{fixed[0].replace('_', '-')}: must be left out, the model has its own")

@@ -19,8 +19,8 @@ def run(
     /,
 ) -> int:
     """Write a model with the experts of both."""
-    check_new(output)
     directories, tokenizers = zip(*map(locate, (first, second)), strict=True)
+    check_new(output, first, second)
     texts = [_content(path) for path in tokenizers]
     if texts[0] != texts[1]:
         raise ValueError(f"models must have the same tokenizer, got '{tokenizers[0]}' and '{tokenizers[1]}'")

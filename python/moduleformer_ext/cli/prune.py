@@ -51,7 +51,7 @@ def run(source: Model, output: Output, /, *, options: Options = Options()) -> in
     if options.usage and options.text:
         raise ValueError("--usage: gives the counts already; leave --text out")
     if not options.dry_run:
-        check_new(output)
+        check_new(output, source)
     model, tokenizer = options.load(source)
     usage = _usage(options, source, model, tokenizer)
     make = plan_by_size if options.threshold is None else plan_by_threshold

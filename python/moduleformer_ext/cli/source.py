@@ -16,7 +16,7 @@ from moduleformer_ext.data import TOKENIZER, find_tokenizer, load_tokenizer, wri
 from moduleformer_ext.files import new_directory
 from moduleformer_ext.models import MoLMForCausalLM
 from moduleformer_ext.records import Record, Text
-from moduleformer_ext.train import RunDirectory, is_run
+from moduleformer_ext.train import RunDirectory, check_outside, is_run, run_around
 
 _HELP = "a run directory, or a directory with config.json, tokenizer.json and weights"
 Model = Annotated[Path, Parameter(name="model", help=_HELP)]
@@ -58,7 +58,7 @@ def _what_is_wrong(path: Path) -> str:
         return f"does not exist{fetch if hub else ''}"
     if (path / "adapter_config.json").is_file():
         return "is an adapter of peft, not a model; merge it into its model (merge_and_unload) and save that"
-    if run := next((parent for parent in path.resolve().parents if is_run(parent)), None):
+    if run := run_around(path):
         return f"is neither a run nor a model directory; it belongs to the run '{run}', name that"
     return "is neither a run nor a model directory (no config.json)"
 
@@ -108,10 +108,11 @@ def check_picture(path: Path) -> Path:
     return path
 
 
-def check_new(output: Path) -> None:
-    """Refuse an output that exists."""
+def check_new(output: Path, *sources: Path) -> None:
+    """Refuse an output that exists, or that would lie in a run or in one of the sources."""
     if output.exists():
         raise FileExistsError(f"'{output}' exists; name a folder to create")
+    check_outside(output, *sources)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def run(
     as_json: AsJson = False,
 ) -> int:
     """Count the experts' slots by domain; write counts, frequencies, divergences and heat maps."""
-    check_new(output)
+    check_new(output, source)
     model, tokenizer = options.load(source)
     usage = {domain: score.usage for domain, score in options.measure(source, model, tokenizer).items()}
     divergence = divergences(usage)

@@ -2,7 +2,7 @@
 
 from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.evaluation import Score, evaluate, overall_bits_per_byte
-from moduleformer_ext.train.run_directory import RunDirectory, is_run
+from moduleformer_ext.train.run_directory import RunDirectory, check_outside, is_run, run_around
 from moduleformer_ext.train.session import run_session
 from moduleformer_ext.train.sizing import Choice, Size, choose_size
 from moduleformer_ext.train.trainer import Trainer
@@ -14,9 +14,11 @@ __all__ = [
     "Size",
     "TrainConfig",
     "Trainer",
+    "check_outside",
     "choose_size",
     "evaluate",
     "is_run",
     "overall_bits_per_byte",
+    "run_around",
     "run_session",
 ]

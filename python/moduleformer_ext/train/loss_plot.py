@@ -27,12 +27,14 @@ class Curve:
         """From the records of metrics.jsonl; `model` is what they call the one that is trained.
 
         Raises:
-            ValueError: no step has such a figure.
+            ValueError: no step has such a figure, or none has any.
         """
         steps = [record for record in records if record.get("event") == "step"]
         names = sorted({name for record in steps for name, value in record.items() if isinstance(value, (int, float))})
+        if not names:
+            raise ValueError("metrics.jsonl has no figures of a step yet; they come as the run trains")
         if metric not in names:
-            raise ValueError(f"metric must be one of {', '.join(names) or 'none yet'}, got {metric}")
+            raise ValueError(f"metric must be one of {', '.join(names)}, got {metric}")
         curve = cls()
         for record in steps:
             curve.steps.append(record["step"])

@@ -68,6 +68,7 @@ class RunDirectory:
 
         `base` is a model to start from and its tokenizer, as `load_tokenizer` takes it; the run keeps copies of both.
         """
+        check_outside(root)
         run = cls(root, config)
         if not is_run(root) and root.exists() and (not root.is_dir() or any(p.name != _LOCK for p in root.iterdir())):
             raise FileExistsError(f"run: '{root}' is not an empty folder; choose another")
@@ -176,3 +177,18 @@ class RunDirectory:
 def is_run(root: Path) -> bool:
     """Whether `root` is a run directory."""
     return (root / _CONFIG).is_file()
+
+
+def run_around(path: Path) -> Path | None:
+    """The run that something lies in."""
+    return next((parent for parent in path.resolve().parents if is_run(parent)), None)
+
+
+def check_outside(new: Path, *sources: Path) -> None:
+    """Refuse a new folder in a run, or in what it is made of, which both have their own content."""
+    places = [source.resolve() for source in sources]
+    around = run_around(new) or next((place for place in places if place in new.resolve().parents), None)
+    if around is not None:
+        raise ValueError(
+            f"'{new}' must lie outside of '{around}', which is a run or what is read; choose another folder"
+        )
