@@ -84,14 +84,26 @@ struct KernelTraits<R (*)(A)> {
 template <auto kKernel>
 using Traits = KernelTraits<decltype(kKernel)>;
 
+// How a member is passed: the dispatcher looks at the tensors of a TensorList, not at those of a vector.
+template <typename Member>
+struct Passed {
+  using Type = Member;
+  static Member take(Member value) { return value; }
+};
+template <>
+struct Passed<std::vector<at::Tensor>> {
+  using Type = at::TensorList;
+  static std::vector<at::Tensor> take(at::TensorList list) { return list.vec(); }
+};
+
 // The kernel as a function of the members, one by one.
 template <auto kKernel, typename = typename Traits<kKernel>::Members>
 struct Unboxed;
 template <auto kKernel, typename... Member>
 struct Unboxed<kKernel, std::tuple<Member&...>> {
-  static typename Traits<kKernel>::Result call(Member... values) {
+  static typename Traits<kKernel>::Result call(typename Passed<Member>::Type... values) {
     typename Traits<kKernel>::Args args;
-    members(args) = std::tuple<Member...>(std::move(values)...);
+    members(args) = std::tuple<Member...>(Passed<Member>::take(std::move(values))...);
     return kKernel(std::move(args));
   }
 };
@@ -111,12 +123,16 @@ typename Traits<kKernel>::Result call(const typename Traits<kKernel>::Args& args
   return std::apply([](const auto&... member) { return op.call(member...); }, members(args));
 }
 
+// Registers what raises an error that names the argument, for sparse, quantized, nested tensors and the like.
+void refuse_other_layouts(torch::Library& library, const char* op);
+
 // Defines an op and registers its kernels: Definition(library, schema).kernel<&f>({CPU, CUDA}).kernel<&g>({Meta}).
 class Definition {
  public:
   Definition(torch::Library& library, const std::string& schema)
       : library_(library), name_(schema.substr(0, schema.find('('))) {
     library.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
+    refuse_other_layouts(library, name_.c_str());
   }
   template <auto kKernel>
   Definition& kernel(std::initializer_list<c10::DispatchKey> keys) {

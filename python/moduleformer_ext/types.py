@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 __all__ = ["ExpertLayout", "RouteTopK", "RoutingSums", "Segments"]
 
 Segments = Tensor | Sequence[Tensor]
-"""A parameter with an expert dimension: one tensor [E, ...], or consecutive segments [E_i, ...] of it."""
+"""A parameter with an expert dimension: one tensor [E, ...], or consecutive segments [E_i, ...] of it, a
+`torch.nn.ParameterList` among such sequences."""
 
 
 class RouteTopK(NamedTuple):

@@ -1,4 +1,6 @@
-"""Every tensor of every operator is looked at: one on another device, or of another type, is an error with its name."""
+"""Every tensor of every operator is looked at: one on another device, of another type or layout is an error with its
+name.
+"""
 
 import pytest
 import torch
@@ -42,4 +44,38 @@ def test_each_tensor_is_checked(name, change):
         if change == "meta" and len(tensors(args)) == 1:
             continue  # a meta tensor alone is well served
         with pytest.raises(ValueError, match=rf"^{op}\w*: [\w.]+ must "):
+            call.function(*args)
+
+
+LAYOUTS = {
+    "layout Sparse": Tensor.to_sparse,
+    "layout SparseCsr": Tensor.to_sparse_csr,
+    "layout SparseBsc": lambda t: t.to_sparse_bsc((1, 1)),
+    "layout Mkldnn": Tensor.to_mkldnn,
+    r"a quantized one \(QInt8\)": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "a nested one": lambda t: torch.nested.nested_tensor([t, t]),
+    r"(a nested one|layout Jagged)": lambda t: torch.nested.nested_tensor([t, t], layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls some of them beta, and others deprecated
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_each_layout_is_refused_by_name(name, layout):
+    call = CALLS[name]
+    leaves, spec = pytree.tree_flatten(call.args)
+    op = name.split("::")[1].removesuffix("_forward").removesuffix("_backward")
+    made = []
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            continue
+        try:
+            made.append((i, LAYOUTS[layout](leaf.detach())))
+        except (RuntimeError, ValueError, IndexError):
+            continue  # torch has no such tensor of this shape or type
+    if not made:
+        pytest.skip("no tensor of the operator can lie so")
+    for i, other in made:
+        args = pytree.tree_unflatten([*leaves[:i], other, *leaves[i + 1 :]], spec)
+        with pytest.raises(ValueError, match=rf"^{op}: \w+ must be a dense tensor with strides, got {layout}$"):
             call.function(*args)

@@ -370,6 +370,16 @@ def test_bad_biases(changes, message):
         expert_ffn(**arguments)
 
 
+def test_a_parameter_list_is_a_sequence_of_segments():
+    up, down = (torch.nn.ParameterList(weight.detach().clone().split([1, 2])) for weight in (UP, DOWN))
+    y = expert_ffn(X, up, down, LAYOUT, GATES)
+    assert torch.equal(y, expert_ffn(X, UP, DOWN, LAYOUT, GATES))
+    y.sum().backward()
+    assert all(part.grad is not None for part in (*up, *down))
+    with pytest.raises(ValueError, match="expert_ffn: up must be a tensor or a sequence of tensors, got ModuleList"):
+        expert_ffn(X, torch.nn.ModuleList(), down, LAYOUT, GATES)
+
+
 def test_bad_bias_of_one_product():
     with pytest.raises(ValueError, match=r"grouped_gemm: bias must have shape \[3, 6\], got shape \[3, 5\]"):
         grouped_gemm(X, UP, LAYOUT, bias=torch.zeros(3, 5))

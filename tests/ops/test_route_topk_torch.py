@@ -220,6 +220,15 @@ L = torch.zeros(4, 5)
             lambda: ops.route_topk_gmm(X, V, W[0], torch.ones(()), 1),
             r"centroids must be floating-point and have 2 .* \(6,\)",
         ),
+        (
+            lambda: ops.route_topk_gmm(X, V, W.to_sparse(), torch.ones(()), 1),
+            "route_topk_gmm: centroids must be a dense tensor with strides, got layout torch.sparse_coo",
+        ),
+        (
+            lambda: ops.route_topk_linear(X, V.to_sparse(), 1),
+            "route_topk: weight must be a dense .*, got layout Sparse",
+        ),
+        (lambda: ops.route_topk_linear(X, 3, 1), "route_topk_linear: weight must be a tensor or a sequence .* got int"),
         (lambda: ops.route_topk_gmm(X, V, W[:, 1:], torch.ones(()), 1), "centroids must have G = 6 columns"),
         (lambda: ops.route_topk_gmm(X, V, W, torch.ones(2), 1), r"temperature must be .* one element, got .* \(2,\)"),
         (
@@ -231,6 +240,15 @@ L = torch.zeros(4, 5)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_parameter_list_is_a_sequence_of_segments():
+    parts = torch.nn.ParameterList(W.detach().clone().split([2, 3]))
+    for route, expected in (
+        (ops.route_topk_mlp(X, V, B, parts, 2), ops.route_topk_mlp(X, V, B, W, 2)),
+        (ops.route_topk_gmm(X, V, parts, torch.ones(()), 2), ops.route_topk_gmm(X, V, W, torch.ones(()), 2)),
+    ):
+        assert torch.equal(route.gates, expected.gates)
 
 
 SMOKE = """

@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moduleformer_ext.types import Segments
 
@@ -10,7 +10,7 @@ def segments(op: str, argument: str, value: Segments) -> list[Tensor]:
     """The tensors of a parameter with an expert dimension."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, Sequence) and all(isinstance(segment, Tensor) for segment in value):
+    if isinstance(value, (Sequence, nn.ParameterList)) and all(isinstance(segment, Tensor) for segment in value):
         return list(value)
     raise ValueError(f"{op}: {argument} must be a tensor or a sequence of tensors, got {type(value).__name__}")
 
@@ -20,8 +20,17 @@ def joined(op: str, argument: str, value: Segments | None) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
     found = segments(op, argument, value)
+    for part in found:
+        check_dense(op, argument, part)
     kinds = {(part.dtype, part.device, *part.shape[1:]) for part in found if part.dim()}
     if len(kinds) != 1 or not all(part.dim() for part in found):
         shapes = ", ".join(f"{part.dtype} {list(part.shape)} on {part.device}" for part in found) or "none"
         raise ValueError(f"{op}: {argument} must have segments that agree in all but their experts, got {shapes}")
     return torch.cat(found)
+
+
+def check_dense(op: str, argument: str, tensor: Tensor) -> None:
+    """As the operators do, for a tensor that is computed with before they see it."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+        raise ValueError(f"{op}: {argument} must be a dense tensor with strides, got {kind}")

@@ -6,11 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moduleformer_ext.ops._segments import check_dense, segments
 from moduleformer_ext.types import RouteTopK, Segments
-
-
-def _segments(weight: Segments) -> list[Tensor]:
-    return [weight] if isinstance(weight, Tensor) else list(weight)
 
 
 def route_topk(
@@ -75,7 +72,9 @@ def route_topk_linear(
     Returns, raises: as :func:`route_topk`.
     """
     return RouteTopK(
-        *torch.ops.moduleformer_ext.route_topk(x, "linear", None, None, _segments(weight), k, order, noise, num_sampled)
+        *torch.ops.moduleformer_ext.route_topk(
+            x, "linear", None, None, segments("route_topk_linear", "weight", weight), k, order, noise, num_sampled
+        )
     )
 
 
@@ -106,7 +105,15 @@ def route_topk_mlp(
     """
     return RouteTopK(
         *torch.ops.moduleformer_ext.route_topk(
-            x, "mlp", hidden_weight, hidden_bias, _segments(weight), k, order, noise, num_sampled
+            x,
+            "mlp",
+            hidden_weight,
+            hidden_bias,
+            segments("route_topk_mlp", "weight", weight),
+            k,
+            order,
+            noise,
+            num_sampled,
         )
     )
 
@@ -135,6 +142,7 @@ def route_topk_gmm(
 
     Returns, raises: as :func:`route_topk`.
     """
+    check_dense("route_topk_gmm", "temperature", temperature)
     if temperature.numel() != 1 or not temperature.is_floating_point():
         raise ValueError(
             "route_topk_gmm: temperature must be a floating-point tensor with one element, got "
@@ -143,7 +151,8 @@ def route_topk_gmm(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = temperature.to(dtype).reshape(()).exp()
     weight = []
-    for centre in _segments(centroids):
+    for centre in segments("route_topk_gmm", "centroids", centroids):
+        check_dense("route_topk_gmm", "centroids", centre)
         if centre.dim() != 2 or not centre.is_floating_point():
             raise ValueError(
                 f"route_topk_gmm: centroids must be floating-point and have 2 dimensions, got {centre.dtype} of shape "
