@@ -303,7 +303,9 @@ def test_patched_where_transformers_has_no_choice(calls: list[str]) -> None:
     assert not hasattr(module, "is_transposed")
     arguments = torch.randn(30, 16), torch.rand(30, 4).argsort(1)[:, :2], torch.rand(30, 2)
     expected = run(module, *arguments)
-    for a, b in zip(run(hf_experts.patch(module), *arguments), expected, strict=True):
+    hf_experts.patch(module)
+    calls.clear()  # of the comparison with its own forward
+    for a, b in zip(run(module, *arguments), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert calls == ["grouped_gemm", "grouped_gemm"]
 
@@ -335,6 +337,84 @@ def test_patch_refuses_what_it_does_not_serve() -> None:
     module.gate_up_proj, module.down_proj = nn.Parameter(torch.zeros(3, 8, 5)), nn.Parameter(torch.zeros(3, 5, 3))
     with pytest.raises(ValueError, match=r"^patch: Module must store gate_up_proj .* got shapes \[3, 8, 5\]"):
         hf_experts.patch(module)
+
+
+class Experts(nn.Module):
+    """As an older transformers, or anybody, has them: no decorator, the gate within forward."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 5))
+        self.down_proj = nn.Parameter(torch.randn(3, 5, 4))
+        self.act_fn = nn.SiLU()
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        y = torch.zeros_like(hidden_states)
+        for token, (ids, weights) in enumerate(zip(top_k_index, top_k_weights, strict=True)):
+            for expert, weight in zip(ids, weights, strict=True):
+                up = self.gate_up_proj[expert] @ hidden_states[token]
+                y[token] += weight * (self.down_proj[expert] @ self.gate(*up.chunk(2)))
+        return y
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate) * up
+
+
+class Clamped(Experts):
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate.clamp(max=30)) * up
+
+
+class Halved(Experts):
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate) * up / 2
+
+
+class Sorted(Experts):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+class WeightsFirst(Experts):
+    def forward(self, hidden_states: Tensor, top_k_weights: Tensor, top_k_index: Tensor) -> Tensor:
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_experts_are_patched(dtype: torch.dtype) -> None:
+    module = Experts().to(dtype)
+    arguments = torch.randn(6, 5, dtype=dtype), torch.rand(6, 3).argsort(1)[:, :2], torch.rand(6, 2, dtype=dtype)
+    expected = module(*arguments)
+    before = torch.get_rng_state()
+    hf_experts.patch(module)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(module(*arguments), expected, rtol=0.05, atol=0.05)
+    assert isinstance(hf_experts.patch(Experts().to("meta")), Experts)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Sorted, r"^patch: Sorted must make \[T, D\] of hidden states .*, got TypeError: .*positional arguments"),
+        (WeightsFirst, r"WeightsFirst must make .* got \w+Error"),
+        (Halved, r"Halved must compute the sum of .*, got other values from its own forward"),
+        (Clamped, r"Clamped must compute the sum of"),
+        (lambda: Experts(act_fn=None), "Experts must make .* got TypeError: 'NoneType' object is not callable"),
+        (lambda: Experts(has_bias=True), r"Experts.gate_up_proj_bias must be a tensor \[E, out\], got NoneType"),
+        (lambda: Experts(is_transposed=True), r"Experts must make .* got \w+Error"),
+        (lambda: Experts().to(torch.float8_e4m3fn), r"Experts must make .* got \w+Error"),
+        (lambda: Experts(has_post_expert_norm=True, post_expert_norm=nn.LayerNorm(5)), "got other values"),
+    ],
+)
+def test_patch_refuses_what_would_fail_or_differ_later(make: Any, message: str) -> None:
+    model = nn.ModuleList([Experts(), make()])
+    before = [dict(vars(module)) for module in model]
+    with pytest.raises(ValueError, match=message):
+        hf_experts.patch(model)
+    assert [vars(module) for module in model] == before  # nothing was changed
 
 
 def test_weights_that_are_no_matrices_are_refused_by_name() -> None:

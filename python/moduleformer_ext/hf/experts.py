@@ -101,8 +101,9 @@ def patch(model: Model, *, routers: bool = False) -> Model:
         The model, changed in place.
 
     Raises:
-        ValueError: no module has such experts or, with `routers`, there is no router, or one routes by a rule that
-            `route_topk` has not.
+        ValueError: no module has such experts, one of them does not compute what its kind does, which a few tokens
+            show (unless it is on the meta device) or, with `routers`, there is no router, or one routes by a rule that
+            `route_topk` has not. The model is then as it was.
     """
     experts: list[Any] = [module for module in model.modules() if _has_experts(module)]
     if not experts:
@@ -116,9 +117,18 @@ def patch(model: Model, *, routers: bool = False) -> Model:
             f"patch: model must have routers of a class ...TopKRouter, got {type(model).__name__}, which has none"
         )
     orders = [_order(router) for router in found]  # all are known before anything changes
+    transposed = [getattr(module, "is_transposed", None) for module in experts]
+    try:
+        for module in experts:
+            if not hasattr(module, "is_transposed"):
+                module.is_transposed = _lies_transposed(module)
+            _check_experts(module)
+    except ValueError:
+        for module, before in zip(experts, transposed, strict=True):
+            if before is None and hasattr(module, "is_transposed"):
+                del module.is_transposed
+        raise
     for module in experts:
-        if not hasattr(module, "is_transposed"):
-            module.is_transposed = _lies_transposed(module)
         module.forward = partial(experts_forward, module)  # a bound method could not be pickled
     for router, order in zip(found, orders, strict=True):
         router.forward = partial(_route, router, order)
@@ -140,7 +150,12 @@ def _weight_and_bias(module: Any, name: str) -> tuple[Tensor, Tensor | None]:
             f"{NAME}: {type(module).__name__}.{name} must be a plain tensor [E, out, in], got {got}; "
             "quantised or distributed experts need another experts_implementation"
         )
-    bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", hasattr(module, f"{name}_bias")) else None
+    has_bias = getattr(module, "has_bias", hasattr(module, f"{name}_bias"))
+    bias = getattr(module, f"{name}_bias", None) if has_bias else None
+    if has_bias and not isinstance(bias, Tensor):
+        raise ValueError(
+            f"{NAME}: {type(module).__name__}.{name}_bias must be a tensor [E, out], got {type(bias).__name__}"
+        )
     return (weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)), bias
 
 
@@ -185,6 +200,40 @@ def _lies_transposed(module: Any) -> bool:
         f"patch: {type(module).__name__} must store gate_up_proj [E, 2F, D] and down_proj [E, D, F], or both "
         f"transposed, got shapes {list(module.gate_up_proj.shape)} and {list(module.down_proj.shape)}"
     )
+
+
+def _check_experts(module: Any) -> None:
+    """Compare what a module's own forward and ours make of some tokens; a forward that takes something else, another
+    gate or matrices that do not fit would only be found later, or never.
+    """
+    name = type(module).__name__
+    weight, _ = _weight_and_bias(module, "gate_up_proj" if _is_gated(module) else "up_proj")
+    if weight.is_meta:
+        return
+    experts, features, _ = weight.shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(_PROBES), features, generator=generator) * torch.tensor(_PROBES)[:, None]
+    ids = torch.arange(len(_PROBES)) % experts
+    arguments = x.to(weight), ids[:, None].to(weight.device), torch.full_like(x[:, :1], 0.5).to(weight)
+    with torch.no_grad():
+        try:
+            own, ours = (f(*arguments).float() for f in (module.forward, partial(experts_forward, module)))
+        except Exception as error:
+            raise ValueError(
+                f"patch: {name} must make [T, D] of hidden states [T, D], expert ids [T, K] and weights [T, K], got "
+                f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
+        tolerance = max(1e-3, 8 * torch.finfo(weight.dtype).eps)
+        finite = own.isfinite().all(-1)
+        if ((ours - own).norm(dim=-1) > tolerance * own.norm(dim=-1))[finite].any():
+            raise ValueError(
+                f"patch: {name} must compute the sum of w · down(gate(up x)) over a token's experts, got other values "
+                "from its own forward"
+            )
+
+
+_PROBES = (1.0, 1.0, 64.0, 64.0)
+"""How large the tokens are: gates that clamp show it to large ones."""
 
 
 # ---- Routers ----
