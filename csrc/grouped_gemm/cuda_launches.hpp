@@ -51,8 +51,11 @@ class Launches {
  private:
   RowMap map(const RoutedRows& rows, std::int64_t element_bytes);
   RowMap map(void* data, RowOrder order, std::int64_t columns, std::int64_t element_bytes);
+  // Whether what is read and written 16 bytes at a time lies at multiples of them: every row of a tensor, contiguous
+  // rows of so many columns at any such place, and there.
   bool aligned(const RowMap& map) const;
   bool aligned(const ExpertMatrices& matrices) const;
+  bool aligned(std::int64_t columns) const;
   bool aligned(const void* data, std::int64_t columns) const;
   const ProductInstance& choose(Product product, bool transposed, bool aligned);
   void launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params);

@@ -128,11 +128,18 @@ bool Launches::aligned(const RowMap& map) const {
 }
 
 bool Launches::aligned(const ExpertMatrices& matrices) const {
-  return matrices.row_bytes % 16 == 0 && std::all_of(matrices.data, matrices.data + matrices.segments, multiple_of_16);
+  // Segments of one matrix each have no distance between matrices.
+  const bool at_multiples = matrices.segments == layout_.num_experts || matrices.matrix_bytes % 16 == 0;
+  return at_multiples && matrices.row_bytes % 16 == 0 &&
+         std::all_of(matrices.data, matrices.data + matrices.segments, multiple_of_16);
+}
+
+bool Launches::aligned(std::int64_t columns) const {
+  return columns * element_size(dtype_) % 16 == 0;
 }
 
 bool Launches::aligned(const void* data, std::int64_t columns) const {
-  return multiple_of_16(data) && columns * element_size(dtype_) % 16 == 0;
+  return multiple_of_16(data) && aligned(columns);
 }
 
 const ProductInstance& Launches::choose(Product product, bool transposed, bool aligned) {
@@ -167,11 +174,11 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
   params.slot_order = layout_.slot_order;
   params.slots = static_cast<std::int32_t>(slots);
   const ActivationGradRows& hidden_grad = params.hidden_grad;
-  const bool all_aligned = aligned(params.rows) && aligned(params.matrices) && aligned(params.out) &&
-                           aligned(params.x) && aligned(params.bias, params.columns) &&
-                           aligned(params.hidden, params.columns) && aligned(hidden_grad.hidden, params.columns) &&
-                           aligned(hidden_grad.grad_hidden, params.columns) &&
-                           aligned(hidden_grad.gated, params.columns);
+  // The columns themselves: the second half of gated matrices begins there, and rows of x may be longer.
+  const bool all_aligned = aligned(params.rows) && aligned(params.matrices) && aligned(params.columns) &&
+                           aligned(params.out) && aligned(params.x) && multiple_of_16(params.bias) &&
+                           multiple_of_16(params.hidden) && multiple_of_16(hidden_grad.hidden) &&
+                           multiple_of_16(hidden_grad.grad_hidden) && multiple_of_16(hidden_grad.gated);
   const ProductInstance& instance = choose(product, params.matrices.transposed, all_aligned);
   const std::int64_t folded = product == Product::kForward && params.activation.gated ? 2 : 1;
   const std::int64_t column_tiles = ceil_div(params.columns * folded, instance.columns);

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from stick_cases import check, inputs, relative_error, run, strided_inputs
+from strides import spaced
 from tf32_settings import SETTINGS, tf32
 
 from moduleformer_ext import reference
@@ -40,6 +41,24 @@ def test_any_strides(dtype, device):
     check(device, wide_q[..., 1:-4], odd[..., 1:], value[..., 2:-1])
     views = [wide_q.to(device)[..., 1:-4], odd.to(device)[..., 1:], value.to(device)[..., 2:-1]]
     assert torch.equal(stick_attention(*views), stick_attention(*(x.contiguous() for x in views)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "token", "head"])
+def test_rows_at_odd_distances(dim, dtype, device):
+    """Only the first slice along a dimension begins at a multiple of 16 bytes, of one operand after the other."""
+    q, k, v = (x.to(device) for x in inputs(2, 20, 20, 2, 2, 16, dtype))
+    grad = torch.randn(q.shape).to(q)
+
+    def results(q, k, v, grad):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        o = stick_attention(*leaves)
+        return o, *torch.autograd.grad(o, leaves, grad)
+
+    expected, given = results(q, k, v, grad), (q, k, v, grad)
+    for i in range(len(given)):
+        odd = results(*given[:i], spaced(given[i], dim), *given[i + 1 :])
+        assert all(torch.equal(a, b) for a, b in zip(odd, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

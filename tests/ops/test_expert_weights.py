@@ -17,6 +17,7 @@ from routed import (
     randn,
     random_layout,
 )
+from strides import spaced
 from torch import Tensor
 
 from moduleformer_ext.ops import expert_ffn, expert_layout, grouped_gemm
@@ -50,7 +51,23 @@ def as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-STORED = [stored_transposed, gapped, gapped_and_transposed, inner_dimensions_apart]
+def unevenly_spaced(weight: Tensor) -> Tensor:
+    """Every row begins at a multiple of 16 bytes of its matrix, but not every matrix at one of memory."""
+    return spaced(weight, 0)
+
+
+def unevenly_spaced_and_transposed(weight: Tensor) -> Tensor:
+    return spaced(weight.transpose(1, 2), 0).transpose(1, 2)
+
+
+STORED = [
+    stored_transposed,
+    gapped,
+    gapped_and_transposed,
+    inner_dimensions_apart,
+    unevenly_spaced,
+    unevenly_spaced_and_transposed,
+]
 
 
 def name(function) -> str:
@@ -125,6 +142,26 @@ def test_expert_ffn(down_stored, up_stored, activation, dtype, device):
         results = compare(expert_ffn, layout, values, device, biases, activation=activation)
         assert results[2].stride() == values[1].stride()
         assert results[3].stride() == values[2].stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("up_stored", [unevenly_spaced, unevenly_spaced_and_transposed], ids=name)
+def test_experts_of_an_ffn_at_odd_distances(up_stored, dtype, device):
+    """In segments, of which one has a single matrix and so no distance."""
+    torch.manual_seed(11)
+    layout = on(random_layout(33, 5, 2), device)
+    x, up, down, gates = as_leaves(*ffn_values(layout, 24, 40, dtype, "swiglu"), device=device)
+    odd_up, odd_down = up_stored(up.detach()).split([4, 1]), unevenly_spaced(down.detach())
+    lying = [t.requires_grad_() for t in (*odd_up, odd_down)]
+    same = [t.detach().requires_grad_() for t in (x, gates)]
+    out = expert_ffn(same[0], lying[:2], lying[2], layout, same[1], activation="swiglu")
+    expected = expert_ffn(x, up, down, layout, gates, activation="swiglu")
+    grad = torch.randn_like(out)
+    *grads, first, last, grad_down = gradients(out, [*same, *lying], grad)
+    wanted = (expected, *gradients(expected, [x, gates, up, down], grad))
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-6 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    for a, b in zip((out, *grads, torch.cat((first, last)), grad_down), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

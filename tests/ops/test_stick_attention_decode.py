@@ -9,6 +9,7 @@ from decode_cases import DTYPES, case, check, decode, long_tail, oracle
 from devices import on_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strides import spaced
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import stick_attention_decode
@@ -186,6 +187,9 @@ def test_any_strides(device, dtype):
     if device.type == "cpu":  # moving to a GPU would make them contiguous
         crooked = torch.nn.functional.pad(k, (1, 2))[..., 1:-2]  # rows that start anywhere
         assert torch.equal(decode(device, q, crooked, v, lengths)[0], expected)
+        for dim in range(3):
+            for odd in ((spaced(q, dim), k, v), (q, spaced(k, dim), v), (q, k, spaced(v, dim))):
+                assert torch.equal(decode(device, *odd, lengths)[0], expected)
 
 
 def test_nan_in_a_visible_key_is_not_hidden(device):
