@@ -5,6 +5,7 @@
 
 #include "grouped_gemm/cuda_instances.hpp"
 #include "moduleformer_ext/grouped_gemm.hpp"
+#include "tile/segments.cuh"
 
 namespace mfx::grouped {
 
@@ -38,19 +39,14 @@ struct RowMap {
   }
 };
 
-// Matrices of consecutive experts lie one after the other within a segment. No data: nothing is wanted there.
-struct ExpertMatrices {
-  static constexpr int kMaxSegments = 64;
-  char* data[kMaxSegments];
-  std::int32_t first_expert[kMaxSegments];
-  std::int32_t segments;
+// Matrices of consecutive experts lie at one distance within a segment.
+struct ExpertMatrices : device::Segments<64> {
   bool transposed;  // memory holds the rows of the transposes
   std::int64_t row_bytes, matrix_bytes;
 
   __device__ char* operator[](std::int32_t expert) const {
-    int s = segments - 1;
-    while (first_expert[s] > expert) --s;
-    return data[s] != nullptr ? data[s] + (expert - first_expert[s]) * matrix_bytes : nullptr;
+    const int s = find(expert);
+    return data[s] != nullptr ? data[s] + (expert - first[s]) * matrix_bytes : nullptr;
   }
 };
 

@@ -111,12 +111,11 @@ ExpertMatrices Launches::matrices(const RoutedMatrices& matrices, std::int64_t r
   const char* expected = nullptr;  // where the next matrix of the current segment lies
   for (std::int64_t e = 0; e < layout_.num_experts; ++e) {
     const char* matrix = static_cast<const char*>(matrices.data[e]);
-    if (result.segments == 0 || matrix != expected) {
-      require_at_most(ExpertMatrices::kMaxSegments, result.segments + 1,
+    if (result.count == 0 || matrix != expected) {
+      require_at_most(ExpertMatrices::kMost, result.count + 1,
                       "weight must lie in runs of matrices at one distance, which must number");
       if (!status_.ok()) return result;
-      result.data[result.segments] = const_cast<char*>(matrix);
-      result.first_expert[result.segments++] = static_cast<std::int32_t>(e);
+      result.append(matrix, e);
     }
     expected = matrix != nullptr ? matrix + result.matrix_bytes : nullptr;
   }
@@ -129,9 +128,9 @@ bool Launches::aligned(const RowMap& map) const {
 
 bool Launches::aligned(const ExpertMatrices& matrices) const {
   // Segments of one matrix each have no distance between matrices.
-  const bool at_multiples = matrices.segments == layout_.num_experts || matrices.matrix_bytes % 16 == 0;
+  const bool at_multiples = matrices.count == layout_.num_experts || matrices.matrix_bytes % 16 == 0;
   return at_multiples && matrices.row_bytes % 16 == 0 &&
-         std::all_of(matrices.data, matrices.data + matrices.segments, multiple_of_16);
+         std::all_of(matrices.data, matrices.data + matrices.count, multiple_of_16);
 }
 
 bool Launches::aligned(std::int64_t columns) const {

@@ -16,14 +16,9 @@ using device::SmemTile;
 using device::Storage;
 using device::WarpGemm;
 
-// `bytes` of the 16 at `from`, whole elements.
 template <typename T, bool kAligned>
 __device__ void copy_chunk(SharedAddress to, const char* from, int bytes) {
-  if constexpr (kAligned) {
-    device::cp_async<16>(to, from, bytes);
-  } else {
-    device::store_shared_128(to, device::load_partial_chunk<T>(from, bytes));
-  }
+  device::copy_chunk<T, device::Partial::kMaybe>(to, from, bytes, std::bool_constant<kAligned>());
 }
 
 __device__ inline int bytes_of_chunk(int bytes_left) {

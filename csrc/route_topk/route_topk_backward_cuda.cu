@@ -10,7 +10,7 @@
 namespace mfx::router {
 
 struct Backward : RouteTopKBackwardParams {
-  Segments experts, grad_experts;  // of the gradients, null where not wanted
+  ExpertRows experts, grad_experts;  // of the gradients, null where not wanted
   bool wants_experts;
   std::int64_t num_tiles;
   // Between the launches.
@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocksPerSm)
   std::int64_t block = blockIdx.x;
   const auto write_expert = [&](std::int64_t columns) {
     return [&p, columns](std::int64_t expert, std::int64_t column, float value) {
-      if (void* grad = p.grad_experts.find(expert)) store(grad, p.grad_experts.dtype, expert * columns + column, value);
+      if (void* grad = p.grad_experts.segment_of(expert))
+        store(grad, p.grad_experts.dtype, expert * columns + column, value);
     };
   };
   if (block < blocks.input) {  // dV = dz^T x, or dW = d logits^T x
@@ -171,7 +172,7 @@ struct Placed {
 
 Placed place(const RouteTopKBackwardParams& p) {
   const RouterGateParams& n = p.network;
-  Backward backward = {p, segments_of(n, n.segments), segments_of(n, p.grad_segments)};
+  Backward backward = {p, rows_of(n, n.segments), rows_of(n, p.grad_segments)};
   backward.wants_experts = std::any_of(p.grad_segments, p.grad_segments + n.num_segments, [](void* g) { return g; });
   backward.num_tiles = num_tiles(n);
   Workspace workspace(p.workspace);

@@ -13,7 +13,7 @@ namespace mfx::router {
 inline constexpr int kForwardBlocks = Shape::kBlocksPerSm + 1;  // per multiprocessor: it needs fewer registers
 
 struct Forward : RouteTopKParams {
-  Segments experts;
+  ExpertRows experts;
   std::int64_t num_tiles;
   float* z;       // [T, G]
   float* scales;  // [T], kGmm alone
@@ -150,7 +150,7 @@ struct Placed {
 
 Placed place(const RouteTopKParams& p) {
   const RouterGateParams& n = p.network;
-  Forward forward = {p, segments_of(n, n.segments), num_tiles(n)};
+  Forward forward = {p, rows_of(n, n.segments), num_tiles(n)};
   Workspace workspace(p.workspace);
   forward.z = p.hidden != nullptr ? floats(p.hidden) : workspace.take<float>(n.num_tokens * n.hidden_dim);
   forward.scales = workspace.take<float>(n.gate == RouterGate::kGmm ? n.num_tokens : 0);

@@ -15,22 +15,19 @@ inline std::int64_t num_tiles(const RouterGateParams& n) {
   return ceil_div(n.num_tokens, kTileRows);
 }
 
-inline Segments segments_of(const RouterGateParams& n, const void* const* data) {
-  Segments segments = {};
-  segments.count = static_cast<int>(std::min<std::int64_t>(n.num_segments, kMaxSegments));  // check() refuses more
-  segments.dtype = n.weight_dtype;
-  std::int64_t end = 0;
-  for (int s = 0; s < segments.count; ++s) {
-    segments.data[s] = const_cast<void*>(data[s]);
-    segments.end[s] = end += n.num_rows[s];
-  }
-  return segments;
+inline ExpertRows rows_of(const RouterGateParams& n, const void* const* data) {
+  ExpertRows rows = {};
+  rows.dtype = n.weight_dtype;
+  std::int64_t first = 0;
+  const std::int64_t segments = std::min<std::int64_t>(n.num_segments, ExpertRows::kMost);  // check() refuses more
+  for (std::int64_t s = 0; s < segments; first += n.num_rows[s++]) rows.append(data[s], first);
+  return rows;
 }
 
 inline Status check(const RouterGateParams& n) {
-  if (n.num_segments <= kMaxSegments) return {};
-  return refusal("weight must have at most " + std::to_string(kMaxSegments) + " segments for the CUDA kernels, got " +
-                 std::to_string(n.num_segments));
+  if (n.num_segments <= ExpertRows::kMost) return {};
+  return refusal("weight must have at most " + std::to_string(ExpertRows::kMost) +
+                 " segments for the CUDA kernels, got " + std::to_string(n.num_segments));
 }
 
 // The type of x and of the matrix that it meets where they agree, else float32.

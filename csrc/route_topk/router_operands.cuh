@@ -9,10 +9,9 @@
 #include "moduleformer_ext/route_topk.hpp"
 #include "ptx/convert.cuh"
 #include "ptx/vector_memory.cuh"
+#include "tile/segments.cuh"
 
 namespace mfx::router {
-
-inline constexpr int kMaxSegments = 32;
 
 __device__ inline float load(const void* data, DType dtype, std::int64_t i) {
   if (dtype == DType::kBFloat16) return device::to_float(static_cast<const BFloat16*>(data)[i]);
@@ -30,19 +29,14 @@ __device__ inline void store(void* data, DType dtype, std::int64_t i, float valu
   }
 }
 
-// Consecutive pieces of the rows of W, or of its gradient, by value in a kernel's parameters.
-struct Segments {
-  void* data[kMaxSegments];
-  std::int64_t end[kMaxSegments];  // one beyond the last row
-  int count;
+// The rows of W, one per expert, or those of its gradient.
+struct ExpertRows : device::Segments<32> {
   DType dtype;
 
   // The segment of a row, which then counts from the segment's start.
-  __device__ void* find(std::int64_t& row) const {
-    std::int64_t begin = 0;
-    int s = 0;
-    for (; s + 1 < count && row >= end[s]; ++s) begin = end[s];
-    row -= begin;
+  __device__ void* segment_of(std::int64_t& row) const {
+    const int s = find(static_cast<std::int32_t>(row));
+    row -= first[s];
     return data[s];
   }
 };
@@ -76,20 +70,20 @@ struct Matrix {
 
 // W [E, columns], or its transpose, in segments.
 struct ExpertMatrix {
-  const Segments& segments;
+  const ExpertRows& rows;
   std::int64_t columns;
   bool along_k;
 
   __device__ float operator()(std::int64_t row, std::int64_t k) const {
     std::int64_t expert = along_k ? row : k;
     const std::int64_t column = along_k ? k : row;
-    const void* data = segments.find(expert);
-    return load(data, segments.dtype, expert * columns + column);
+    const void* data = rows.segment_of(expert);
+    return load(data, rows.dtype, expert * columns + column);
   }
   template <typename Op>
   __device__ const void* chunk(std::int64_t row, std::int64_t k) const {
-    const void* data = segments.find(row);
-    return Matrix{data, segments.dtype, columns, along_k}.chunk<Op>(row, k);
+    const void* data = rows.segment_of(row);
+    return Matrix{data, rows.dtype, columns, along_k}.chunk<Op>(row, k);
   }
 };
 

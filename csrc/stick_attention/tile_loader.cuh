@@ -1,7 +1,6 @@
 // How tiles of a problem's tensors come to shared memory.
 #pragma once
 
-#include "ptx/cp_async.cuh"
 #include "stick_attention/block_info.cuh"
 #include "stick_attention/interleaved_keys.cuh"
 #include "tile/chunk.cuh"
@@ -15,15 +14,10 @@ using device::pin_if_16bit;
 using device::Storage;
 using device::store_unaligned_chunk;
 
-// One chunk of a tile, kOffset bytes after `to`: asynchronously where addresses are aligned. It has 16 bytes or, where
-// there is none, 0, and becomes zeros.
-template <int kOffset = 0, typename T>
+// A head's columns are whole chunks, so that one has 16 bytes or, beyond the head or where there is no row, 0.
+template <typename T, int kOffset = 0>
 __device__ inline void copy_chunk(device::SharedAddress to, const T* from, std::uint32_t bytes, bool aligned) {
-  if (aligned) {
-    device::cp_async<16, kOffset>(to, from, bytes);
-  } else {
-    device::store_shared_128(to + kOffset, bytes != 0 ? load_unaligned_chunk(from) : uint4{0, 0, 0, 0});
-  }
+  device::copy_chunk<T, device::Partial::kNever, kOffset>(to, from, bytes, aligned);
 }
 
 // Copies rows of a problem's tensors into swizzled tiles with all kThreads threads of the block, or of a warp, each
@@ -60,7 +54,7 @@ struct TileLoader {
         kRow % 8 == 0 ? tile + offset
                       : tile + device::swizzled_offset<kRowBytes>(kRow % 8 + row, threadIdx.x % kChunks);
     constexpr int kBehind = kRow / 8 * 8 * kRowBytes;
-    copy_chunk<kOffset + kBehind>(to, from, size, aligned);
+    copy_chunk<T, kOffset + kBehind>(to, from, size, aligned);
   }
 
   // This thread's chunk of the first round of a tile, and bytes from round to round; 0 where rows must be found one by
@@ -144,7 +138,7 @@ struct TileLoader {
                        bool aligned) const {
     if (keys >= kKeys && aligned) return whole_keys<kKeys, kOffset>(tile, newest, step);
     each_key<kKeys>(tile, newest, step, [&](auto key, device::SharedAddress to, const T* from) {
-      copy_chunk<kOffset + key * kRowBytes>(to, from, row + key < keys ? bytes : 0, aligned);
+      copy_chunk<T, kOffset + key * kRowBytes>(to, from, row + key < keys ? bytes : 0, aligned);
     });
   }
 };

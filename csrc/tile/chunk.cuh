@@ -2,6 +2,8 @@
 #pragma once
 
 #include "ptx/convert.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/vector_memory.cuh"
 
 namespace mfx::device {
 
@@ -60,6 +62,22 @@ __device__ inline uint4 load_partial_chunk(const void* from, int bytes) {
     if (i * static_cast<int>(sizeof(T)) < bytes) chunk.elements[i] = static_cast<const T*>(from)[i];
   }
   return chunk.words;
+}
+
+// What may be there of a chunk: all elements or none, or the first so many.
+enum class Partial : bool { kNever, kMaybe };
+
+// Copies the first `bytes` of a chunk, and zeros, to shared memory, kOffset bytes after `to`: asynchronously where its
+// address is `aligned`, a bool or std::bool_constant, else through registers.
+template <typename T, Partial kPartial, int kOffset = 0, typename Aligned>
+__device__ inline void copy_chunk(SharedAddress to, const void* from, std::uint32_t bytes, Aligned aligned) {
+  if (aligned) {
+    cp_async<16, kOffset>(to, from, bytes);
+  } else if constexpr (kPartial == Partial::kMaybe) {
+    store_shared_128(to + kOffset, load_partial_chunk<T>(from, static_cast<int>(bytes)));
+  } else {
+    store_shared_128(to + kOffset, bytes != 0 ? load_unaligned_chunk(static_cast<const T*>(from)) : uint4{});
+  }
 }
 
 }  // namespace mfx::device
