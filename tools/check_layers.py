@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "moduleformer_ext"
 
 # Python: what each room may import besides itself. Rooms are the package's direct children.
-COMMON = {"types", "_version", "display", "files", "heap", "records"}
+COMMON = {"types", "quantised", "_version", "display", "files", "heap", "records"}
 PYTHON_LAYERS: dict[str, set[str]] = {
     "_version": set(),
     "types": set(),
+    "quantised": set(),
     "heap": set(),
     "display": set(),
     "records": set(),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moduleformer_ext import ops, reference
+from moduleformer_ext.quantised import BITS, quantise
 from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS, GATED
 
 RAW = torch.ops.moduleformer_ext
@@ -158,6 +159,23 @@ def grouped_gemm(m: Maker) -> Call:
     return Call("grouped_gemm", ops.grouped_gemm, args, options, reference.grouped_gemm, differentiable=True)
 
 
+def quantised_gemm(m: Maker) -> Call:
+    layout, tokens, experts, choices = routing(m)
+    inner, outer = m.size(least=1), m.random.choice((1, 7, 128))
+    shapes = {"token": (tokens,), "slot": (tokens, choices), "expert": (tokens * choices,)}
+    x_order, out_order = m.random.choice(list(shapes)), m.random.choice(list(shapes))
+    options = {
+        "x_order": x_order,
+        "out_order": out_order,
+        "activation": m.random.choice((None, None, *(ACTIVATIONS if outer == 128 else ()))),
+        "gates": m.normal(tokens, choices, dtype=torch.float32) if out_order == "token" and m.chance() else None,
+    }
+    dtype = torch.float32 if m.dtype == torch.float64 else m.dtype
+    matrices = torch.randn(experts, inner, outer, generator=m.generator)
+    args = [m.normal(*shapes[x_order], inner, dtype=dtype), quantise(matrices, m.random.choice(BITS)), layout]
+    return Call("quantised_gemm", ops.quantised_gemm, args, options, reference.quantised_gemm)
+
+
 def expert_ffn(m: Maker) -> Call:
     layout, tokens, experts, choices = routing(m)
     dim, hidden = m.size(least=1), m.size(least=1)
@@ -240,6 +258,7 @@ PUBLIC: dict[str, Callable[[Maker], Call]] = {
     "grouped_gemm": grouped_gemm,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_decode": linear_decode,
+    "quantised_gemm": quantised_gemm,
     "route_topk": lambda m: router(m, "logits"),
     "route_topk_gmm": lambda m: router(m, "gmm"),
     "route_topk_linear": lambda m: router(m, "linear"),

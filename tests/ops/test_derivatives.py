@@ -10,6 +10,7 @@ from moduleformer_ext.ops import (
     grouped_gemm,
     linear_cross_entropy,
     linear_decode,
+    quantised_gemm,
     route_topk,
     route_topk_gmm,
     route_topk_linear,
@@ -17,9 +18,11 @@ from moduleformer_ext.ops import (
     stick_attention,
     stick_attention_decode,
 )
+from moduleformer_ext.quantised import quantise
 
 RAW = torch.ops.moduleformer_ext
 LAYOUT = reference.expert_layout(torch.tensor([[0, 1], [2, 1], [0, 2], [1, 0]], dtype=torch.int32), 3)
+QUANTISED = quantise(torch.ones(3, 8, 5), 8)
 CU = torch.tensor([0, 2, 5], dtype=torch.int32)
 CLASSES = torch.tensor([0, 4, -100, 2])
 X, UP, DOWN, GATES, QKV = (4, 8), (3, 8, 8), (3, 8, 8), (4, 2), (1, 5, 2, 8)
@@ -51,6 +54,7 @@ CASES = {
 }
 DECODING = {
     "linear_decode": (linear_decode, [(2, 8), (5, 8), (5,)]),
+    "quantised_gemm": (lambda x: quantised_gemm(x, QUANTISED, LAYOUT), [X]),
     "stick_attention_decode": (
         lambda q, k, v: stick_attention_decode(q, k, v, torch.tensor([5], dtype=torch.int32)),
         [QKV, QKV, QKV],

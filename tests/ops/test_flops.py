@@ -10,6 +10,7 @@ from moduleformer_ext.ops import (
     grouped_gemm,
     linear_cross_entropy,
     linear_decode,
+    quantised_gemm,
     route_topk,
     route_topk_gmm,
     route_topk_linear,
@@ -17,6 +18,7 @@ from moduleformer_ext.ops import (
     stick_attention,
     stick_attention_decode,
 )
+from moduleformer_ext.quantised import quantise
 
 T, D, G, E, K = 4, 8, 6, 3, 2
 S = T * K
@@ -114,6 +116,8 @@ def test_packed_stick_attention_counts_each_sequence():
 
 
 def test_decoding():
+    weight = quantise(torch.ones(E, D, 5), 4)
+    assert count(quantised_gemm, leaf(T, D, grad=False), weight, LAYOUT) == (2 * T * K * D * 5, 0)
     assert count(linear_decode, leaf(2, 3, D, grad=False), leaf(5, D, grad=False)) == (2 * 6 * D * 5, 0)
     lengths = torch.tensor([3, 5], dtype=torch.int32)
     q, k = leaf(2, 1, 2, 2, 8, grad=False), leaf(2, 10, 2, 8, grad=False)

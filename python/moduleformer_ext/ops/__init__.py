@@ -10,6 +10,7 @@ from moduleformer_ext.ops.expert_layout import expert_layout
 from moduleformer_ext.ops.grouped_gemm import grouped_gemm
 from moduleformer_ext.ops.linear_cross_entropy import linear_cross_entropy
 from moduleformer_ext.ops.linear_decode import linear_decode
+from moduleformer_ext.ops.quantised_gemm import quantised_gemm
 from moduleformer_ext.ops.route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
 from moduleformer_ext.ops.stick_attention import stick_attention
 from moduleformer_ext.ops.stick_attention_decode import stick_attention_decode
@@ -21,6 +22,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_decode",
     "losses",
+    "quantised_gemm",
     "route_topk",
     "route_topk_gmm",
     "route_topk_linear",

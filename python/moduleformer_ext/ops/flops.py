@@ -38,6 +38,22 @@ def _has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
+@register_flop_formula(_OPS.quantised_gemm)
+def _quantised_gemm(
+    x: Shape,
+    values: Shape,
+    scales: Shape,
+    bits: int,
+    in_features: int,
+    out_features: int,
+    offsets: Shape,
+    slot_order: Shape,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * slot_order[0] * in_features * out_features
+
+
 @register_flop_formula(_OPS.linear_decode)
 def _linear_decode(x: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * prod(x[:-1]) * prod(weight)

@@ -9,6 +9,7 @@ from moduleformer_ext.reference.expert_layout import expert_layout
 from moduleformer_ext.reference.grouped_gemm import expert_ffn, grouped_gemm
 from moduleformer_ext.reference.linear_cross_entropy import linear_cross_entropy
 from moduleformer_ext.reference.linear_decode import linear_decode
+from moduleformer_ext.reference.quantised_gemm import quantised_gemm
 from moduleformer_ext.reference.route_topk import route_topk, route_topk_gmm, route_topk_linear, route_topk_mlp
 from moduleformer_ext.reference.stick_attention import stick_attention, stick_attention_decode
 
@@ -19,6 +20,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_decode",
     "losses",
+    "quantised_gemm",
     "route_topk",
     "route_topk_gmm",
     "route_topk_linear",

@@ -1,0 +1,144 @@
+// A panel of 64 columns of a quantised matrix, read from end to end: multiplied as it lies, or turned into the operands
+// of core/tile_gemm.hpp.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "core/prefetch.hpp"
+#include "core/simd.hpp"
+#include "grouped_gemm/pack.hpp"
+#include "moduleformer_ext/quantised_gemm.hpp"
+
+namespace mfx::MFX_ISA {
+
+static_assert(kPanel == kQuantisedPanel);
+
+template <int kBits>
+struct PanelReader {
+  static constexpr int kNumbers = 8 / kBits;  // rows in a row of bytes
+  using Scale = std::conditional_t<kBits == 8, float, Float16>;
+
+  const std::int8_t* values;
+  const Scale* scales;
+
+  // From row l on, the first of a group.
+  PanelReader at(std::int64_t l) const {
+    return {values + l / kNumbers * kPanel, kBits == 8 ? scales : scales + l / kQuantisedGroup * kPanel};
+  }
+  // Rows that share a scale.
+  static std::int64_t group(std::int64_t depth) { return kBits == 8 ? depth : kQuantisedGroup; }
+};
+
+// A vector's lanes of the numbers in a row of bytes.
+template <int kBits>
+inline void load_numbers(const std::int8_t* bytes, VecF (&rows)[8 / kBits]) {
+  typedef std::int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  const Bytes packed = load_raw<Bytes>(bytes);
+#if defined(MFX_ISA_AVX512)
+  const VecI32 wide = reinterpret_cast<VecI32>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(packed)));
+#elif defined(MFX_ISA_AVX2)
+  const VecI32 wide =
+      reinterpret_cast<VecI32>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#else
+  const VecI32 wide = __builtin_convertvector(packed, VecI32);
+#endif
+  if constexpr (kBits == 8) {
+    rows[0] = __builtin_convertvector(wide, VecF);
+  } else {
+    rows[0] = __builtin_convertvector((wide << 28) >> 28, VecF);
+    rows[1] = __builtin_convertvector(wide >> 4, VecF);
+  }
+}
+
+inline constexpr std::int64_t kPanelBytesAhead = 1024;  // prefetched: a panel crosses a page every 64 rows
+
+// y[r, c] = sum over l of x[r, l] W[l, c], for kRows rows and the panel's 64 columns. x is zero from depth up to the
+// next whole group.
+template <int kBits, int kRows>
+inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, const float* x, std::int64_t x_stride,
+                                float* y) {
+  constexpr int w = kWidth<float>, kNumbers = PanelReader<kBits>::kNumbers;
+  constexpr int kVectors = std::min(kPanel / w, kVectorRegisters / 2 / kRows);  // sums fill half of the registers
+  for (int r = 0; r < kRows; ++r) std::fill_n(y + r * kPanel, kPanel, 0.0f);
+  const std::int64_t group = panel.group(depth);
+  for (std::int64_t first = 0; first < depth; first += group) {
+    const std::int64_t end = std::min(depth, first + group);
+    const PanelReader<kBits> part = panel.at(first);
+    for (int c = 0; c < kPanel; c += kVectors * w) {
+      VecF sum[kRows][kVectors] = {};
+      const std::int8_t* bytes = part.values + c;
+      for (std::int64_t l = first; l < end; l += kNumbers, bytes += kPanel) {
+        prefetch_far(bytes + kPanelBytesAhead);
+        for (int v = 0; v < kVectors; ++v) {
+          VecF numbers[kNumbers];
+          load_numbers<kBits>(bytes + v * w, numbers);
+          for (int i = 0; i < kNumbers; ++i) {
+            for (int r = 0; r < kRows; ++r) sum[r][v] += x[r * x_stride + l + i] * numbers[i];
+          }
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        const VecF scale = load(part.scales + c + v * w);
+        for (int r = 0; r < kRows; ++r) {
+          float* const to = y + r * kPanel + c + v * w;
+          store(to, load(to) + sum[r][v] * scale);
+        }
+      }
+    }
+  }
+}
+
+// The same for any number of rows, y [rows, kPanel].
+template <int kBits>
+inline void multiply_panel(PanelReader<kBits> panel, std::int64_t depth, std::int64_t rows, const float* x,
+                           std::int64_t x_stride, float* y) {
+  std::int64_t r = 0;
+  const auto multiply = [&]<int kRows>() {
+    for (; r + kRows <= rows; r += kRows) {
+      multiply_panel_rows<kBits, kRows>(panel, depth, x + r * x_stride, x_stride, y + r * kPanel);
+    }
+  };
+  multiply.template operator()<4>();
+  multiply.template operator()<2>();
+  multiply.template operator()<1>();
+}
+
+// Rows [first, first + rows) of the panel as a B operand [rows, kPanel], up to `rows_padded` with zeros. `first` begins
+// a group.
+template <int kBits, typename Op>
+inline void dequantise_panel(PanelReader<kBits> panel, std::int64_t first, std::int64_t rows, std::int64_t rows_padded,
+                             Op* out) {
+  constexpr int w = kWidth<float>, kNumbers = PanelReader<kBits>::kNumbers;
+  const PanelReader<kBits> part = panel.at(first);
+  const std::int64_t group = panel.group(rows);
+  // Two rows at a time, as bytes of 4-bit numbers and pairs of a bf16 product hold them.
+  for (std::int64_t l = 0; l < rows; l += 2) {
+    const auto* const scales = part.scales + l / group * kPanel;
+    const std::int8_t* const bytes = part.values + l / kNumbers * kPanel;
+    for (int c = 0; c < kPanel; c += w) {
+      const VecF scale = load(scales + c);
+      VecF row[2] = {};
+      if constexpr (kNumbers == 2) {
+        load_numbers<kBits>(bytes + c, row);
+      } else {
+        VecF number[1];
+        for (int i = 0; i < 2 && l + i < rows; ++i) {
+          load_numbers<kBits>(bytes + i * kPanel + c, number);
+          row[i] = number[0];
+        }
+      }
+      if constexpr (kInterleave<Op> == 2) {
+        const VecU32 pairs = interleave_bf16(scale * row[0], scale * row[1]);
+        std::memcpy(out + l * kPanel + 2 * c, &pairs, sizeof pairs);
+      } else {
+        store(out + l * kPanel + c, scale * row[0]);
+        if (l + 1 < rows) store(out + (l + 1) * kPanel + c, scale * row[1]);
+      }
+    }
+  }
+  const std::int64_t written = round_up(rows, kInterleave<Op>);
+  if (written < rows_padded) std::fill_n(out + written * kPanel, (rows_padded - written) * kPanel, Op{});
+}
+
+}  // namespace mfx::MFX_ISA

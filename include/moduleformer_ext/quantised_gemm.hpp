@@ -1,0 +1,38 @@
+// quantised_gemm: grouped_gemm with matrices of 8- or 4-bit integers and their scales, for inference.
+#pragma once
+
+#include "moduleformer_ext/grouped_gemm.hpp"
+
+namespace mfx {
+
+inline constexpr std::int64_t kQuantisedPanel = 64;  // columns that lie together
+inline constexpr std::int64_t kQuantisedGroup = 32;  // rows that share a scale, with 4 bits
+
+// W_e[l, n] = scale * number, [in, out]. Memory holds panels of 64 columns, zeros beyond `out`; in a panel the numbers
+// of a row follow one another, and then the rows, so that a product reads it from end to end.
+//
+//   8 bits   values [E, panels, in, 64] int8; scales [E, panels, 1, 64] float32, one for each column
+//   4 bits   values [E, panels, groups * 16, 64]: row 2i in the low half of a byte, row 2i + 1 in the high one, both
+//            in two's complement, zeros beyond `in`; scales [E, panels, groups, 64] float16, one for 32 rows
+struct QuantisedMatrices {
+  const std::int8_t* values;
+  const void* scales;
+  int bits;
+};
+
+struct QuantisedGemmParams {
+  DType dtype;  // of x and out; not float64
+  RoutedLayout layout;
+  ActivationSpec activation;  // gated: out_features is a multiple of two panels
+  std::int64_t in_features, out_features;
+  RoutedRows x;
+  QuantisedMatrices weight;
+  const void* gates;  // [T, K] float32, or null
+  RowOrder out_order;
+  void* out;  // as in GroupedGemmParams
+};
+
+// Checks the layout's contents as grouped_gemm_cpu does.
+Status quantised_gemm_cpu(const QuantisedGemmParams& params);
+
+}  // namespace mfx
