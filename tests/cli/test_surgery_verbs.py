@@ -241,3 +241,20 @@ def test_complaints_come_before_anything_is_written(
     assert message in error
     assert error.startswith(f"moduleformer-ext {words[0]}: ")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantise(bits: int, run: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "few bits"
+    assert main(["quantise", str(run), str(out), "--bits", str(bits)]) == 0
+    assert f"(experts of {bits} bits, " in capsys.readouterr().out
+    assert _model(out).config.expert_bits == bits
+    scores = []
+    for model in (run, out):
+        assert main(["eval", str(model), "--json", "--dtype", "fp32", "--text", texts[0]]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["bits_per_byte"])
+    assert scores[1] == pytest.approx(scores[0], rel=0.02)
+    assert main(["generate", str(out), "--prompt", "near1", "--max-new-tokens", "3"]) == 0
+    capsys.readouterr()
+    assert main(["finetune", str(out), "--run", str(tmp_path / "r"), "--text", *texts, *STEPS]) == 2
+    assert f"expert_bits must be None, got {bits}" in capsys.readouterr().err

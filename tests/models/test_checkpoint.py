@@ -142,7 +142,7 @@ def test_misfitting_weights_are_listed() -> None:
         "2 missing: transformer.h.1.attn.k_proj.bias, lm_head.weight",
         "1 unknown: lm_head.bias",
         "1 of the wrong shape: transformer.wte.weight (expected [31, 16], got [30, 16])",
-        "1 not floating point: transformer.ln_f.bias (torch.int64)",
+        "1 of the wrong type: transformer.ln_f.bias (expected floating point, got torch.int64)",
     ):
         assert words in str(error.value)
 

@@ -35,6 +35,7 @@ GROUPS: Final = {
         "extend": "insert new experts",
         "compare": "follow every expert from one model to another",
         "merge": "put the experts of two extended models into one",
+        "quantise": "round the experts to 8 or 4 bits",
     },
     "Machine": {
         "info": "print versions, build flags and the kernels available",

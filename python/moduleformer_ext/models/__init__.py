@@ -6,6 +6,7 @@ from moduleformer_ext.models.experts import ExpertsConfig
 from moduleformer_ext.models.generation import generate, generate_stream
 from moduleformer_ext.models.modeling import CausalLMOutput, MoLM, MoLMForCausalLM, MoLMOutput
 from moduleformer_ext.models.presets import PRESETS
+from moduleformer_ext.models.quantise import quantise_experts
 
 from_pretrained = MoLMForCausalLM.from_pretrained
 from_reference = MoLMForCausalLM.from_reference
@@ -26,6 +27,7 @@ __all__ = [
     "from_reference",
     "generate",
     "generate_stream",
+    "quantise_experts",
     "save_pretrained",
     "to_reference",
 ]

@@ -18,6 +18,7 @@ from moduleformer_ext.nn import (
     ExpertLinear,
     MixtureOfAttention,
     MixtureOfFFN,
+    QuantisedExpertLinear,
     Router,
     make_router,
 )
@@ -77,6 +78,11 @@ def make_block(config: MoLMConfig, layer: int, kind: type[BlockKind] = Block) ->
         router(config.ffn),
         activation=ACTIVATIONS[config.activation_function],
     )
+    if config.expert_bits is not None:
+        for mixture in (attention.q_proj, ffn):
+            for name in ("experts", "output_experts"):
+                number, rows, columns = getattr(mixture, name).weight.shape
+                setattr(mixture, name, QuantisedExpertLinear(number, rows, columns, config.expert_bits))
     return kind(
         config.n_embd,
         attention,

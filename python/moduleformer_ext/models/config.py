@@ -19,6 +19,7 @@ from moduleformer_ext.models.published import (
     is_own,
     without_aliases,
 )
+from moduleformer_ext.quantised import BITS
 
 GATE_TYPES = ("mlp", "linear", "gmm")
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
@@ -73,6 +74,10 @@ class MoLMConfig:
     stick_epsilon: float | None = None
     """Attention stops where less of every stick is left; None: 2**-24, and 0 (never) in float64."""
 
+    expert_bits: int | None = None
+    """Experts as integers of 8 or 4 bits, for inference: see :func:`moduleformer_ext.models.quantise_experts`. None: as
+    they were trained."""
+
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0
     moe_pdrop: float = 0.0
@@ -108,6 +113,13 @@ class MoLMConfig:
         """The experts of each layer; ``kind`` is ``"attention"`` or ``"ffn"``."""
         return tuple(getattr(self, kind).in_layer("num_experts", layer) for layer in range(self.n_layer))
 
+    def require_trainable_experts(self, op: str) -> None:
+        """Raise a ValueError, in the name of what needs experts as they were trained, where they are quantised."""
+        if self.expert_bits is not None:
+            raise ValueError(
+                f"{op}: expert_bits must be None, got {self.expert_bits}; take the model that was quantised instead"
+            )
+
     def _check_numbers(self) -> None:
         for name in ("vocab_size", "n_embd", "n_layer", "n_head", "gating_size", "block_size"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
@@ -126,6 +138,8 @@ class MoLMConfig:
             value = getattr(self, name)
             if not (_is_number(value) and math.isfinite(value) and value >= 0):
                 self._reject(name, "finite and non-negative", value)
+        if self.expert_bits is not None and self.expert_bits not in BITS:
+            self._reject("expert_bits", "None, 8 or 4", self.expert_bits)
         if not isinstance(self.tie_word_embeddings, bool):
             self._reject("tie_word_embeddings", "true or false", self.tie_word_embeddings)
         if isinstance(self.eos_token_id, Sequence):

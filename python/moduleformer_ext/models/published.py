@@ -125,6 +125,8 @@ def fields_to_reference(config: MoLMConfig) -> dict[str, Any]:
         if len(set(numbers)) != 1:
             reject(number, "the same in every layer", numbers)
         fields[number] = numbers[0]
+    if config.expert_bits is not None:
+        reject("expert_bits", "None", config.expert_bits)
     if config.layer_norm_epsilon != _LAYER_NORM_EPSILON:
         reject("layer_norm_epsilon", str(_LAYER_NORM_EPSILON), config.layer_norm_epsilon)
     if config.router_order != "softmax_topk":

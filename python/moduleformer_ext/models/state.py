@@ -24,6 +24,8 @@ _TIED = ("transformer.wte.weight", "lm_head.weight")
 _LAYER = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
 _DROPPED_BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 _ROUTER = ".gate."
+_QUANTISED = (".values", ".scales")
+"""Last parts of the names of quantised matrices, which have types of their own."""
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and checkpoint wrappers put into names."""
 
@@ -93,7 +95,7 @@ def model_from_state(
     if config.tie_word_embeddings:
         _check_tied(state)
     if dtype is not None:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        state = {name: tensor if name.endswith(_QUANTISED) else tensor.to(dtype) for name, tensor in state.items()}
     _check_types(state)
     if copy:
         state = {name: tensor.clone() for name, tensor in state.items()}
@@ -111,10 +113,10 @@ def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> No
             for name, tensor in expected.items()
             if name in state and state[name].shape != tensor.shape
         ],
-        "not floating point": [
-            f"{name} ({state[name].dtype})"
-            for name in expected
-            if name in state and not state[name].is_floating_point()
+        "of the wrong type": [
+            f"{name} (expected {_type(name, tensor)}, got {state[name].dtype})"
+            for name, tensor in expected.items()
+            if name in state and not _fits(name, tensor, state[name])
         ],
     }
     found = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
@@ -122,10 +124,18 @@ def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> No
         raise ValueError("the weights do not fit the configuration; tensors " + "; ".join(found))
 
 
+def _type(name: str, expected: Tensor) -> str:
+    return str(expected.dtype) if name.endswith(_QUANTISED) else "floating point"
+
+
+def _fits(name: str, expected: Tensor, got: Tensor) -> bool:
+    return got.dtype == expected.dtype if name.endswith(_QUANTISED) else got.is_floating_point()
+
+
 def router_dtype(state: Mapping[str, Tensor]) -> str | None:
     """ "float32" if the routers are that and the other weights less precise: what config.json says of it."""
     routers = {tensor.dtype for name, tensor in state.items() if _ROUTER in name}
-    others = {tensor.dtype for name, tensor in state.items() if _ROUTER not in name}
+    others = {tensor.dtype for name, tensor in state.items() if _ROUTER not in name and not name.endswith(_QUANTISED)}
     return "float32" if routers == {torch.float32} and others <= {torch.bfloat16, torch.float16} else None
 
 
@@ -143,7 +153,7 @@ def _check_types(state: Mapping[str, Tensor]) -> None:
     """Routers compute in their own precision; all else meets in the residual stream and must be of one type."""
     names: dict[torch.dtype, list[str]] = {}
     for name, tensor in state.items():
-        if _ROUTER not in name:
+        if _ROUTER not in name and not name.endswith(_QUANTISED):
             names.setdefault(tensor.dtype, []).append(name)
     if len(names) > 1:
         found = "; ".join(f"{dtype}: {', '.join(of_type)}" for dtype, of_type in names.items())

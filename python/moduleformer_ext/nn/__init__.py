@@ -6,6 +6,7 @@ from moduleformer_ext.nn.cache import LayerCache, StaticLayerCache
 from moduleformer_ext.nn.experts import ExpertLinear, MixtureOfFFN
 from moduleformer_ext.nn.linear import Linear, head_cross_entropy
 from moduleformer_ext.nn.modes import EvaluationMode
+from moduleformer_ext.nn.quantised import QuantisedExpertLinear
 from moduleformer_ext.nn.router import GMMRouter, LinearRouter, MLPRouter, Router, make_router
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MLPRouter",
     "MixtureOfAttention",
     "MixtureOfFFN",
+    "QuantisedExpertLinear",
     "RoutedProjection",
     "Router",
     "StaticLayerCache",

@@ -97,8 +97,10 @@ def compare(first: MoLMForCausalLM, second: MoLMForCausalLM) -> Comparison:
 
 def check_same_shape(op: str, first: MoLMConfig, second: MoLMConfig, *, more: Sequence[str] = ()) -> None:
     """Raise a ValueError that names the fields, of those of the shape and `more`, in which two models cannot be of one
-    family.
+    family; or where one has quantised experts.
     """
+    for config in (first, second):
+        config.require_trainable_experts(op)
     one, other = first.to_dict(), second.to_dict()
     different = [name for name in (*_SHAPE_FIELDS, *more) if one[name] != other[name]]
     if different:

@@ -145,7 +145,9 @@ class TrainConfig(FileOptions):
             **self.model,
             "vocab_size": vocab_size,
         }
-        return MoLMConfig.preset(self.preset, **fields)
+        config = MoLMConfig.preset(self.preset, **fields)
+        config.require_trainable_experts("model")
+        return config
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "TrainConfig":
