@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from devices import cases_for, on_cuda
+from instruction_sets import run_with
 from routed import (
     CPU,
     DTYPES,
@@ -26,7 +24,6 @@ from routed import (
 )
 
 from moduleformer_ext import reference
-from moduleformer_ext._extension import build_info
 from moduleformer_ext.nn.experts import GATED_ACTIVATIONS
 from moduleformer_ext.ops import expert_layout, grouped_gemm
 from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS
@@ -425,19 +422,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.f
     ids=str,
 )
 def test_other_instruction_sets(environment):
-    names = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    info, isa = build_info(), environment.get("MFX_CPU_ISA", "baseline")
-    if isa not in str(info["cpu_isas"]).split() or names.index(isa) > names.index(str(info["cpu_isa"])):
-        pytest.skip(f"{isa} is not available here")
-    paths = os.pathsep.join((os.path.dirname(__file__), *sys.path))
-    result = subprocess.run(
-        [sys.executable, "-c", SMOKE],
-        env=os.environ | environment | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_with(environment, SMOKE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from instruction_sets import run_with
 from routed import assert_as_accurate, layout_of, randn, random_layout, rows_shape
 
 from moduleformer_ext import reference
-from moduleformer_ext._extension import build_info
 from moduleformer_ext.ops import quantised_gemm
 from moduleformer_ext.quantised import BITS, dequantise, quantise
 
@@ -121,16 +117,7 @@ for dtype in tests.DTYPES:
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("brgemm", ["", "0"])
 def test_other_instruction_sets(isa, brgemm):
-    names = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    info = build_info()
-    if isa not in str(info["cpu_isas"]).split() or names.index(isa) > names.index(str(info["cpu_isa"])):
-        pytest.skip(f"{isa} is not available here")
-    environment = {"MFX_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join((os.path.dirname(__file__), *sys.path))}
-    if brgemm:
-        environment["MFX_BRGEMM"] = brgemm
-    command = [sys.executable, "-c", SMOKE]
-    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    run_with({"MFX_CPU_ISA": isa} | ({"MFX_BRGEMM": brgemm} if brgemm else {}), SMOKE)
 
 
 WEIGHT = quantise(torch.ones(3, 40, 50), 4)

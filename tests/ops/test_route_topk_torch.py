@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from instruction_sets import run_with
 from router_cases import GATES, Router, random_cotangents, weighted_sum
 
 from moduleformer_ext import ops, reference
@@ -287,27 +284,8 @@ for gate in GATES:
     ids=lambda environment: "-".join(environment.values()),
 )
 def test_other_instruction_sets(environment):
-    isa = environment.get("MFX_CPU_ISA", "baseline")
-    if isa != "baseline" and isa not in supported_isas():
-        pytest.skip(f"this processor has no {isa}")
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-c", SMOKE],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    output = run_with(environment, SMOKE).split()
     if "MFX_CPU_ISA" in environment:
-        assert result.stdout.split()[0] == isa
+        assert output[0] == environment["MFX_CPU_ISA"]
     if "MFX_BRGEMM" in environment:
-        assert result.stdout.split()[1] == "False"
-
-
-def supported_isas() -> list[str]:
-    """Those up to the one that was chosen for this process."""
-    order = ["baseline", "avx2", "avx512", "avx512_bf16"]
-    from moduleformer_ext._extension import build_info
-
-    info = build_info()
-    return [isa for isa in order[: order.index(str(info["cpu_isa"])) + 1] if isa in str(info["cpu_isas"]).split()]
+        assert output[1] == "False"

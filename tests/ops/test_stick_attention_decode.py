@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -9,6 +6,7 @@ from decode_cases import DTYPES, case, check, decode, long_tail, oracle
 from devices import on_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import run_with
 from strides import spaced
 
 from moduleformer_ext import reference
@@ -301,14 +299,10 @@ def test_autocast_goes_by_the_cache():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n" + (
+    code = (
         "import torch, decode_cases as t\n"
         "for dtype in t.DTYPES:\n"
         "    for dim in (8, 40, 64):\n"
         "        t.check(torch.device('cpu'), *t.case(new=2, group=3, dim=dim, cache=200, dtype=dtype))\n"
     )
-    environment = {**os.environ, "MFX_CPU_ISA": isa}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if "within what this processor has" in result.stderr:
-        pytest.skip(f"{isa} is not available here")
-    assert result.returncode == 0, result.stderr
+    run_with({"MFX_CPU_ISA": isa}, code)
