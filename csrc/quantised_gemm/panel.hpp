@@ -30,34 +30,95 @@ struct PanelReader {
   static std::int64_t group(std::int64_t depth) { return kBits == 8 ? depth : kQuantisedGroup; }
 };
 
+// A vector's lanes of bytes as integers.
+inline VecI32 load_signed(const std::int8_t* bytes) {
+#if defined(MFX_ISA_AVX512)
+  return reinterpret_cast<VecI32>(_mm512_cvtepi8_epi32(load_raw<__m128i>(bytes)));
+#elif defined(MFX_ISA_AVX2)
+  return reinterpret_cast<VecI32>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#elif defined(__SSE2__)  // gcc would take the lanes one by one
+  const __m128i four = _mm_cvtsi32_si128(load_raw<int>(bytes));
+  const __m128i twice = _mm_unpacklo_epi8(four, four);
+  return reinterpret_cast<VecI32>(_mm_unpacklo_epi16(twice, twice)) >> 24;
+#else
+  typedef std::int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  return __builtin_convertvector(load_raw<Bytes>(bytes), VecI32);
+#endif
+}
+inline VecI32 load_unsigned(const std::int8_t* bytes) {
+#if defined(MFX_ISA_AVX512)
+  return reinterpret_cast<VecI32>(_mm512_cvtepu8_epi32(load_raw<__m128i>(bytes)));
+#elif defined(MFX_ISA_AVX2)
+  return reinterpret_cast<VecI32>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#elif defined(__SSE2__)
+  const __m128i four = _mm_cvtsi32_si128(load_raw<int>(bytes)), zero = _mm_setzero_si128();
+  return reinterpret_cast<VecI32>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(four, zero), zero));
+#else
+  typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  return __builtin_convertvector(load_raw<Bytes>(bytes), VecI32);
+#endif
+}
+inline VecF to_floats(VecI32 v) {
+  return __builtin_convertvector(v, VecF);
+}
+
 // A vector's lanes of the numbers in a row of bytes.
 template <int kBits>
 inline void load_numbers(const std::int8_t* bytes, VecF (&rows)[8 / kBits]) {
-  typedef std::int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
-  const Bytes packed = load_raw<Bytes>(bytes);
-#if defined(MFX_ISA_AVX512)
-  const VecI32 wide = reinterpret_cast<VecI32>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(packed)));
-#elif defined(MFX_ISA_AVX2)
-  const VecI32 wide =
-      reinterpret_cast<VecI32>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
-#else
-  const VecI32 wide = __builtin_convertvector(packed, VecI32);
-#endif
   if constexpr (kBits == 8) {
-    rows[0] = __builtin_convertvector(wide, VecF);
+    rows[0] = to_floats(load_signed(bytes));
   } else {
-    rows[0] = __builtin_convertvector((wide << 28) >> 28, VecF);
-    rows[1] = __builtin_convertvector(wide >> 4, VecF);
+    const VecI32 both = load_unsigned(bytes);
+    rows[0] = to_floats((both & 15) - 8);
+    rows[1] = to_floats((both >> 4) - 8);
+  }
+}
+
+// What a product with few rows multiplies. With 4 bits a byte b = 16 h + l, h and l each 8 above its number, is not
+// taken apart further than it must be:
+//
+//   x0 (l - 8) + x1 (h - 8) = (x0 - x1 / 16) l + (x1 / 16) b - 8 (x0 + x1)
+//
+// so that terms are l and b, rows of x have the factors in brackets (PanelRows), and the rest is summed by groups.
+template <int kBits>
+inline void load_terms(const std::int8_t* bytes, VecF (&terms)[8 / kBits]) {
+  if constexpr (kBits == 8) {
+    load_numbers<kBits>(bytes, terms);
+  } else {
+    const VecI32 both = load_unsigned(bytes);
+    terms[0] = to_floats(both & 15);
+    terms[1] = to_floats(both);
+  }
+}
+
+// Rows of x as factors of the terms, and what is to be taken from the sum of each group.
+struct PanelRows {
+  const float* factors;  // [rows, stride], zeros beyond the depth
+  std::int64_t stride;
+  const float* rest;  // [rows, groups]; 8 bits: not read
+  std::int64_t groups;
+
+  PanelRows from(std::int64_t row) const { return {factors + row * stride, stride, rest + row * groups, groups}; }
+};
+
+// In place: a row of x, zeros up to whole groups, to factors; and the rest.
+inline void make_factors(float* x, std::int64_t groups, float* rest) {
+  for (std::int64_t g = 0; g < groups; ++g) {
+    float sum = 0.0f;
+    for (std::int64_t l = g * kQuantisedGroup; l < (g + 1) * kQuantisedGroup; l += 2) {
+      sum += x[l] + x[l + 1];
+      x[l + 1] *= 0.0625f;
+      x[l] -= x[l + 1];
+    }
+    rest[g] = 8.0f * sum;
   }
 }
 
 inline constexpr std::int64_t kPanelBytesAhead = 1024;  // prefetched: a panel crosses a page every 64 rows
 
-// y[r, c] = sum over l of x[r, l] W[l, c], for kRows rows and the panel's 64 columns. x is zero from depth up to the
-// next whole group.
+// y[r, c] = sum over l of x[r, l] W[l, c], for kRows rows and the panel's 64 columns.
 template <int kBits, int kRows>
-inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, const float* x, std::int64_t x_stride,
-                                float* y) {
+inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, const PanelRows& x, float* y) {
   constexpr int w = kWidth<float>, kNumbers = PanelReader<kBits>::kNumbers;
   constexpr int kVectors = std::min(kPanel / w, kVectorRegisters / 2 / kRows);  // sums fill half of the registers
   for (int r = 0; r < kRows; ++r) std::fill_n(y + r * kPanel, kPanel, 0.0f);
@@ -71,10 +132,10 @@ inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, co
       for (std::int64_t l = first; l < end; l += kNumbers, bytes += kPanel) {
         prefetch_far(bytes + kPanelBytesAhead);
         for (int v = 0; v < kVectors; ++v) {
-          VecF numbers[kNumbers];
-          load_numbers<kBits>(bytes + v * w, numbers);
+          VecF terms[kNumbers];
+          load_terms<kBits>(bytes + v * w, terms);
           for (int i = 0; i < kNumbers; ++i) {
-            for (int r = 0; r < kRows; ++r) sum[r][v] += x[r * x_stride + l + i] * numbers[i];
+            for (int r = 0; r < kRows; ++r) sum[r][v] += x.factors[r * x.stride + l + i] * terms[i];
           }
         }
       }
@@ -82,7 +143,8 @@ inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, co
         const VecF scale = load(part.scales + c + v * w);
         for (int r = 0; r < kRows; ++r) {
           float* const to = y + r * kPanel + c + v * w;
-          store(to, load(to) + sum[r][v] * scale);
+          const float rest = kBits == 8 ? 0.0f : x.rest[r * x.groups + first / kQuantisedGroup];
+          store(to, load(to) + (sum[r][v] - rest) * scale);
         }
       }
     }
@@ -91,12 +153,12 @@ inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, co
 
 // The same for any number of rows, y [rows, kPanel].
 template <int kBits>
-inline void multiply_panel(PanelReader<kBits> panel, std::int64_t depth, std::int64_t rows, const float* x,
-                           std::int64_t x_stride, float* y) {
+inline void multiply_panel(PanelReader<kBits> panel, std::int64_t depth, std::int64_t rows, const PanelRows& x,
+                           float* y) {
   std::int64_t r = 0;
   const auto multiply = [&]<int kRows>() {
     for (; r + kRows <= rows; r += kRows) {
-      multiply_panel_rows<kBits, kRows>(panel, depth, x + r * x_stride, x_stride, y + r * kPanel);
+      multiply_panel_rows<kBits, kRows>(panel, depth, x.from(r), y + r * kPanel);
     }
   };
   multiply.template operator()<4>();

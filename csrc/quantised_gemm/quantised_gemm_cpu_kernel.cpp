@@ -43,19 +43,24 @@ template <int kBits, int kParts, typename T, typename Epilogue>
 void multiply_few(const QuantisedGemmParams& p, Epilogue epilogue) {
   const QuantisedReader<kBits> weight(p);
   const std::int64_t columns = p.out_features / kParts, panels = (columns + kPanel - 1) / kPanel;
-  const std::int64_t stride = round_up(p.in_features, kQuantisedGroup);
-  const Scratch<float> x(p.layout.num_slots() * stride);
+  const std::int64_t stride = round_up(p.in_features, kQuantisedGroup), groups = stride / kQuantisedGroup;
+  const Scratch<float> factors(p.layout.num_slots() * stride), rest(p.layout.num_slots() * groups);
   const RowReader<T> row(p.x, p.layout);
   parallel_for(p.layout.num_slots(), 16, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) pack_row(row(i), p.in_features, stride, x.data() + i * stride);
+    for (std::int64_t i = begin; i < end; ++i) {
+      float* const x = factors.data() + i * stride;
+      pack_row(row(i), p.in_features, stride, x);
+      if constexpr (kBits == 4) make_factors(x, groups, rest.data() + i * groups);
+    }
   });
+  const PanelRows x = {factors.data(), stride, rest.data(), groups};
   for_panels(expert_blocks(p.layout, kFewRows), panels, [&](const ExpertBlock& block, std::int64_t panel) {
     float* const c = static_cast<float*>(thread_scratch(kParts * block.rows * kPanel * sizeof(float)));
     float* parts[2] = {};
     for (int part = 0; part < kParts; ++part) {
       parts[part] = c + part * block.rows * kPanel;
-      multiply_panel(weight.panel(block.expert, part * panels + panel), p.in_features, block.rows,
-                     x.data() + block.begin * stride, stride, parts[part]);
+      multiply_panel(weight.panel(block.expert, part * panels + panel), p.in_features, block.rows, x.from(block.begin),
+                     parts[part]);
     }
     const std::int64_t n = panel * kPanel;
     epilogue({block.expert, block.begin, block.rows, n, static_cast<int>(std::min<std::int64_t>(kPanel, columns - n))},

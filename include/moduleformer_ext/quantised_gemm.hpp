@@ -8,12 +8,12 @@ namespace mfx {
 inline constexpr std::int64_t kQuantisedPanel = 64;  // columns that lie together
 inline constexpr std::int64_t kQuantisedGroup = 32;  // rows that share a scale, with 4 bits
 
-// W_e[l, n] = scale * number, [in, out]. Memory holds panels of 64 columns, zeros beyond `out`; in a panel the numbers
-// of a row follow one another, and then the rows, so that a product reads it from end to end.
+// W_e[l, n] = scale * number, [in, out]. Memory holds panels of 64 columns, with scales of 0 beyond `out`; in a
+// panel the numbers of a row follow one another, and then the rows, so that a product reads it from end to end.
 //
 //   8 bits   values [E, panels, in, 64] int8; scales [E, panels, 1, 64] float32, one for each column
-//   4 bits   values [E, panels, groups * 16, 64]: row 2i in the low half of a byte, row 2i + 1 in the high one, both
-//            in two's complement, zeros beyond `in`; scales [E, panels, groups, 64] float16, one for 32 rows
+//   4 bits   values [E, panels, groups * 16, 64]: number + 8 of row 2i in the low half of a byte, of row 2i + 1 in
+//            the high one, numbers 0 beyond `in`; scales [E, panels, groups, 64] float16, one for 32 rows
 struct QuantisedMatrices {
   const std::int8_t* values;
   const void* scales;

@@ -24,12 +24,13 @@ _DIVISORS = (-9.0, -8.5, -8.0, -7.5, -7.0, 7.0, 7.5)
 class QuantisedMatrices(NamedTuple):
     """One matrix [in, out] for each of E experts, W[l, n] = scale * number.
 
-    Columns lie in panels of 64, zeros beyond ``out``. With 8 bits a column has one scale, with 4 bits one for every 32
-    of its rows, and a byte holds two rows, zeros beyond ``in``.
+    Columns lie in panels of 64, with scales of 0 beyond ``out``. With 8 bits a column has one scale, with 4 bits one for
+    every 32 of its rows, and a byte holds two rows, of numbers 0 beyond ``in``.
     """
 
     values: Tensor
-    """[E, panels, in, 64] int8; with 4 bits [E, panels, groups * 16, 64], row 2i in the low half of a byte."""
+    """[E, panels, in, 64] int8; with 4 bits [E, panels, groups * 16, 64]: numbers + 8, row 2i in the low
+    half of a byte."""
     scales: Tensor
     """[E, panels, 1, 64] float32; with 4 bits [E, panels, groups, 64] float16."""
     bits: int
@@ -132,10 +133,10 @@ def _round_to_4_bits(grouped: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pack(numbers: Tensor) -> Tensor:
     """Two rows [..., 2i + (0, 1), 64] into one of bytes."""
-    low, high = numbers.view(torch.uint8)[..., 0::2, :], numbers.view(torch.uint8)[..., 1::2, :]
-    return ((low & 15) | (high << 4)).view(torch.int8)
+    halves = (numbers + 8).view(torch.uint8)
+    return (halves[..., 0::2, :] | (halves[..., 1::2, :] << 4)).view(torch.int8)
 
 
 def _unpack(values: Tensor) -> Tensor:
-    low, high = (values << 4) >> 4, values >> 4
-    return torch.stack([low, high], dim=-2).flatten(-3, -2)
+    both = values.view(torch.uint8)
+    return torch.stack([both & 15, both >> 4], dim=-2).flatten(-3, -2).to(torch.int8) - 8
