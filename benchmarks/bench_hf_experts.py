@@ -41,8 +41,8 @@ def experts_of(shape: LayerShape, dtype: torch.dtype) -> nn.Module:
 
 @pytest.mark.cases(
     "threads dtype direction tokens",
-    cpu=[*product([2], DTYPES, ("forward", "forward+backward"), [1, 16, 512, 4096])],
-    cuda=[*product([0], DTYPES, ("forward", "forward+backward"), [1, 16, 512, 4096])],
+    cpu=[*product([2, 1], DTYPES, ("forward", "forward+backward"), [1, 16, 512, 2048, 4096])],
+    cuda=[*product([0], DTYPES, ("forward", "forward+backward"), [1, 16, 512, 2048, 4096])],
 )
 def test_hf_experts(run: Run, shape: LayerShape, threads: int, dtype: str, direction: str, tokens: int) -> None:
     from moduleformer_ext.hf.experts import experts_forward

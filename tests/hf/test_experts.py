@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -266,6 +267,7 @@ def test_patched_with_routers(family: str, calls: list[str]) -> None:
     model = make(family)
     expected = outcome(model)
     assert hf_experts.patch(model, routers=True) is model
+    calls.clear()  # of the comparisons with what was there
     assert_same(outcome(model), expected)
     assert calls.count("route_topk") == 2
 
@@ -292,10 +294,45 @@ def test_the_rules_of_routers(family: str, norm_topk_prob: bool) -> None:
     for parameter in block.router.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(20, 16)
-    logits, weights, ids = block.router(x)
+    expected = block.router(x)
     hf_experts.patch(block, routers=True)
-    for a, b in zip(block.router(x), (logits, weights, ids), strict=True):
+    for a, b in zip(block.router(x), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class MixtralTopKRouter(nn.Module):
+    """As a release might have it that returns other things, or weighs otherwise, than those that we know."""
+
+    def __init__(self, factor: float = 1.0, places: tuple[int, ...] = (0, 1, 2)) -> None:
+        super().__init__()
+        torch.manual_seed(10)
+        self.weight, self.top_k = nn.Parameter(torch.randn(7, 5)), 2
+        self.factor, self.places = factor, places
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        logits = x @ self.weight.T
+        top, ids = logits.topk(self.top_k)
+        return tuple((logits, self.factor * top.softmax(-1), ids)[place] for place in self.places)
+
+
+@pytest.mark.parametrize("places", [*itertools.permutations(range(3))])
+def test_a_router_returns_what_it_did_in_the_same_order(places: tuple[int, ...]) -> None:
+    model = nn.ModuleList([Experts(), MixtralTopKRouter(places=places)])
+    x = torch.randn(9, 5)
+    expected = model[1](x)
+    hf_experts.patch(model, routers=True)
+    for a, b in zip(model[1](x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("change", [{"factor": 2.5}, {"places": (0, 1)}, {"places": (0, 1, 2, 2)}])
+def test_a_router_that_does_something_else_is_refused_by_name(change: dict[str, Any]) -> None:
+    model = nn.ModuleList([Experts(), MixtralTopKRouter(**change)])
+    with pytest.raises(
+        ValueError, match=r"^patch: MixtralTopKRouter must return logits, weights and ids as route_topk"
+    ):
+        hf_experts.patch(model, routers=True)
+    assert all("forward" not in vars(module) for module in model)
 
 
 def test_patched_where_transformers_has_no_choice(calls: list[str]) -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import permutations
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ def patch(model: Model, *, routers: bool = False) -> Model:
     Raises:
         ValueError: no module has such experts, one of them does not compute what its kind does, which a few tokens
             show (unless it is on the meta device) or, with `routers`, there is no router, or one routes by a rule that
-            `route_topk` has not. The model is then as it was.
+            `route_topk` has not, or returns something else. The model is then as it was.
     """
     experts: list[Any] = [module for module in model.modules() if _has_experts(module)]
     if not experts:
@@ -116,7 +117,7 @@ def patch(model: Model, *, routers: bool = False) -> Model:
         raise ValueError(
             f"patch: model must have routers of a class ...TopKRouter, got {type(model).__name__}, which has none"
         )
-    orders = [_order(router) for router in found]  # all are known before anything changes
+    rules = [_rule(router) for router in found]  # all are known before anything changes
     transposed = [getattr(module, "is_transposed", None) for module in experts]
     try:
         for module in experts:
@@ -130,8 +131,8 @@ def patch(model: Model, *, routers: bool = False) -> Model:
         raise
     for module in experts:
         module.forward = partial(experts_forward, module)  # a bound method could not be pickled
-    for router, order in zip(found, orders, strict=True):
-        router.forward = partial(_route, router, order)
+    for router, rule in zip(found, rules, strict=True):
+        router.forward = partial(_route, router, rule)
     return model
 
 
@@ -265,21 +266,53 @@ def _is_router(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith("topkrouter")
 
 
-def _order(router: Any) -> RouterOrder:
-    family = type(router).__name__[: -len("TopKRouter")]
+class _Rule(NamedTuple):
+    """What a router does."""
+
+    order: RouterOrder
+    places: tuple[int, ...]
+    """Of logits, weights and ids in what it returns: releases of transformers differ."""
+
+
+def _rule(router: Any) -> _Rule:
+    name = type(router).__name__
+    family = name[: -len("TopKRouter")]
     if family not in _ORDERS:
         raise ValueError(
-            f"patch: routers must be those of {', '.join(_ORDERS)}, got {type(router).__name__}, whose rule route_topk "
+            f"patch: routers must be those of {', '.join(_ORDERS)}, got {name}, whose rule route_topk "
             "does not have; without routers=True the experts alone are replaced"
         )
-    return _ORDERS[family] or ("topk_softmax" if router.norm_topk_prob else "softmax_topk")
+    order = _ORDERS[family] or ("topk_softmax" if router.norm_topk_prob else "softmax_topk")
+    x = torch.randn(len(_PROBES), router.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(router.weight)
+    with torch.no_grad():
+        own, ours = router.forward(x), _routed(router, order, x)
+    for places in permutations(range(len(ours))):
+        if len(own) == len(ours) and all(
+            _alike(own[place], result) for place, result in zip(places, ours, strict=True)
+        ):
+            return _Rule(order, places)
+    raise ValueError(f"patch: {name} must return logits, weights and ids as route_topk chooses them, got others")
 
 
-def _route(router: Any, order: RouterOrder, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _alike(own: Tensor, ours: Tensor) -> bool:
+    if own.shape != ours.shape or own.is_floating_point() != ours.is_floating_point():
+        return False
+    if own.is_meta or not own.is_floating_point():  # ids of equal logits may differ
+        return True
+    tolerance = max(1e-4, 8 * torch.finfo(own.dtype).eps)
+    return torch.allclose(own.float(), ours.float(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _routed(router: Any, order: RouterOrder, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     logits = F.linear(x, router.weight, getattr(router, "bias", None))
     route = ops.route_topk(logits, router.top_k, order=order)
     return logits, route.gates, route.expert_ids.long()
+
+
+def _route(router: Any, rule: _Rule, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    results = _routed(router, rule.order, hidden_states)
+    return tuple(results[rule.places.index(place)] for place in range(len(results)))
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
