@@ -1,6 +1,8 @@
 """Texts that wait on disk: what comes back is what went in, and tokens do not tell where it was cut."""
 
+import errno
 import gzip
+import io
 import json
 import random
 import tracemalloc
@@ -17,6 +19,7 @@ from moduleformer_ext.data import (
     encode_texts,
     stream,
     text_files,
+    texts,
     tokenize,
     train_tokenizer,
 )
@@ -56,6 +59,33 @@ def test_a_text_that_ends_in_an_error_leaves_nothing() -> None:
     kept = store.add(["whole"])
     assert kept is not None
     assert (kept.start, str(kept)) == (0, "whole")
+
+
+class Full(io.RawIOBase):
+    """A file on a disk without room."""
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return offset
+
+    def truncate(self, size: int | None = None) -> int:
+        return 0
+
+    def write(self, content: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_a_full_disk_is_named(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts.tempfile, "TemporaryFile", lambda dir: io.BufferedWriter(Full()))
+    store = TextStore(tmp_path)
+    with pytest.raises(OSError, match=f"'{tmp_path}' cannot be written: .*No space left"):
+        str(store.add(["a" * size]))
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 10**9])

@@ -24,3 +24,21 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     from small_models import IDENTITY_KV
 
     return make_pair(**(IDENTITY_KV if request.param == "identity" else {}))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of our ops as they are called."""
+    from moduleformer_ext import ops
+
+    def recorded(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(op.__name__)
+            return op(*args, **kwargs)
+
+        return call
+
+    seen: list[str] = []
+    for name in ("expert_ffn", "grouped_gemm", "route_topk"):
+        monkeypatch.setattr(ops, name, recorded(getattr(ops, name)))
+    return seen

@@ -77,7 +77,7 @@ def _batches(documents: Iterable[Document], size: int | None) -> Iterator[list[t
 def tokenize_domains(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, TokenStream]:
     """Encode documents into one stream per domain, showing progress."""
     domains = sorted({document.domain for document in documents})
-    with progress("tokenising", sum(len(document.stored) for document in documents), keep=False) as bar:
+    with progress("tokenising bytes", sum(len(document.stored) for document in documents), keep=False) as bar:
         return {
             domain: tokenize([d for d in documents if d.domain == domain], tokenizer, bar.advance) for domain in domains
         }

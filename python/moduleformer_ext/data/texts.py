@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moduleformer_ext.files import writing
+
 PIECE = 1 << 18
 """Bytes of a text that are read at a time, up to the next end of a line."""
 
@@ -27,7 +29,8 @@ class TextStore:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (as long as there is a text)
+        self._folder = folder or Path(tempfile.gettempdir())
+        self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (as long as there is a text)
         self._size = 0
         self._mapped: bytes | mmap.mmap = b""
 
@@ -37,22 +40,25 @@ class TextStore:
         try:
             for piece in pieces:
                 blank = blank and not piece.strip()
-                self._size += self._file.write(piece.encode())
+                with writing(self._folder):
+                    self._size += self._file.write(piece.encode())
         except BaseException:
             blank = True
             raise
         finally:
             if blank:
-                self._file.seek(start)
-                self._file.truncate()
                 self._size = start
+                with writing(self._folder):  # seeking writes what is left in the buffer
+                    self._file.seek(start)
+                    self._file.truncate()
         return None if blank else StoredText(self, start, self._size)
 
     @property
     def content(self) -> bytes | mmap.mmap:
         """All of it, mapped into memory."""
         if len(self._mapped) != self._size:
-            self._file.flush()
+            with writing(self._folder):
+                self._file.flush()
             self._mapped = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
         return self._mapped
 

@@ -1,0 +1,215 @@
+"""`experts.patch`: models that were already made, routers, and what is refused before anything changes."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from moe_models import ROUTERS, STEP3P7, alone, assert_same, make, outcome, run, tokens
+from torch import Tensor, nn
+from transformers.integrations import moe
+
+from moduleformer_ext.hf import experts as hf_experts
+
+MODELS = Path(moe.__file__).parents[1] / "models"
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_patched_with_routers(family: str, calls: list[str]) -> None:
+    model = make(family)
+    expected = outcome(model)
+    assert hf_experts.patch(model, routers=True) is model
+    calls.clear()  # of the comparisons with what was there
+    assert_same(outcome(model), expected)
+    assert calls.count("route_topk") == 2
+
+
+def router_of(family: str, **config: Any) -> nn.Module:
+    """A router of transformers that is ours to replace, whichever file it is in."""
+    name = f"{family}TopKRouter"
+    text = f"class {name}("
+    file = next((f for f in MODELS.glob("*/modeling_*.py") if text in f.read_text(encoding="utf-8")), None)
+    if file is None:
+        pytest.skip(f"this transformers has no {name}")
+    module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+    fields = {"num_experts_per_tok": 3, "num_experts": 7, "num_local_experts": 7, "hidden_size": 16}
+    return getattr(module, name)(SimpleNamespace(**(fields | config)))
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize("family", hf_experts._ORDERS)
+def test_the_rules_of_routers(family: str, norm_topk_prob: bool) -> None:
+    torch.manual_seed(8)
+    block = nn.Module()
+    block.router = router_of(family, norm_topk_prob=norm_topk_prob)
+    block.experts = alone(STEP3P7)
+    for parameter in block.router.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(20, 16)
+    expected = block.router(x)
+    hf_experts.patch(block, routers=True)
+    for a, b in zip(block.router(x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class MixtralTopKRouter(nn.Module):
+    """As a release might have it that returns other things, or weighs otherwise, than those that we know."""
+
+    def __init__(self, factor: float = 1.0, places: tuple[int, ...] = (0, 1, 2)) -> None:
+        super().__init__()
+        torch.manual_seed(10)
+        self.weight, self.top_k = nn.Parameter(torch.randn(7, 5)), 2
+        self.factor, self.places = factor, places
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        logits = x @ self.weight.T
+        top, ids = logits.topk(self.top_k)
+        return tuple((logits, self.factor * top.softmax(-1), ids)[place] for place in self.places)
+
+
+@pytest.mark.parametrize("places", [*itertools.permutations(range(3))])
+def test_a_router_returns_what_it_did_in_the_same_order(places: tuple[int, ...]) -> None:
+    model = nn.ModuleList([Experts(), MixtralTopKRouter(places=places)])
+    x = torch.randn(9, 5)
+    expected = model[1](x)
+    hf_experts.patch(model, routers=True)
+    for a, b in zip(model[1](x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("change", [{"factor": 2.5}, {"places": (0, 1)}, {"places": (0, 1, 2, 2)}])
+def test_a_router_that_does_something_else_is_refused_by_name(change: dict[str, Any]) -> None:
+    model = nn.ModuleList([Experts(), MixtralTopKRouter(**change)])
+    with pytest.raises(
+        ValueError, match=r"^patch: MixtralTopKRouter must return logits, weights and ids as route_topk"
+    ):
+        hf_experts.patch(model, routers=True)
+    assert all("forward" not in vars(module) for module in model)
+
+
+def test_patched_where_transformers_has_no_choice(calls: list[str]) -> None:
+    module = alone(STEP3P7)
+    assert not hasattr(module, "is_transposed")
+    arguments = torch.randn(30, 16), torch.rand(30, 4).argsort(1)[:, :2], torch.rand(30, 2)
+    expected = run(module, *arguments)
+    hf_experts.patch(module)
+    calls.clear()  # of the comparison with its own forward
+    for a, b in zip(run(module, *arguments), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert calls == ["grouped_gemm", "grouped_gemm"]
+
+
+def test_a_copy_of_a_patched_model_has_its_own_weights() -> None:
+    model = hf_experts.patch(make("mixtral"))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert twin(tokens()).logits.abs().max() > 0
+
+
+def test_a_patched_model_is_pickled(tmp_path: Path) -> None:
+    model = hf_experts.patch(make("mixtral"), routers=True)
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(twin(tokens()).logits, model(tokens()).logits)
+
+
+def test_patch_refuses_what_it_does_not_serve() -> None:
+    with pytest.raises(ValueError, match=r"^patch: model must have experts stored as gate_up_proj .*, got Linear"):
+        hf_experts.patch(nn.Linear(2, 2))
+    model = make("deepseek_v3")
+    with pytest.raises(ValueError, match=r"^patch: routers must be those of .*Mixtral.*, got DeepseekV3TopkRouter"):
+        hf_experts.patch(model, routers=True)
+    assert_same(outcome(model), outcome(make("deepseek_v3")), 1e-9)  # nothing was changed
+    module = nn.Module()
+    module.gate_up_proj, module.down_proj = nn.Parameter(torch.zeros(3, 8, 5)), nn.Parameter(torch.zeros(3, 5, 3))
+    with pytest.raises(ValueError, match=r"^patch: Module must store gate_up_proj .* got shapes \[3, 8, 5\]"):
+        hf_experts.patch(module)
+
+
+class Experts(nn.Module):
+    """As an older transformers, or anybody, has them: no decorator, the gate within forward."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 5))
+        self.down_proj = nn.Parameter(torch.randn(3, 5, 4))
+        self.act_fn = nn.SiLU()
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        y = torch.zeros_like(hidden_states)
+        for token, (ids, weights) in enumerate(zip(top_k_index, top_k_weights, strict=True)):
+            for expert, weight in zip(ids, weights, strict=True):
+                up = self.gate_up_proj[expert] @ hidden_states[token]
+                y[token] += weight * (self.down_proj[expert] @ self.gate(*up.chunk(2)))
+        return y
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate) * up
+
+
+class Clamped(Experts):
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate.clamp(max=30)) * up
+
+
+class Halved(Experts):
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate) * up / 2
+
+
+class Sorted(Experts):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+class WeightsFirst(Experts):
+    def forward(self, hidden_states: Tensor, top_k_weights: Tensor, top_k_index: Tensor) -> Tensor:
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_experts_are_patched(dtype: torch.dtype) -> None:
+    module = Experts().to(dtype)
+    arguments = torch.randn(6, 5, dtype=dtype), torch.rand(6, 3).argsort(1)[:, :2], torch.rand(6, 2, dtype=dtype)
+    expected = module(*arguments)
+    before = torch.get_rng_state()
+    hf_experts.patch(module)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(module(*arguments), expected, rtol=0.05, atol=0.05)
+    assert isinstance(hf_experts.patch(Experts().to("meta")), Experts)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Sorted, r"^patch: Sorted must make \[T, D\] of hidden states .*, got TypeError: .*positional arguments"),
+        (WeightsFirst, r"WeightsFirst must make .* got \w+Error"),
+        (Halved, r"Halved must compute the sum of .*, got other values from its own forward"),
+        (Clamped, r"Clamped must compute the sum of"),
+        (lambda: Experts(act_fn=None), "Experts must make .* got TypeError: 'NoneType' object is not callable"),
+        (lambda: Experts(has_bias=True), r"Experts.gate_up_proj_bias must be a tensor \[E, out\], got NoneType"),
+        (lambda: Experts(is_transposed=True), r"Experts must make .* got \w+Error"),
+        (lambda: Experts().to(torch.float8_e4m3fn), r"Experts must make .* got \w+Error"),
+        (lambda: Experts(has_post_expert_norm=True, post_expert_norm=nn.LayerNorm(5)), "got other values"),
+    ],
+)
+def test_patch_refuses_what_would_fail_or_differ_later(make: Any, message: str) -> None:
+    model = nn.ModuleList([Experts(), make()])
+    before = [dict(vars(module)) for module in model]
+    with pytest.raises(ValueError, match=message):
+        hf_experts.patch(model)
+    assert [vars(module) for module in model] == before  # nothing was changed
