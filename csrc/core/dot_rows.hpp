@@ -54,7 +54,9 @@ inline void dot_block(std::int64_t length, const S* const* rows, std::int64_t ro
 template <typename A>
 inline void multiply_few(std::int64_t m, const A* a, const Rows& rows, A* c, std::int64_t ldc) {
   const std::int64_t length = rows.length, blocks = ceil_div(rows.num_rows, kDotRows);
-  parallel_for(blocks, 8, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t block_bytes = kDotRows * length * element_size(rows.dtype);
+  const std::int64_t grain = ceil_div(kParallelBytes, std::max<std::int64_t>(1, block_bytes));
+  parallel_for(blocks, grain, [&](std::int64_t begin, std::int64_t end) {
     with_storage<A>(rows.dtype, [&](auto storage) {
       for (std::int64_t first = begin * kDotRows; first < std::min(end * kDotRows, rows.num_rows); first += kDotRows) {
         const decltype(storage)* row[kDotRows];  // beyond the end, the last one again

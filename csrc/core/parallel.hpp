@@ -33,21 +33,38 @@ void parallel_for(std::int64_t n, std::int64_t grain, FunctionRef<void(std::int6
 
 int num_threads();
 
+// Of a thread, at least, where all it does is read: below this waking it costs more than it saves.
+inline constexpr std::int64_t kParallelBytes = 1 << 18;
+
+// How many threads are worth waking to read so much.
+inline std::int64_t readers_of(std::int64_t bytes) {
+  return std::clamp<std::int64_t>(bytes / kParallelBytes, 1, num_threads());
+}
+
 // f(task, state) for every task in [0, n), handed out one at a time in ascending order: for tasks of unequal cost. Each
-// worker makes one state.
+// of at most so many workers makes one state.
 template <typename Make, typename F>
-void parallel_tasks_with(std::int64_t n, Make&& make, F&& f) {
+void parallel_tasks_with(std::int64_t n, std::int64_t workers, Make&& make, F&& f) {
   std::atomic<std::int64_t> next{0};
-  parallel_for(std::min<std::int64_t>(n, num_threads()), 1, [&](std::int64_t, std::int64_t) {
+  parallel_for(std::min(n, workers), 1, [&](std::int64_t, std::int64_t) {
     auto state = make();
     for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(task, state);
   });
 }
 
+template <typename Make, typename F>
+void parallel_tasks_with(std::int64_t n, Make&& make, F&& f) {
+  parallel_tasks_with(n, num_threads(), make, f);
+}
+
 // f(task) likewise.
 template <typename F>
+void parallel_tasks(std::int64_t n, std::int64_t workers, F&& f) {
+  parallel_tasks_with(n, workers, [] { return 0; }, [&](std::int64_t task, int) { f(task); });
+}
+template <typename F>
 void parallel_tasks(std::int64_t n, F&& f) {
-  parallel_tasks_with(n, [] { return 0; }, [&](std::int64_t task, int) { f(task); });
+  parallel_tasks(n, num_threads(), f);
 }
 
 }  // namespace mfx

@@ -156,7 +156,8 @@ void multiply_few_rows_by_rows(const RoutedLayout& layout, const Operand<Accumul
   std::vector<std::atomic<std::int64_t>> unfinished(blocks.size());
   for (auto& count : unfinished) count.store(chunks, std::memory_order_relaxed);
 
-  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * chunks, [&](std::int64_t task) {
+  const auto readers = readers_of(static_cast<std::int64_t>(blocks.size()) * in_features * row_bytes);
+  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * chunks, readers, [&](std::int64_t task) {
     const auto index = static_cast<std::size_t>(task / chunks);
     const ExpertBlock& block = blocks[index];
     const std::int64_t chunk = task % chunks, first = chunk * depth;
@@ -211,7 +212,9 @@ void multiply_few_rows_by_columns(const RoutedLayout& layout, const Operand<Accu
   using Acc = Accumulate<T>;
   const auto blocks = expert_blocks(layout, kPanel);
   const std::int64_t limit = out_features / kParts, panels = (limit + kPanel - 1) / kPanel;
-  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * panels, [&](std::int64_t task) {
+  const std::int64_t matrix_bytes = in_features * out_features * static_cast<std::int64_t>(sizeof(T));
+  const auto readers = readers_of(static_cast<std::int64_t>(blocks.size()) * matrix_bytes);
+  parallel_tasks(static_cast<std::int64_t>(blocks.size()) * panels, readers, [&](std::int64_t task) {
     const ExpertBlock& block = blocks[static_cast<std::size_t>(task / panels)];
     const std::int64_t n = task % panels * kPanel;
     const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, limit - n));

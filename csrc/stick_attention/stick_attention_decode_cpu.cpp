@@ -23,8 +23,7 @@ namespace {
 
 constexpr std::int64_t kFirstSplitKeys = 64;
 constexpr std::int64_t kMinSplitKeys = 64, kMaxSplitKeys = 512;
-constexpr std::int64_t kSplitBytes = 1 << 17;     // reading this takes several times as long as handing it over
-constexpr std::int64_t kParallelBytes = 1 << 17;  // below this waking a thread costs more than it saves
+constexpr std::int64_t kSplitBytes = 1 << 17;  // reading this takes several times as long as handing it over
 
 void walk(const StickAttentionDecodeParams& params, const StickDecodeSplit& split, const StickDecodePart& part) {
   MFX_ISA_RETURN(stick_decode_split, params, split, part)
@@ -132,7 +131,9 @@ Status stick_attention_decode_cpu(const StickAttentionDecodeParams& params) {
     splits = std::max(splits, head->num_older());
   }
   const std::int64_t width = static_cast<std::int64_t>(unfinished.size());
-  parallel_tasks(splits * width, [&](std::int64_t task) { unfinished[task % width]->walk_older(task / width); });
+  const std::int64_t readers = readers_of(splits * width * split_keys * key_bytes);
+  parallel_tasks(splits * width, readers,
+                 [&](std::int64_t task) { unfinished[task % width]->walk_older(task / width); });
 
   for (const auto& head : heads) head->write();
   return {};
