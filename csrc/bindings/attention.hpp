@@ -18,9 +18,9 @@ inline bool is_grouped(const at::Tensor& q, bool packed = false) {
   return q.dim() == (packed ? 4 : 5);
 }
 
-inline void check_head_dim(const char* op, const at::Tensor& q) {
-  const auto dim = q.sym_size(-1);
-  MFX_CHECK_ARG(dim >= 8 && dim <= 1024 && dim % 8 == 0, op, "q",
+inline void check_head_dim(const char* op, const char* argument, const at::Tensor& heads) {
+  const auto dim = heads.sym_size(-1);
+  MFX_CHECK_ARG(dim >= 8 && dim <= 1024 && dim % 8 == 0, op, argument,
                 "have a head dim that is a multiple of 8 in [8, 1024]", dim);
 }
 
@@ -53,7 +53,7 @@ inline void check_scale(const char* op, std::optional<double> scale) {
   MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), op, "scale", "be finite in float32", *scale);
 }
 inline double scale_or_default(std::optional<double> scale, const at::Tensor& q) {
-  return scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1))));
+  return scale.value_or(std::pow(static_cast<double>(q.size(-1)), -0.5));
 }
 
 // A whole stick, of length 1, is never short enough to stop at.

@@ -13,6 +13,8 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "bindings/checks.hpp"
 
 namespace mfx {
@@ -49,6 +51,11 @@ inline void refuse_gradient(const char* op, const char* argument, const Optional
   MFX_CHECK_ARG(!records_grad(input), op, argument,
                 c10::str("not require grad: decoding has no backward. Use torch.no_grad(), or ", instead, " to train"),
                 "requires_grad=True");
+}
+
+inline void refuse_gradients(const char* op, const char* argument, const std::vector<at::Tensor>& inputs,
+                             const char* instead) {
+  for (const at::Tensor& input : inputs) refuse_gradient(op, argument, input, instead);
 }
 
 // The kernel of the Autograd key for ops that have no derivative of their own: X_backward, and X_forward where X is

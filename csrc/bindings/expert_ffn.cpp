@@ -39,15 +39,8 @@ struct ExpertFfn {
     check_segments(kOp, "up", a.up, a.layout, a.x);
     check_segments(kOp, "down", a.down, a.layout, a.x);
     check_gates(kOp, a.gates, a.layout, a.x);
+    check_ffn(kOp, a.x, a.up[0], a.down[0], gated);
     const c10::SymInt features = a.up[0].sym_size(1), columns = a.up[0].sym_size(2);
-    MFX_CHECK_ARG(a.x.sym_size(-1) == features, kOp, "x",
-                  c10::str("have as many features as up has rows (", features, ")"), a.x.sym_size(-1));
-    MFX_CHECK_ARG(!gated || columns % 2 == 0, kOp, "up", "have an even number of columns for a gated activation",
-                  columns);
-    const c10::SymInt hidden = gated ? columns / 2 : columns;
-    MFX_CHECK_ARG(a.down[0].sym_size(1) == hidden && a.down[0].sym_size(2) == features, kOp, "down",
-                  c10::str("have shape [num_experts, ", hidden, ", ", features, "] beside this up"), "shape ",
-                  a.down[0].sym_sizes());
     check_bias(kOp, "up_bias", a.up_bias, a.layout, columns, a.x);
     check_bias(kOp, "down_bias", a.down_bias, a.layout, features, a.x);
   }

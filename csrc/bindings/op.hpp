@@ -114,11 +114,14 @@ struct OpName {
   consteval OpName(const char (&name)[kSize]) { std::copy_n(name, kSize, text); }
 };
 
-// Calls an op through the dispatcher; kKernel is any of its kernels.
+// Calls an op, or an overload ("op.overload"), through the dispatcher; kKernel is any of its kernels.
 template <OpName kName, auto kKernel>
 typename Traits<kKernel>::Result call(const typename Traits<kKernel>::Args& args) {
+  static const std::string name = std::string("moduleformer_ext::") + kName.text;
+  static const std::size_t end = std::min(name.find('.'), name.size());
+  static const std::string overload = name.substr(std::min(end + 1, name.size()));
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow((std::string("moduleformer_ext::") + kName.text).c_str(), "")
+                             .findSchemaOrThrow(name.substr(0, end).c_str(), overload.c_str())
                              .template typed<decltype(Unboxed<kKernel>::call)>();
   return std::apply([](const auto&... member) { return op.call(member...); }, members(args));
 }

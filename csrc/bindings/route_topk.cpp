@@ -46,20 +46,13 @@ struct BackwardArgs {
   c10::List<bool> wanted;  // a flag for x, hidden_weight, hidden_bias and each segment of weight
 };
 
-RouterOrder parse_order(const char* op, std::string_view order) {
-  if (order == "softmax_topk") return RouterOrder::kSoftmaxTopK;
-  if (order == "topk_softmax") return RouterOrder::kTopKSoftmax;
-  MFX_CHECK_ARG(false, op, "order", "be 'softmax_topk' or 'topk_softmax'", "'", order, "'");
-}
-
 void check_arguments(const Args& a) {
   const auto& [network, k, order, noise, num_sampled] = a;
   network.check();
   const char* op = network.op();
   const auto num_experts = network.num_experts();
-  MFX_CHECK_ARG(k >= 1 && num_experts >= k, op, "k", c10::str("be in [1, ", num_experts, "] (the number of experts)"),
-                k);
-  parse_order(op, order);
+  check_k(op, k, num_experts);
+  parse_router_order(op, order);
   MFX_CHECK_ARG(num_sampled >= 0 && num_sampled <= k, op, "num_sampled", c10::str("be in [0, ", k, "] (k)"),
                 num_sampled);
   MFX_CHECK_ARG(noise.has_value() == (num_sampled > 0), op, "noise",
@@ -76,17 +69,12 @@ void check_arguments(const Args& a) {
 
 ResultsAndHidden allocate(const Network& network, int64_t k, bool save_hidden) {
   const auto real = network.x.options().dtype(result_type(network.x));
-  const auto integer = network.x.options().dtype(at::kInt);
-  const auto tokens = network.x.sym_size(0), experts = network.num_experts();
   const bool hidden = save_hidden && has_hidden_layer(network.kind());
-  return {at::empty_symint({tokens, k}, real),
-          at::empty_symint({tokens, k}, integer),
-          at::empty_symint({experts}, real),
-          at::empty({}, real),
-          at::empty({}, real),
-          at::empty_symint({experts}, integer),
-          at::empty_symint({tokens, experts}, real),
-          hidden ? at::empty_symint({tokens, network.hidden_dim()}, real) : at::empty({0}, real)};
+  const std::vector<Tensor> r = allocate_route(network, network.x.sym_size(0), k);
+  return {r[0], r[1],
+          r[2], r[3],
+          r[4], r[5],
+          r[6], hidden ? at::empty_symint({network.x.sym_size(0), network.hidden_dim()}, real) : at::empty({0}, real)};
 }
 
 template <bool kMeta>
@@ -107,7 +95,7 @@ ResultsAndHidden forward(const ForwardArgs& f) {
   const RouteTopKParams params = {
       .network = network_params.get(),
       .k = k,
-      .order = parse_order(op, order),
+      .order = parse_router_order(op, order),
       .num_sampled = num_sampled,
       .noise = noise.has_value() ? noise_values.const_data_ptr() : nullptr,
       .gates = gates.mutable_data_ptr(),
@@ -161,7 +149,7 @@ void check_backward(const BackwardArgs& b) {
   check_result("grad_plogp_sum", b.grad_plogp_sum, {});
   check_result("grad_logsumexp_sq_sum", b.grad_logsumexp_sq_sum, {});
   check_result("grad_logits", b.grad_logits, {tokens, experts});
-  parse_order(op, b.order);
+  parse_router_order(op, b.order);
 }
 
 // What may require grad, in the order of `wanted`; undefined tensors for what the gate does not have.
@@ -217,7 +205,7 @@ std::vector<Tensor> backward(const BackwardArgs& b) {
   const RouteTopKBackwardParams params = {
       .network = network_params.get(),
       .k = saved.expert_ids.size(1),
-      .order = parse_order(network.op(), b.order),
+      .order = parse_router_order(network.op(), b.order),
       .logits = pointer(saved.logits),
       .hidden = pointer(saved.hidden),
       .expert_ids = copies.emplace_back(saved.expert_ids.contiguous()).const_data_ptr<int32_t>(),

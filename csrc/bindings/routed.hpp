@@ -114,9 +114,9 @@ inline RoutedRows view_rows(const at::Tensor& rows, RowOrder order) {
   return {rows.const_data_ptr(), order, rows.stride(0), order == RowOrder::kSlot ? rows.stride(1) : 0};
 }
 
-// Matrices [E_i, in, out] of consecutive experts, which must add up to the layout's.
-inline void check_segments(const char* op, const char* argument, at::TensorList segments, const LayoutTensors& layout,
-                           const at::Tensor& x) {
+// Matrices [E_i, in, out] of consecutive experts, which must add up to those of `owner`.
+inline void check_segments(const char* op, const char* argument, at::TensorList segments,
+                           const c10::SymInt& num_experts, const char* owner, const at::Tensor& x) {
   MFX_CHECK_ARG(!segments.empty(), op, argument, "be a tensor or a non-empty sequence of tensors", "none");
   c10::SymInt experts = 0;
   for (const at::Tensor& segment : segments) {
@@ -130,8 +130,24 @@ inline void check_segments(const char* op, const char* argument, at::TensorList 
   }
   MFX_CHECK_ARG(segments[0].sym_size(1) >= 1 && segments[0].sym_size(2) >= 1, op, argument,
                 "have at least one row and one column per expert", "shape ", segments[0].sym_sizes());
-  MFX_CHECK_ARG(experts == layout.num_experts(), op, argument,
-                c10::str("have as many experts as the layout (", layout.num_experts(), ")"), experts);
+  MFX_CHECK_ARG(experts == num_experts, op, argument,
+                c10::str("have as many experts as ", owner, " (", num_experts, ")"), experts);
+}
+inline void check_segments(const char* op, const char* argument, at::TensorList segments, const LayoutTensors& layout,
+                           const at::Tensor& x) {
+  check_segments(op, argument, segments, layout.num_experts(), "the layout", x);
+}
+
+// Segments of both projections of an expert's feed-forward network beside x [..., features].
+inline void check_ffn(const char* op, const at::Tensor& x, const at::Tensor& up, const at::Tensor& down, bool gated) {
+  const c10::SymInt features = up.sym_size(1), columns = up.sym_size(2);
+  MFX_CHECK_ARG(x.sym_size(-1) == features, op, "x", c10::str("have as many features as up has rows (", features, ")"),
+                x.sym_size(-1));
+  MFX_CHECK_ARG(!gated || columns % 2 == 0, op, "up", "have an even number of columns for a gated activation", columns);
+  const c10::SymInt hidden = gated ? columns / 2 : columns;
+  MFX_CHECK_ARG(down.sym_size(1) == hidden && down.sym_size(2) == features, op, "down",
+                c10::str("have shape [num_experts, ", hidden, ", ", features, "] beside this up"), "shape ",
+                down.sym_sizes());
 }
 
 inline void check_gates(const char* op, const at::Tensor& gates, const LayoutTensors& layout, const at::Tensor& x) {

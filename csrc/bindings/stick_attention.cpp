@@ -74,7 +74,7 @@ void check_arguments(const Inputs& inputs, const Options& options, std::optional
   }
   check_same_dtype(kOp, "k", k, "q", q);
   check_same_device(kOp, "k", k, "q", q);
-  check_head_dim(kOp, q);
+  check_head_dim(kOp, "q", q);
   MFX_CHECK_ARG(k.sym_size(-1) == q.sym_size(-1), kOp, "k", c10::str("have q's head dim (", q.sym_size(-1), ")"),
                 k.sym_size(-1));
   check_heads(kOp, q, is_grouped(q, packed), "k", k);

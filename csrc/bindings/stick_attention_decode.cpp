@@ -44,7 +44,7 @@ void check_arguments(const Args& a) {
   MFX_CHECK_ARG(q.dim() == 4 || q.dim() == 5, kOp, "q", "be [B, T, H_q, D] or [B, T, H_kv, G, D]", "shape ",
                 q.sym_sizes());
   check_float_dtype(kOp, "q", q);
-  check_head_dim(kOp, q);
+  check_head_dim(kOp, "q", q);
   MFX_CHECK_ARG(q.sym_stride(-1) == 1, kOp, "q", "be contiguous in its last dimension", "strides ", q.sym_strides());
 
   check_cache("k_cache", k_cache, q);

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from mutations import LARGE, from_schema, mutate
-from recipes import PUBLIC, Call, Maker
+from recipes import PUBLIC, Call, Maker, own_copy
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +28,8 @@ OPERATORS = sorted(name for name in torch._C._dispatch_get_all_op_names() if nam
 MOST_MEMORY = 8 << 30
 # By norm.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+ROUTING = ("route_topk", "attention_layer_decode", "ffn_layer_decode")
+"""Ops that choose experts."""
 UNCLEAR = re.compile(
     "bad_alloc|INTERNAL ASSERT|Allocator|out of memory|expected scalar type|vector::|stoi|overflow|negative dimension|"
     "not support(ed)? for|SymInt|optional",
@@ -52,7 +54,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == NAMESPACE:
             copies = pytree.tree_map_only(Tensor, lambda t: t.detach(), list(args))
-            self.calls.append(Call(func._schema.name, func, copies, dict(kwargs or {})))
+            self.calls.append(Call(func.name(), func, copies, dict(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
@@ -72,13 +74,27 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def run(call: Call) -> list[Tensor]:
     """Results, and where they have one the gradient of their sum by every input that wants it."""
-    results = tensors(call.function(*call.args, **call.kwargs))
+    results = tensors(call.function(*_arguments(call), **call.kwargs))
     wanted = [t for t in tensors((call.args, call.kwargs)) if t.requires_grad]
     recorded = [t for t in results if t.requires_grad]
     if not (wanted and recorded):
         return results
     gradients = torch.autograd.grad([t.double().sum() for t in recorded], wanted, allow_unused=True)
     return [*results, *(g for g in gradients if g is not None)]
+
+
+def _arguments(call: Call) -> list[Any]:
+    """Those of an operator, copies where it writes to them."""
+    if not isinstance(call.function, torch._ops.OpOverload):
+        return call.args
+    written = [a.alias_info is not None and a.alias_info.is_write for a in call.function._schema.arguments]
+    return [own_copy(arg) if writes else arg for arg, writes in zip(call.args, written, strict=False)]
+
+
+def operator(name: str) -> torch._ops.OpOverload:
+    """The operator of a name in OPERATORS."""
+    packet, _, overload = name.split("::")[1].partition(".")
+    return getattr(getattr(torch.ops.moduleformer_ext, packet), overload or "default")
 
 
 def bits(t: Tensor) -> Any:
@@ -156,13 +172,13 @@ def check_valid(call: Call) -> None:
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     runs = [outputs(f, change, True) for f, change in ((call.function, own), (call.twin, own), (call.twin, wide))]
     results = [run[0] for run in runs]
-    for three in zip(*results, strict=True):
-        compare(*three, dtype=call_dtype(leaves))
     integers = [(ours, exact) for ours, _, exact in zip(*results, strict=True) if not ours.is_floating_point()]
     if not all(torch.equal(ours.long(), exact.long()) for ours, exact in integers):
-        if call.name.startswith("route_topk"):
+        if call.name.startswith(ROUTING):
             return  # experts that are all but tied
         raise WrongError(f"{integers[0][0]} is not {integers[0][1]}")
+    for three in zip(*results, strict=True):
+        compare(*three, dtype=call_dtype(leaves))
     recorded = [i for i, each in enumerate(zip(*results, strict=True)) if all(t.requires_grad for t in each)]
     if not (call.differentiable and recorded):
         return
@@ -222,8 +238,7 @@ def case(seed: int) -> tuple[Call, Any]:
     kind = m.random.choices(("valid", "public", "operator", "schema"), (25, 25, 40, 10))[0]
     if kind == "schema":
         name = m.random.choice(OPERATORS)
-        operator = getattr(torch.ops.moduleformer_ext, name.split("::")[1]).default
-        return Call(name, operator, from_schema(m, operator._schema)), check_any
+        return Call(name, operator(name), from_schema(m, operator(name)._schema)), check_any
     call = PUBLIC[m.random.choice(sorted(PUBLIC))](m)
     if kind == "valid":
         return call, check_valid

@@ -31,6 +31,14 @@ class Call:
     differentiable: bool = False
 
 
+def own_copy(t: Any) -> Any:
+    """For a call that writes to it: in memory of its own, laid out as it was."""
+    if not isinstance(t, Tensor):
+        return t
+    copy = t.detach().new_empty(0).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride())
+    return copy.requires_grad_(t.requires_grad)
+
+
 class Maker:
     """Draws everything from one seed."""
 
@@ -252,9 +260,83 @@ def stick_attention_decode(m: Maker) -> Call:
     return Call(name, ops.stick_attention_decode, args, options, reference.stick_attention_decode)
 
 
+def layer_input(m: Maker, experts: int, dim: int) -> list[Any]:
+    """What both ops of a layer's step take first."""
+    # At least 2 hidden features, as in router().
+    gate, hidden = m.random.choice(("linear", "mlp", "gmm")), m.size(least=2)
+    return [
+        m.normal(m.random.randint(0, 3), m.random.choice((0, 1, 1, 2, 5)), dim),
+        gate,
+        None if gate == "linear" else m.normal(hidden, dim),
+        m.normal(hidden) if gate == "mlp" else None,
+        m.segments(experts, dim if gate == "linear" else hidden),
+        m.random.randint(1, min(4, experts)),
+        m.random.choice(("softmax_topk", "topk_softmax")),
+        m.normal(dim),
+        m.normal(dim),
+        1e-5,
+    ]
+
+
+CACHES = slice(16, 19)
+"""What attention_layer_decode writes to."""
+
+
+def both_overloads(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The step of a layer without its route and with it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        def own() -> list[Any]:
+            return [*args[: CACHES.start], *map(own_copy, args[CACHES]), *args[CACHES.stop :]]
+
+        return function(*own(), **kwargs, **options), function(*own(), **kwargs, **options, return_route=True)
+
+    return call
+
+
+def attention_layer_decode(m: Maker) -> Call:
+    experts, heads, head_dim = m.size(least=1), m.random.randint(1, 3), 8 * m.random.choice((1, 1, 2, 3))
+    width, shared = heads * head_dim, m.chance(0.3)
+    dim = width if shared else m.size(least=1)
+    first = layer_input(m, experts, dim)
+    batch, new = first[0].shape[:2]
+    keys = new + m.size()
+    cache = [m.normal(batch, keys, heads, head_dim, last=True) for _ in range(2)]
+    biases = [m.normal(width) if m.chance() and not shared else None for _ in range(2)]
+    weights = [None if shared else m.normal(width, dim, strided=False) for _ in range(2)]
+    args = [
+        *first,
+        m.matrices(experts, dim, width),
+        m.matrices(experts, width, dim),
+        weights[0],
+        biases[0],
+        weights[1],
+        biases[1],
+        cache[0],
+        None if shared else cache[1],
+        torch.randint(0, keys - new + 1, (batch,), generator=m.generator).int(),
+    ]
+    options: dict[str, Any] = {}
+    if m.chance(0.3):
+        options["key_padding_mask"] = m.strided(torch.rand(batch, keys, generator=m.generator) < 0.7)
+    function, twin = (both_overloads(of.attention_layer_decode, stick_epsilon=0.0) for of in (ops, reference))
+    return Call("attention_layer_decode", function, args, options, twin)
+
+
+def ffn_layer_decode(m: Maker) -> Call:
+    experts, dim, hidden = m.size(least=1), m.size(least=1), m.size(least=1)
+    activation = m.random.choice(ACTIVATIONS)
+    columns = 2 * hidden if activation in GATED else hidden
+    args = [*layer_input(m, experts, dim), m.matrices(experts, dim, columns), m.matrices(experts, hidden, dim)]
+    function, twin = (both_overloads(of.ffn_layer_decode) for of in (ops, reference))
+    return Call("ffn_layer_decode", function, args, {"activation": activation}, twin)
+
+
 PUBLIC: dict[str, Callable[[Maker], Call]] = {
+    "attention_layer_decode": attention_layer_decode,
     "expert_ffn": expert_ffn,
     "expert_layout": expert_layout,
+    "ffn_layer_decode": ffn_layer_decode,
     "grouped_gemm": grouped_gemm,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_decode": linear_decode,

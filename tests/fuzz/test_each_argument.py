@@ -36,7 +36,7 @@ CALLS = recorded_calls()
 def test_each_tensor_is_checked(name, change):
     call = CALLS[name]
     leaves, spec = pytree.tree_flatten(call.args)
-    op = name.split("::")[1].removesuffix("_forward").removesuffix("_backward")
+    op = name.split("::")[1].split(".")[0].removesuffix("_forward").removesuffix("_backward")
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             continue

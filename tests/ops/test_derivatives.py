@@ -6,7 +6,9 @@ from torch.autograd import forward_ad
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import (
+    attention_layer_decode,
     expert_ffn,
+    ffn_layer_decode,
     grouped_gemm,
     linear_cross_entropy,
     linear_decode,
@@ -52,7 +54,21 @@ CASES = {
         [QKV, QKV, QKV],
     ),
 }
+LAYER = [(1, 1, 8), (3, 8), (8,), (8,)]  # x, the rows of the experts, and the norm's two
 DECODING = {
+    "attention_layer_decode": (
+        lambda x, rows, scale, shift, q, o: attention_layer_decode(
+            *(x, "linear", None, None, rows, 2, "softmax_topk", scale, shift, 1e-5, q, o, None, None, None, None),
+            *(torch.zeros(1, 5, 1, 8), None, torch.tensor([2], dtype=torch.int32)),
+        ),
+        [*LAYER, (3, 8, 8), (3, 8, 8)],
+    ),
+    "ffn_layer_decode": (
+        lambda x, rows, scale, shift, up, down: ffn_layer_decode(
+            x, "linear", None, None, rows, 2, "softmax_topk", scale, shift, 1e-5, up, down
+        ),
+        [*LAYER, (3, 8, 6), (3, 6, 8)],
+    ),
     "linear_decode": (linear_decode, [(2, 8), (5, 8), (5,)]),
     "quantised_gemm": (lambda x: quantised_gemm(x, QUANTISED, LAYOUT), [X]),
     "stick_attention_decode": (

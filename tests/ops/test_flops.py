@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from layer_cases import EXPERTS, FEATURES, HIDDEN, attention_case, ffn_case
 from torch.utils.flop_counter import FlopCounterMode
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import (
+    attention_layer_decode,
     expert_ffn,
+    ffn_layer_decode,
     grouped_gemm,
     linear_cross_entropy,
     linear_decode,
@@ -33,7 +36,7 @@ def count(function, *args, **kwargs):
     """Operations of a forward pass and of the backward pass after it."""
     with FlopCounterMode(display=False) as forward:
         out = function(*args, **kwargs)
-    out = out.gates if hasattr(out, "gates") else out
+    out = out.gates if hasattr(out, "gates") else out[0] if isinstance(out, tuple) else out
     if not out.requires_grad:
         return forward.get_total_flops(), 0
     with FlopCounterMode(display=False) as backward:
@@ -124,3 +127,18 @@ def test_decoding():
     assert count(stick_attention_decode, q, k, None, lengths) == (2 * 2 * 4 * (3 + 5) * 8, 0)
     meta = q.to("meta"), k.to("meta"), None, lengths.to("meta")
     assert count(stick_attention_decode, *meta) == (2 * 2 * 4 * 2 * 10 * 8, 0)
+
+
+@pytest.mark.parametrize("return_route", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_decoding_of_a_layer(shared, return_route):
+    """As its ops one by one count."""
+    attention = attention_case(new=3, lengths=[2, 8], shared=shared)
+    gate = 2 * 6 * (HIDDEN * FEATURES + EXPERTS * HIDDEN)
+    projections = 0 if shared else 2 * 2 * 6 * FEATURES * 32
+    products = 2 * 2 * 6 * 2 * FEATURES * 32
+    attended = 2 * 2 * (5 + 11) * 3 * 2 * 32
+    total = gate + projections + products + attended
+    assert count(attention_layer_decode, **attention, return_route=return_route) == (total, 0)
+    ffn = 2 * 6 * 2 * 2 * FEATURES * 40
+    assert count(ffn_layer_decode, **ffn_case(new=3), return_route=return_route) == (gate + ffn, 0)

@@ -188,10 +188,39 @@ def _stick_attention_backward(*args: Any, **kwargs: Any) -> int:
     return 2 * 5 * pairs * _heads_and_dim(q, cu_seqlens_q is not None)
 
 
+def _cached_keys(cache: Tensor, lengths: Tensor) -> int:
+    """Of all sequences; at most, where lengths have no values."""
+    return int(lengths.sum()) if _has_values(lengths) else prod(cache.shape[:2])
+
+
 @register_flop_formula(_OPS.stick_attention_decode, get_raw=True)
 def _stick_attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor | None, cache_lengths: Tensor, *args: Any, **kwargs: Any
 ) -> int:
-    batch, most_keys = k_cache.shape[:2]
-    keys = int(cache_lengths.sum()) if _has_values(cache_lengths) else batch * most_keys
-    return 2 * 2 * keys * prod(q.shape[1:])
+    return 2 * 2 * _cached_keys(k_cache, cache_lengths) * prod(q.shape[1:])
+
+
+def _gate(call: dict[str, Any], tokens: int) -> int:
+    experts = sum(rows.shape[0] for rows in call["gate_weight"])
+    hidden = call["hidden_weight"]
+    return 2 * tokens * ((0 if hidden is None else hidden.numel()) + experts * call["gate_weight"][0].shape[1])
+
+
+@register_flop_formula(_OPS.attention_layer_decode, get_raw=True)
+def _attention_layer_decode(*args: Any, **kwargs: Any) -> int:
+    call = _named(_OPS.attention_layer_decode, args, kwargs)
+    batch, length, dim = call["x"].shape
+    cache, lengths, tokens, k = call["k_cache"], call["cache_lengths"], batch * length, call["k"]
+    width = prod(cache.shape[2:])
+    projections = 0 if call["k_weight"] is None else 2 * 2 * tokens * dim * width
+    # Counted after the call, when lengths have grown.
+    attention = 2 * 2 * _cached_keys(cache, lengths) * length * k * width
+    return int(_gate(call, tokens) + 2 * 2 * tokens * k * dim * width + projections + attention)
+
+
+@register_flop_formula(_OPS.ffn_layer_decode, get_raw=True)
+def _ffn_layer_decode(*args: Any, **kwargs: Any) -> int:
+    call = _named(_OPS.ffn_layer_decode, args, kwargs)
+    tokens = prod(call["x"].shape[:2])
+    matrices = prod(call["up"][0].shape[1:]) + prod(call["down"][0].shape[1:])
+    return int(_gate(call, tokens) + 2 * tokens * call["k"] * matrices)

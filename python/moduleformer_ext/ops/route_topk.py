@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moduleformer_ext.ops._segments import check_dense, segments
 from moduleformer_ext.types import RouteTopK, Segments
+
+
+def centroid_rows(centroids: Sequence[Tensor], temperature: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The rows that directions are multiplied by: exp(temperature) · normalize(centroids), [E_i, G] each, in dtype."""
+    scale = temperature.to(dtype).reshape(()).exp()
+    # [E, G] is next to nothing beside x: autograd's own operators serve.
+    return [F.normalize(centre.to(dtype), dim=-1) * scale for centre in centroids]
 
 
 def route_topk(
@@ -148,10 +157,8 @@ def route_topk_gmm(
             "route_topk_gmm: temperature must be a floating-point tensor with one element, got "
             f"{temperature.dtype} of shape {tuple(temperature.shape)}"
         )
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale = temperature.to(dtype).reshape(()).exp()
-    weight = []
-    for centre in segments("route_topk_gmm", "centroids", centroids):
+    parts = segments("route_topk_gmm", "centroids", centroids)
+    for centre in parts:
         check_dense("route_topk_gmm", "centroids", centre)
         if centre.dim() != 2 or not centre.is_floating_point():
             raise ValueError(
@@ -163,8 +170,7 @@ def route_topk_gmm(
                 f"route_topk_gmm: centroids must have G = {hidden_weight.shape[0]} columns, got shape "
                 f"{tuple(centre.shape)}"
             )
-        # [E, G] is next to nothing beside x: autograd's own operators serve.
-        weight.append(F.normalize(centre.to(dtype), dim=-1) * scale)
+    weight = centroid_rows(parts, temperature, torch.float64 if x.dtype == torch.float64 else torch.float32)
     return RouteTopK(
         *torch.ops.moduleformer_ext.route_topk(x, "gmm", hidden_weight, None, weight, k, order, noise, num_sampled)
     )

@@ -7,6 +7,7 @@ sums are carried in float32 (float64 for float64). No attention is paid to speed
 from moduleformer_ext.reference import losses
 from moduleformer_ext.reference.expert_layout import expert_layout
 from moduleformer_ext.reference.grouped_gemm import expert_ffn, grouped_gemm
+from moduleformer_ext.reference.layer_decode import attention_layer_decode, ffn_layer_decode
 from moduleformer_ext.reference.linear_cross_entropy import linear_cross_entropy
 from moduleformer_ext.reference.linear_decode import linear_decode
 from moduleformer_ext.reference.quantised_gemm import quantised_gemm
@@ -14,8 +15,10 @@ from moduleformer_ext.reference.route_topk import route_topk, route_topk_gmm, ro
 from moduleformer_ext.reference.stick_attention import stick_attention, stick_attention_decode
 
 __all__ = [
+    "attention_layer_decode",
     "expert_ffn",
     "expert_layout",
+    "ffn_layer_decode",
     "grouped_gemm",
     "linear_cross_entropy",
     "linear_decode",

@@ -1,0 +1,70 @@
+"""A feed-forward layer's step for a few new tokens as one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moduleformer_ext.ops._segments import segments
+from moduleformer_ext.types import RouteTopK, Segments
+
+_OP = "ffn_layer_decode"
+
+
+def ffn_layer_decode(
+    x: Tensor,
+    gate: str,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    gate_weight: Segments,
+    k: int,
+    order: str,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_epsilon: float,
+    up: Segments,
+    down: Segments,
+    *,
+    activation: str = "gelu_tanh",
+    return_route: bool = False,
+) -> Tensor | tuple[Tensor, RouteTopK]:
+    """y = x + ffn(norm(x)) of a few new tokens: what a :class:`~moduleformer_ext.nn.Block` does last.
+
+    The tokens are normed (``layer_norm``), routed (:func:`~moduleformer_ext.ops.route_topk_mlp` and its like) and go
+    through their experts (:func:`~moduleformer_ext.ops.expert_ffn`). The results are bit for bit those of the ops one
+    by one; there is no gradient.
+
+    Args:
+        x: ``[B, T, D]`` float32, float64, bfloat16 or float16.
+        gate, hidden_weight, hidden_bias, gate_weight, k, order, norm_weight, norm_bias, norm_epsilon: as in
+            :func:`~moduleformer_ext.ops.attention_layer_decode`.
+        up: ``[E, D, F]`` (``[E, D, 2F]`` for a gated activation) of x's dtype, or segments.
+        down: ``[E, F, D]`` of x's dtype, or segments.
+        activation: as in :func:`~moduleformer_ext.ops.expert_ffn`.
+        return_route: also return how the tokens were routed.
+
+    Returns:
+        y ``[B, T, D]`` in x's dtype; with ``return_route`` a pair of it and
+        :class:`~moduleformer_ext.types.RouteTopK`.
+
+    Raises:
+        ValueError: naming the argument, for another shape, dtype or device, and in grad mode for an input that
+            requires grad.
+    """
+    op = torch.ops.moduleformer_ext.ffn_layer_decode
+    results = (op.with_route if return_route else op.default)(
+        x,
+        gate,
+        hidden_weight,
+        hidden_bias,
+        segments(_OP, "gate_weight", gate_weight),
+        k,
+        order,
+        norm_weight,
+        norm_bias,
+        norm_epsilon,
+        segments(_OP, "up", up),
+        segments(_OP, "down", down),
+        activation,
+    )
+    return (results[0], RouteTopK(*results[1:])) if return_route else results

@@ -1,0 +1,126 @@
+"""Both layers of a block for a few new tokens: x + layer(norm(x))."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moduleformer_ext.reference._common import accumulation_dtype, joined, without_autocast
+from moduleformer_ext.reference.expert_layout import expert_layout
+from moduleformer_ext.reference.grouped_gemm import expert_ffn, grouped_gemm
+from moduleformer_ext.reference.linear_decode import linear_decode
+from moduleformer_ext.reference.route_topk import route_topk, route_topk_linear, route_topk_mlp
+from moduleformer_ext.reference.stick_attention import stick_attention_decode
+from moduleformer_ext.types import RouteTopK, Segments
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    dtype = accumulation_dtype(x.dtype)
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), epsilon).to(x.dtype)
+
+
+def _route(
+    op: str,
+    tokens: Tensor,
+    gate: str,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    gate_weight: Segments,
+    k: int,
+    order: str,
+) -> RouteTopK:
+    """Which experts the normed tokens [T, D] go to."""
+    if gate == "linear":
+        return route_topk_linear(tokens, gate_weight, k, order=order)
+    if gate == "mlp" and hidden_weight is not None and hidden_bias is not None:
+        return route_topk_mlp(tokens, hidden_weight, hidden_bias, gate_weight, k, order=order)
+    if gate == "gmm" and hidden_weight is not None:
+        dtype = accumulation_dtype(tokens.dtype)
+        direction = F.normalize(F.linear(tokens.to(dtype), hidden_weight.to(dtype)), dim=-1)
+        return route_topk(F.linear(direction, joined(gate_weight).to(dtype)), k, order=order)
+    raise ValueError(f"{op}: gate must be 'linear', 'mlp' or 'gmm' with its hidden layer, got {gate!r}")
+
+
+@without_autocast
+def attention_layer_decode(
+    x: Tensor,
+    gate: str,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    gate_weight: Segments,
+    k: int,
+    order: str,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_epsilon: float,
+    query_weight: Segments,
+    output_weight: Segments,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    v_weight: Tensor | None,
+    v_bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    cache_lengths: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    stick_epsilon: float | None = None,
+    return_route: bool = False,
+) -> Tensor | tuple[Tensor, RouteTopK]:
+    """y = x + attention(norm(x)) for x [B, T, D], after keys and values were appended to the caches.
+
+    k_cache and v_cache [B, S_max, H, D_h], of which cache_lengths [B] are filled, all three changed in place; None for
+    v_cache, k_weight and v_weight: keys and values are norm(x). query_weight [E, D, H * D_h] gives every token k
+    queries of H heads, output_weight [E, H * D_h, D] leads back. ``stick_epsilon`` changes nothing here.
+    """
+    batch, length, _ = x.shape
+    heads, head_dim = k_cache.shape[2:]
+    normed = _norm(x, norm_weight, norm_bias, norm_epsilon)
+    tokens = normed.flatten(0, 1)
+    route = _route("attention_layer_decode", tokens, gate, hidden_weight, hidden_bias, gate_weight, k, order)
+    layout = expert_layout(route.expert_ids, route.counts.shape[0])
+
+    positions = cache_lengths.long()[:, None] + torch.arange(length, device=x.device)
+    rows = torch.arange(batch, device=x.device)[:, None]
+    for cache, weight, bias in ((k_cache, k_weight, k_bias), (v_cache, v_weight, v_bias)):
+        if cache is not None:
+            new = normed if weight is None else linear_decode(normed, weight, bias)
+            cache[rows, positions] = new.unflatten(-1, (heads, head_dim))
+    cache_lengths += length
+
+    q = grouped_gemm(tokens, query_weight, layout, out_order="slot")
+    q = q.view(batch, length, k, heads, head_dim).transpose(2, 3)
+    attended = stick_attention_decode(q, k_cache, v_cache, cache_lengths, key_padding_mask=key_padding_mask)
+    attended = cast(Tensor, attended).transpose(2, 3).reshape(batch * length, k, heads * head_dim)
+    back = grouped_gemm(attended, output_weight, layout, x_order="slot", out_order="token", gates=route.gates)
+    y = x + back.view_as(x)
+    return (y, route) if return_route else y
+
+
+@without_autocast
+def ffn_layer_decode(
+    x: Tensor,
+    gate: str,
+    hidden_weight: Tensor | None,
+    hidden_bias: Tensor | None,
+    gate_weight: Segments,
+    k: int,
+    order: str,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_epsilon: float,
+    up: Segments,
+    down: Segments,
+    *,
+    activation: str = "gelu_tanh",
+    return_route: bool = False,
+) -> Tensor | tuple[Tensor, RouteTopK]:
+    """y = x + ffn(norm(x)) for x [B, T, D], with the experts up [E, D, F] and down [E, F, D]."""
+    tokens = _norm(x, norm_weight, norm_bias, norm_epsilon).flatten(0, 1)
+    route = _route("ffn_layer_decode", tokens, gate, hidden_weight, hidden_bias, gate_weight, k, order)
+    layout = expert_layout(route.expert_ids, route.counts.shape[0])
+    y = x + expert_ffn(tokens, up, down, layout, route.gates, activation=activation).view_as(x)
+    return (y, route) if return_route else y

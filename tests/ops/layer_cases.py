@@ -1,0 +1,125 @@
+"""Arguments of attention_layer_decode and ffn_layer_decode. Caches are NaN wherever no key was written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moduleformer_ext.types import Segments
+
+GATES = ("linear", "mlp", "gmm")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FEATURES, HIDDEN, EXPERTS = 32, 24, 5
+
+
+class Maker:
+    """Random tensors of one type from one seed."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale).to(self.dtype)
+
+    def matrices(self, rows: int, columns: int, segments: int) -> Segments:
+        """[EXPERTS, rows, columns], in so many parts."""
+        whole = self.normal(EXPERTS, rows, columns, scale=rows**-0.5)
+        return whole if segments == 1 else list(whole.tensor_split(segments))
+
+    def input(self, batch: int, new: int, gate: str, k: int, order: str, segments: int) -> dict[str, Any]:
+        """What both ops take first."""
+        inner = FEATURES if gate == "linear" else HIDDEN
+        rows = self.normal(EXPERTS, inner, scale=3 * inner**-0.5)
+        return {
+            "x": self.normal(batch, new, FEATURES),
+            "gate": gate,
+            "hidden_weight": None if gate == "linear" else self.normal(HIDDEN, FEATURES, scale=FEATURES**-0.5),
+            "hidden_bias": self.normal(HIDDEN) if gate == "mlp" else None,
+            "gate_weight": rows if segments == 1 else list(rows.tensor_split(segments)),
+            "k": k,
+            "order": order,
+            "norm_weight": 1 + self.normal(FEATURES, scale=0.1),
+            "norm_bias": self.normal(FEATURES, scale=0.1),
+            "norm_epsilon": 1e-5,
+        }
+
+
+def attention_case(
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 2,
+    new: int = 1,
+    gate: str = "mlp",
+    k: int = 2,
+    order: str = "softmax_topk",
+    heads: int = 2,
+    head_dim: int = 16,
+    cache: int = 40,
+    lengths: list[int] | None = None,
+    shared: bool = False,
+    bias: bool = True,
+    segments: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """``shared``: keys and values are the tokens."""
+    make, width = Maker(dtype, seed), heads * head_dim
+    arguments = make.input(batch, new, gate, k, order, segments)
+    arguments["query_weight"] = make.matrices(FEATURES, width, segments)
+    arguments["output_weight"] = make.matrices(width, FEATURES, segments)
+    for name in "kv":
+        arguments[f"{name}_weight"] = None if shared else make.normal(width, FEATURES, scale=FEATURES**-0.5)
+        arguments[f"{name}_bias"] = make.normal(width) if bias and not shared else None
+    filled = torch.tensor([3 + 4 * b for b in range(batch)] if lengths is None else lengths, dtype=torch.int32)
+    for name in "kv":
+        stored = make.normal(batch, cache, heads, head_dim)
+        for b, length in enumerate(filled.tolist()):
+            stored[b, length:] = torch.nan
+        arguments[f"{name}_cache"] = None if shared and name == "v" else stored
+    arguments["cache_lengths"] = filled
+    return arguments
+
+
+def ffn_case(
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 2,
+    new: int = 1,
+    gate: str = "mlp",
+    k: int = 2,
+    order: str = "softmax_topk",
+    activation: str = "gelu_tanh",
+    segments: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    make = Maker(dtype, seed)
+    columns = 80 if activation in ("swiglu", "geglu") else 40
+    return {
+        **make.input(batch, new, gate, k, order, segments),
+        "up": make.matrices(FEATURES, columns, segments),
+        "down": make.matrices(40, FEATURES, segments),
+        "activation": activation,
+    }
+
+
+def mapped(arguments: dict[str, Any], function: Any) -> dict[str, Any]:
+    """The arguments with function(tensor) for every tensor."""
+    return {
+        name: function(value)
+        if isinstance(value, Tensor)
+        else [function(part) for part in value]
+        if isinstance(value, list)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def copied(arguments: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """For a call that changes its caches."""
+    return mapped(arguments, lambda t: t.clone().to(device))
+
+
+def widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """In float64."""
+    return mapped(arguments, lambda t: t.double() if t.is_floating_point() else t.clone())
