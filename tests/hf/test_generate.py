@@ -220,7 +220,7 @@ class TestRefused:
         cache = hf.ModuleFormerStaticCache(2, 5)
         with torch.no_grad():
             model(tokens(1, 4), cache=cache)
-            with pytest.raises(ValueError, match="must fit beside 4 tokens into 5"):
+            with pytest.raises(ValueError, match="must leave room for 2 tokens in k_cache's 5, got 4"):
                 model(tokens(1, 2), cache=cache)
 
 

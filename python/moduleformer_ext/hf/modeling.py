@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from moduleformer_ext.hf.cache import ModuleFormerCache, ModuleFormerStaticCache, cache_layers
 from moduleformer_ext.hf.config import ModuleFormerConfig
 from moduleformer_ext.models.blocks import make_block, redraw, routing_loss
-from moduleformer_ext.nn import Block, BlockRoutes, LayerCache, Linear, head_cross_entropy
+from moduleformer_ext.nn import Block, BlockRoutes, Linear, head_cross_entropy
 from moduleformer_ext.types import RouteTopK
 
 logger = logging.get_logger(__name__)
@@ -44,9 +44,14 @@ class ModuleFormerBlock(GradientCheckpointingLayer, Block):
     """A block that transformers can recompute in the backward pass."""
 
     def forward(
-        self, x: Tensor, past: Any = None, key_padding_mask: Tensor | None = None, use_cache: bool = False
-    ) -> tuple[Tensor, BlockRoutes, LayerCache | None]:
-        return Block.forward(self, x, past, key_padding_mask, use_cache)
+        self,
+        x: Tensor,
+        past: Any = None,
+        key_padding_mask: Tensor | None = None,
+        use_cache: bool = False,
+        output_routes: bool = True,
+    ) -> tuple[Tensor, BlockRoutes | None, Any]:
+        return Block.forward(self, x, past, key_padding_mask, use_cache, output_routes)
 
 
 class ModuleFormerPreTrainedModel(PreTrainedModel):
@@ -178,13 +183,14 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
 
         states: list[Tensor] = []
         routes: list[BlockRoutes] = []
+        wants_routes = output_router_logits or output_aux_loss
         for index, block in enumerate(self.h):
             if index == self.config.n_layer:  # of a draft that exits early
                 break
             if output_hidden_states:
                 states.append(x)
             layer = layers[index] if layers else None
-            x, route, present = block(x, layer.past if layer else None, keep, layer is not None)
+            x, route, present = block(x, layer.past if layer else None, keep, layer is not None, wants_routes)
             routes.append(route)
             if layer:
                 layer.store(present)

@@ -106,10 +106,11 @@ class MoLM(nn.Module):
         states: list[Tensor] = []
         routes: list[BlockRoutes] = []
         presents: list[LayerCache | StaticLayerCache] = []
+        wants_routes = output_aux_loss or output_routes
         for layer, block in enumerate(self.h):
             if output_hidden_states:
                 states.append(x)
-            arguments = (x, None if past is None else past.layers[layer], keep, use_cache)
+            arguments = (x, None if past is None else past.layers[layer], keep, use_cache, wants_routes)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, route, present = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -19,7 +19,7 @@ from moduleformer_ext.types import ExpertLayout, RouteTopK
 MAX_DECODE_QUERIES = 16
 """Up to so many new tokens the decoding kernel is used, which splits the work over the cache instead of the queries."""
 
-_HEAD_MULTIPLE = 8
+HEAD_MULTIPLE = 8
 """The kernels take heads of a multiple of so many elements."""
 
 
@@ -125,7 +125,7 @@ class MixtureOfAttention(nn.Module):
     ) -> Tensor:
         """q [B, T, H, K, D] to k and v [B, S, H, D], filled as far as ``lengths`` [B] say, if given."""
         scale = self.head_dim**-0.5
-        padded = self.head_dim % _HEAD_MULTIPLE != 0
+        padded = self.head_dim % HEAD_MULTIPLE != 0
         if padded:  # zeros change no product, and are cut off again
             q, k = _pad_heads(q), _pad_heads(k)
             v = None if v is None else _pad_heads(v)
@@ -143,4 +143,4 @@ class MixtureOfAttention(nn.Module):
 
 
 def _pad_heads(heads: Tensor) -> Tensor:
-    return F.pad(heads, (0, -heads.shape[-1] % _HEAD_MULTIPLE))
+    return F.pad(heads, (0, -heads.shape[-1] % HEAD_MULTIPLE))

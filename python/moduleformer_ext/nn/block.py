@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moduleformer_ext.nn.attention import MixtureOfAttention
-from moduleformer_ext.nn.cache import LayerCache
+from moduleformer_ext.nn.decode import Past, decode
 from moduleformer_ext.nn.experts import MixtureOfFFN
 from moduleformer_ext.types import RouteTopK
 
@@ -45,13 +45,20 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        past: LayerCache | None = None,
+        past: Past | None = None,
         key_padding_mask: Tensor | None = None,
         use_cache: bool = False,
-    ) -> tuple[Tensor, BlockRoutes, LayerCache | None]:
-        """x [B, T, D] -> x [B, T, D], the routing decisions, and the extended cache if ``use_cache``."""
+        output_routes: bool = True,
+    ) -> tuple[Tensor, BlockRoutes | None, Past | None]:
+        """x [B, T, D] -> x [B, T, D], the routing decisions if ``output_routes``, and the extended cache if
+        ``use_cache``.
+        """
+        decoded = None if past is None else decode(self, x, past, key_padding_mask, output_routes)
+        if decoded is not None:
+            x, routes, present = decoded
+            return x, None if routes is None else BlockRoutes(*routes), present if use_cache else None
         attended, attention_route, present = self.attn(self.ln_1(x), past, key_padding_mask, use_cache)
         x = x + self.resid_dropout(attended)
         transformed, ffn_route = self.mlpf(self.ln_2(x))
         x = x + self.resid_dropout(transformed)
-        return x, BlockRoutes(attention_route, ffn_route), present
+        return x, BlockRoutes(attention_route, ffn_route) if output_routes else None, present

@@ -32,6 +32,8 @@ class _Storage(NamedTuple):
 
     keys: Tensor
     values: Tensor | None
+    lengths: Tensor
+    """[B] int32, the tokens that are written."""
 
 
 @dataclass(eq=False, repr=False)
@@ -100,18 +102,34 @@ class LayerCache:
             return keys, values, LayerCache.of(keys, values)
 
         start, added = self.length, keys.shape[1]
-        end = start + added
-        storage = self._take_room(keys, end) or self._copy(keys, values, end)
+        storage, present = self._continue(keys, values, added)
         # Through .data: no tensor that autograd may have saved ends after `start`, so none of them has changed.
         storage.keys.data.narrow(1, start, added).copy_(keys)
-        all_keys, all_values = storage.keys.narrow(1, 0, end), None
         if storage.values is not None and values is not None:
             storage.values.data.narrow(1, start, added).copy_(values)
-            all_values = storage.values.narrow(1, 0, end)
-        present = LayerCache(0, all_keys, all_values)
+        storage.lengths.fill_(start + added)
+        return present.keys, present.values, present
+
+    def reserve(self, added: int) -> tuple[LayerCache, Tensor]:
+        """Room for new tokens that an op is about to write, after tokens that there are.
+
+        Returns:
+            The cache that holds them once they are written, and how many each sequence has now, [B] int32: a tensor
+            that whoever writes them must move on.
+        """
+        storage, present = self._continue(self.keys, self.values, added)
+        return present, storage.lengths
+
+    def _continue(self, keys: Tensor, values: Tensor | None, added: int) -> tuple[_Storage, LayerCache]:
+        """Storage for keys and values like these, and the cache over it that is ``added`` tokens longer."""
+        end = self.length + added
+        storage = self._take_room(keys, end) or self._copy(keys, values, end)
+        present = LayerCache(
+            0, storage.keys.narrow(1, 0, end), None if storage.values is None else storage.values.narrow(1, 0, end)
+        )
         if end < storage.keys.shape[1]:
             present._room.append(storage)
-        return all_keys, all_values, present
+        return storage, present
 
     def _take_room(self, keys: Tensor, end: int) -> _Storage | None:
         try:
@@ -134,7 +152,11 @@ class LayerCache:
                 new[:, : self.length] = stored
             return new
 
-        return _Storage(allocate(keys, self._keys), None if values is None else allocate(values, self._values))
+        return _Storage(
+            allocate(keys, self._keys),
+            None if values is None else allocate(values, self._values),
+            torch.full((keys.shape[0],), self.length, dtype=torch.int32, device=keys.device),
+        )
 
     def last(self, length: int) -> LayerCache:
         """The last ``length`` tokens; a copy where that is fewer than there are, so that the rest can be freed."""

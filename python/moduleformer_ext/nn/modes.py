@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from types import TracebackType
 
 from torch import nn
+
+_TRAINING = attrgetter("training")
 
 
 class EvaluationMode:
@@ -18,7 +21,7 @@ class EvaluationMode:
         self._training: list[list[nn.Module]] = []
 
     def __enter__(self) -> None:
-        training = [module for module in self._modules if module.training]
+        training = list(filter(_TRAINING, self._modules))
         for module in training:
             module.training = False
         self._training.append(training)

@@ -6,6 +6,9 @@ any of them has touched is called. Parametrised weights are read as attributes, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+from operator import eq, is_
 from typing import cast
 
 import torch.nn.functional as F
@@ -13,12 +16,49 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["call_in_dtype_of_input", "has_plain_weight", "is_plain", "is_readable", "plain_layers"]
+__all__ = [
+    "Untouched",
+    "call_in_dtype_of_input",
+    "has_plain_weight",
+    "is_plain",
+    "is_readable",
+    "is_untouched",
+    "plain_layers",
+]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module would do what ``kind.forward`` does with its weights, and nothing else."""
-    return _is_untouched(module, kind) and not _has_any_global_hook()
+    return is_untouched(module, kind) and not _has_any_global_hook()
+
+
+class Untouched:
+    """Tells quickly whether the modules inside of one are still as they were when they were found plain: the same
+    objects of the same classes with the same children and parameters, nothing hooked to them and nothing set on them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], root: nn.Module) -> None:
+        self._modules = modules
+        self._classes = [type(module) for module in modules]
+        self._attributes = [module.__dict__ for module in modules]
+        self._number_of_attributes = [len(own) for own in self._attributes]
+        self._hooks = [own[hooks] for own in self._attributes for hooks in _HOOKS]
+        tables = [root._modules, *(own[table] for own in self._attributes for table in ("_modules", "_parameters"))]
+        self._tables = [table for table in tables if table]
+        self._contents = list(chain.from_iterable(map(dict.values, self._tables)))
+
+    def holds(self) -> bool:
+        """All of it in C, without a Python frame per module: it is asked for every token."""
+        return (
+            not any(self._hooks)
+            and all(map(is_, map(type, self._modules), self._classes))
+            and all(map(eq, map(len, self._attributes), self._number_of_attributes))
+            and sum(map(len, self._tables)) == len(self._contents)
+            and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._contents))
+        )
 
 
 def plain_layers(sequence: nn.Sequential, *kinds: type[nn.Module]) -> list[nn.Module] | None:
@@ -27,23 +67,18 @@ def plain_layers(sequence: nn.Sequential, *kinds: type[nn.Module]) -> list[nn.Mo
     if len(layers) != len(kinds) or not is_plain(sequence, nn.Sequential):
         return None
     for layer, kind in zip(layers, kinds, strict=True):
-        if not _is_untouched(layer, kind):
+        if not is_untouched(layer, kind):
             return None
     return layers
 
 
-def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """:func:`is_plain`, the hooks of all modules aside."""
     own, cls = module.__dict__, type(module)
     return (
         (cls is kind or cls.forward is kind.forward)
-        and not (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own  # replaced on the instance, as offloading does
-        )
+        and not any(map(own.__getitem__, _HOOKS))
+        and "forward" not in own  # replaced on the instance, as offloading does
         and has_plain_weight(module)
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moduleformer_ext import ops
 from moduleformer_ext.nn.plain import call_in_dtype_of_input, is_plain, plain_layers
 from moduleformer_ext.nn.segments import segments_of
-from moduleformer_ext.types import RouteTopK
+from moduleformer_ext.types import RouteTopK, Segments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -21,6 +21,17 @@ GateType = Literal["mlp", "linear", "gmm"]
 RouterOrder = Literal["softmax_topk", "topk_softmax"]
 
 _ROW_STD = 0.02
+
+
+class GateWeights(NamedTuple):
+    """The weights of a gate network, under the names of :func:`moduleformer_ext.ops.attention_layer_decode`."""
+
+    gate: GateType
+    hidden_weight: Tensor | None
+    hidden_bias: Tensor | None
+    rows: Segments
+    """Of the experts; centroids where there is a temperature."""
+    temperature: Tensor | None = None
 
 
 class RouterOptions(TypedDict, total=False):
@@ -87,6 +98,14 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def rows_parameter(self) -> tuple[nn.Module, str]:
         """Where the experts' rows are: the module and the name of its parameter [E, row_size]."""
+
+    def gate_weights(self) -> GateWeights | None:
+        """The weights of all that the router does outside of training; None where it does more than they say."""
+        return None if self.normaliser_rows is not None else self._gate_weights()
+
+    def _gate_weights(self) -> GateWeights | None:
+        """Those of the gate network."""
+        return None
 
     @abstractmethod
     def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
@@ -174,12 +193,15 @@ class LinearRouter(Router):
     def rows_parameter(self) -> tuple[nn.Module, str]:
         return self.w_gate[0], "weight"
 
-    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+    def _gate_weights(self) -> GateWeights | None:
         layers = plain_layers(self.w_gate, nn.Linear)
-        if layers is None:
+        return None if layers is None else GateWeights("linear", None, None, segments_of(layers[0], "weight"))
+
+    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+        weights = self._gate_weights()
+        if weights is None:
             return None
-        rows = segments_of(layers[0], "weight")
-        return ops.route_topk_linear(x, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
+        return ops.route_topk_linear(x, weights.rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
 
     def _hidden(self, x: Tensor) -> Tensor:
         return x
@@ -212,16 +234,23 @@ class MLPRouter(Router):
     def rows_parameter(self) -> tuple[nn.Module, str]:
         return self.w_gate[3], "weight"
 
-    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+    def _gate_weights(self) -> GateWeights | None:
         layers = plain_layers(self.w_gate, nn.Linear, nn.GELU, nn.Dropout, nn.Linear)
         if layers is None:
             return None
-        hidden, dropout = cast(nn.Linear, layers[0]), cast(nn.Dropout, layers[2])
+        hidden = cast(nn.Linear, layers[0])
+        return GateWeights("mlp", hidden.weight, hidden.bias, segments_of(layers[3], "weight"))
+
+    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+        weights = self._gate_weights()
+        if weights is None:
+            return None
+        dropout = cast(nn.Dropout, self.w_gate[2])
         if dropout.training and dropout.p > 0:  # the fused gate network has no dropout
             return None
-        rows = segments_of(layers[3], "weight")
+        hidden_weight, hidden_bias = cast(Tensor, weights.hidden_weight), cast(Tensor, weights.hidden_bias)
         return ops.route_topk_mlp(
-            x, hidden.weight, hidden.bias, rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled
+            x, hidden_weight, hidden_bias, weights.rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled
         )
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -258,15 +287,21 @@ class GMMRouter(Router):
     def rows_parameter(self) -> tuple[nn.Module, str]:
         return self, "expert_centroids"
 
-    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+    def _gate_weights(self) -> GateWeights | None:
         if not is_plain(self.w_gate, nn.Linear):
             return None
-        rows = segments_of(self, "expert_centroids")
+        centroids = segments_of(self, "expert_centroids")
+        return GateWeights("gmm", self.w_gate.weight, None, centroids, self.temperature)
+
+    def _route(self, x: Tensor, noise: Tensor | None, num_sampled: int) -> RouteTopK | None:
+        weights = self._gate_weights()
+        if weights is None:
+            return None
         return ops.route_topk_gmm(
             x,
-            self.w_gate.weight,
-            rows,
-            self.temperature.squeeze(0),
+            cast(Tensor, weights.hidden_weight),
+            weights.rows,
+            cast(Tensor, weights.temperature),
             self.k,
             order=self.order,
             noise=noise,
