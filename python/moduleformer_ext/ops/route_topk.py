@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,11 +10,13 @@ from moduleformer_ext.ops._segments import check_dense, segments
 from moduleformer_ext.types import RouteTopK, Segments
 
 
-def centroid_rows(centroids: Sequence[Tensor], temperature: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def centroid_rows(centroids: Segments, temperature: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """The rows that directions are multiplied by: exp(temperature) · normalize(centroids), [E_i, G] each, in dtype."""
     scale = temperature.to(dtype).reshape(()).exp()
     # [E, G] is next to nothing beside x: autograd's own operators serve.
-    return [F.normalize(centre.to(dtype), dim=-1) * scale for centre in centroids]
+    return [
+        F.normalize(centre.to(dtype), dim=-1) * scale for centre in segments("route_topk_gmm", "centroids", centroids)
+    ]
 
 
 def route_topk(
