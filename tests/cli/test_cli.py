@@ -125,7 +125,9 @@ def test_unknown_model_field_is_named(corpus: Path, tmp_path: Path, capsys: pyte
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [["--gather-dtype", "bf16"], ["--no-reshard"], ["--background-checkpoints"]], ids=lambda flags: flags[0]
+    "flags",
+    [["--gather-dtype", "bf16"], ["--no-reshard"], ["--background-checkpoints"], ["--expert-parallel", "2"]],
+    ids=lambda flags: flags[0],
 )
 def test_options_of_several_processes_are_refused_alone(
     flags: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -11,9 +11,12 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from moduleformer_ext.data import LaneReader
 from moduleformer_ext.distributed import Processes, memory
+from moduleformer_ext.distributed.expert_parallel import spread_experts
+from moduleformer_ext.distributed.sharding import blocks
 from moduleformer_ext.models import KVCache, MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.train import TrainConfig
 from moduleformer_ext.train.checkpoints import CheckpointStore
@@ -55,23 +58,43 @@ def test_lanes_have_to_be_divided() -> None:
         memory.memory_per_process(CONFIG, 1, lanes=3, micro_batches=2)
 
 
+def _kept_with_spread_experts() -> int:
+    torch.manual_seed(0)
+    model = MoLMForCausalLM(CONFIG).train()
+    spread_experts(blocks(model), init_device_mesh("cpu", (dist.get_world_size(),)))
+    own = sum(parameter.to_local().nbytes for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return memory._kept(lambda: memory._forward(model, 2, None, None), model) - own
+
+
+def test_calculated_activations_with_spread_experts(pair: Ranks) -> None:
+    config = CONFIG.replace(history_length=0)
+    calculated = memory.memory_per_process(config, 2, lanes=2, autocast=None, expert_parallel=2)
+    kept = pair.run(_kept_with_spread_experts)
+    assert calculated.activations == pytest.approx(sum(kept) / 2, rel=0.02)  # tokens are not dealt out evenly
+
+
+def test_experts_and_processes_have_to_fit() -> None:
+    with pytest.raises(ValueError, match="expert_parallel must divide the 8 processes, got 3"):
+        memory.memory_per_process(CONFIG, 8, lanes=1, expert_parallel=3)
+
+
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     memory.main(["molm-nano", "--processes", "2", "4", "--lanes", "2", "--activation-checkpointing"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[2].startswith("| 2 | ") and lines[3].startswith("| 4 | ")
 
 
-def _trainer(fields: dict[str, Any]) -> ShardedTrainer:
+def _trainer(fields: dict[str, Any], **options: Any) -> ShardedTrainer:
     size = dist.get_world_size()
     processes = Processes(dist.get_rank(), size, init_device_mesh("cpu", (size,)))
-    config = TrainConfig.from_dict({"steps": 2, "batch_size": 4, "reshard": True})
+    config = TrainConfig.from_dict({"steps": 2, "batch_size": 4, "reshard": True, **options})
     tokens = torch.randint(50, (700,), generator=torch.Generator().manual_seed(0)).numpy().astype("uint16")
     reader = LaneReader({"d": tokens}, {"d": 4}, 12, processes.own_part(4))
     return ShardedTrainer(config, MoLMConfig.preset("molm-nano", **fields), reader, processes, steps=2, dtype="fp32")
 
 
-def _held() -> tuple[int, int, int]:
-    trainer = _trainer({**SMALL, "history_length": 12})
+def _held(expert_parallel: int) -> tuple[int, int, int]:
+    trainer = _trainer({**SMALL, "history_length": 12}, expert_parallel=expert_parallel)
     trainer.take_step()
     parameters = sum(4 * parameter.to_local().numel() for parameter in trainer.model.parameters())
     moments = sum(4 * moment.to_local().numel() for moment in trainer._moments().values())
@@ -80,10 +103,11 @@ def _held() -> tuple[int, int, int]:
     return parameters, moments, history
 
 
-def test_calculated_parts_are_those_of_a_process(pair: Ranks) -> None:
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_calculated_parts_are_those_of_a_process(pair: Ranks, expert_parallel: int) -> None:
     config = CONFIG.replace(history_length=12)
-    calculated = memory.memory_per_process(config, 2, lanes=2, autocast=None)
-    for parameters, moments, history in pair.run(_held):
+    calculated = memory.memory_per_process(config, 2, lanes=2, autocast=None, expert_parallel=expert_parallel)
+    for parameters, moments, history in pair.run(_held, expert_parallel):
         assert parameters == pytest.approx(calculated.parameters, rel=0.02)
         assert moments == pytest.approx(calculated.optimizer, rel=0.02)
         assert history == calculated.history

@@ -95,6 +95,26 @@ def test_one_process_reads_and_continues_a_run_of_two(
     assert main(["train", "--resume", str(root)]) == 0  # nothing is left to do but the evaluation
 
 
+def test_a_run_with_spread_experts_is_that_of_one(
+    alone: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "spread"
+    done = _run(2, "--run-dir", str(root), *_words(corpus), "--expert-parallel", "2")
+    assert done.returncode == 0, done.stderr
+    for found, expected in zip(_losses(root), _losses(alone), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    results = [json.loads((run / "evaluation.json").read_text()) for run in (root, alone)]
+    assert results[0]["bits_per_byte"]["MoLM"] == pytest.approx(results[1]["bits_per_byte"]["MoLM"], rel=1e-4)
+    assert (root / "samples.txt").read_text() == (alone / "samples.txt").read_text()
+    assert main(["convert", str(root), str(tmp_path / "converted"), "--to", "published"]) == 0
+    assert main(["extend", str(root), str(tmp_path / "extended"), "--ffn", "1"]) == 0
+    assert main(["prune", str(root), str(tmp_path / "pruned"), "--remaining", "0.9"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", str(root), "--expert-parallel", "1", "--batch-size", "8"]) == 2
+    assert "batch_size is 4, got 8; leave these out" in capsys.readouterr().err
+    assert main(["train", "--resume", str(root)]) == 0  # nothing is left to do but the evaluation
+
+
 @pytest.mark.slow
 def test_finetuning_starts_from_a_run_of_two(two: tuple[Path, str], tmp_path: Path) -> None:
     words = ["--run-dir", str(tmp_path / "run"), "--steps", "3", "--batch-size", "4", "--dtype", "fp32"]
@@ -169,11 +189,14 @@ BAD = [
     pytest.param(
         ["--batch-size", "2", "--micro-batches", "2"], "must have a multiple of 4 lanes, got 2", marks=pytest.mark.slow
     ),
+    pytest.param(
+        ["--expert-parallel", "3"], "expert_parallel: must divide the 2 processes, got 3", marks=pytest.mark.slow
+    ),
 ]
 
 
 @pytest.mark.parametrize(("words", "message"), BAD)
-def test_lanes_that_do_not_divide_are_refused(corpus: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_what_does_not_divide_is_refused(corpus: Path, tmp_path: Path, words: list[str], message: str) -> None:
     done = _run(2, "--run-dir", str(tmp_path / "run"), *_words(corpus), *words)
     assert done.returncode != 0
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("moduleformer-ext train: ")]

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from pydantic import Field
 
 from moduleformer_ext.cli.train import check_surroundings, start
-from moduleformer_ext.distributed import started_by_torchrun
+from moduleformer_ext.distributed import Processes, started_by_torchrun
 from moduleformer_ext.records import Record, Text
 from moduleformer_ext.train import RunDirectory, Size, TrainConfig, is_run
 
@@ -62,7 +62,7 @@ def run(*, options: Options = Options()) -> int:
     if started_by_torchrun():
         raise ValueError("demo: must be started without torchrun, which launches train")
 
-    def create() -> RunDirectory:
+    def create(_: Processes) -> RunDirectory:
         earlier = is_run(options.run)
         directory = RunDirectory.replace(options.run, config)
         if earlier:

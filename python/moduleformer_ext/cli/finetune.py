@@ -8,9 +8,11 @@ from cyclopts import Parameter
 
 from moduleformer_ext.cli.source import Model, load_source, locate, run_of
 from moduleformer_ext.cli.train import HELP_GROUPS, NEW_RUN, ConfigFile, Flags, check_surroundings, start
+from moduleformer_ext.distributed import Processes
 from moduleformer_ext.records import NonNegative
 from moduleformer_ext.train import RunDirectory, TrainConfig, check_outside
 from moduleformer_ext.train.finetune import finetuned_config
+from moduleformer_ext.train.session import check_model
 
 _KEPT = "what the model's own run read is kept unless given"
 _INHERITED = ("text", "text_field", "held_out", "segment_length", "history_length")
@@ -49,9 +51,9 @@ def run(
     settings = TrainConfig.from_dict(given)
     check_surroundings(settings)
 
-    def create() -> RunDirectory:
+    def create(processes: Processes) -> RunDirectory:
         model, _ = load_source(base)
-        finetuned_config(model.config, settings)  # complains before anything is written
+        check_model(finetuned_config(model.config, settings), settings, processes)
         return RunDirectory.create(run, settings, (model, locate(base)[1]))
 
     return start(settings, started, create)

@@ -15,12 +15,12 @@ from moduleformer_ext._version import __version__
 from moduleformer_ext.cli import INTERRUPTED
 from moduleformer_ext.cli.source import check_device
 from moduleformer_ext.data import STANDARD_DOMAINS, check_sources, end_of_text_id, load_tokenizer, share_lanes
-from moduleformer_ext.distributed import is_restart, joined, started_by_torchrun
+from moduleformer_ext.distributed import Processes, is_restart, joined, started_by_torchrun
 from moduleformer_ext.records import Text
 from moduleformer_ext.train import RunDirectory, Size, TrainConfig, is_run, run_session
 from moduleformer_ext.train.config import RunOptions, read_options
 from moduleformer_ext.train.metrics import check_logging
-from moduleformer_ext.train.session import check_division
+from moduleformer_ext.train.session import check_division, check_model
 
 NEW_RUN = ("--run-dir", "--run")
 """torchrun takes the short one for its own, as it does --log."""
@@ -104,9 +104,9 @@ def run(
         resume, run = run, None  # torchrun repeats the command
     if resume is not None:
         directory = RunDirectory.open(resume)
-        _check_same(directory, given)
-        check_device(directory.config.device)
-        return finish(directory.config, started, lambda: directory)
+        options = _continued(directory, given)
+        check_device(options.device)
+        return finish(options, started, lambda _: directory)
     assert run is not None
     if "tokenizer" in given and "vocab_size" in given:
         raise ValueError("--tokenizer: has a vocabulary of its own; leave --vocab-size out")
@@ -114,15 +114,21 @@ def run(
     check_surroundings(options)
     tokenizer = None if options.tokenizer is None else load_tokenizer(Path(options.tokenizer))
     if tokenizer is None:
-        options.architecture(options.vocab_size)
+        architecture = options.architecture(options.vocab_size)
     else:
-        options.architecture(tokenizer.get_vocab_size(), end_of_text_id(tokenizer))
-    return start(options, started, lambda: RunDirectory.create(new, options))
+        architecture = options.architecture(tokenizer.get_vocab_size(), end_of_text_id(tokenizer))
+
+    def create(processes: Processes) -> RunDirectory:
+        check_model(architecture, options, processes)
+        return RunDirectory.create(new, options)
+
+    return start(options, started, create)
 
 
 _OF_SEVERAL_PROCESSES = {
     "gather_dtype": "--gather-dtype",
     "reshard": "--no-reshard",
+    "expert_parallel": "--expert-parallel",
     "background_checkpoints": "--background-checkpoints",
 }
 """Options that one process alone has no use for, and their flags."""
@@ -141,12 +147,15 @@ def check_surroundings(config: TrainConfig) -> None:
     check_logging(config.log)
 
 
-def start(config: TrainConfig, started: float, create: Callable[[], RunDirectory], sizes: Sequence[Size] = ()) -> int:
+Find = Callable[[Processes], RunDirectory]
+
+
+def start(config: TrainConfig, started: float, create: Find, sizes: Sequence[Size] = ()) -> int:
     """Take a new run to its end with the processes that torchrun started. One that cannot even begin leaves nothing."""
     made: list[RunDirectory] = []
 
-    def create_once() -> RunDirectory:
-        made.append(create())
+    def create_once(processes: Processes) -> RunDirectory:
+        made.append(create(processes))
         return made[0]
 
     try:
@@ -157,7 +166,7 @@ def start(config: TrainConfig, started: float, create: Callable[[], RunDirectory
         raise
 
 
-def finish(config: TrainConfig, started: float, find: Callable[[], RunDirectory], sizes: Sequence[Size] = ()) -> int:
+def finish(config: TrainConfig, started: float, find: Find, sizes: Sequence[Size] = ()) -> int:
     """Take a run, which the first process finds or creates, to its end, with the processes that torchrun started; say
     how to go on if it was interrupted.
     """
@@ -165,7 +174,7 @@ def finish(config: TrainConfig, started: float, find: Callable[[], RunDirectory]
         versions = {"version of moduleformer_ext": __version__, "version of torch": torch.__version__}
         processes.check_same({**versions, **config.to_dict()})
         check_division(config, processes)
-        directory = RunDirectory(processes.first(lambda: find().root), config)
+        directory = RunDirectory(processes.first(lambda: find(processes).root), config)
         if run_session(directory, started=started, processes=processes, sizes=sizes):
             return 0
         if processes.is_first:
@@ -173,13 +182,16 @@ def finish(config: TrainConfig, started: float, find: Callable[[], RunDirectory]
     return INTERRUPTED
 
 
-def _check_same(directory: RunDirectory, given: dict[str, Any]) -> None:
-    """A run is continued as it began: options that say otherwise are an error."""
+def _continued(directory: RunDirectory, given: dict[str, Any]) -> TrainConfig:
+    """A run is continued as it began: options that say otherwise are an error, but for where experts are."""
     stored = directory.config.to_dict()
-    wanted = TrainConfig.from_dict({**stored, **given}).to_dict()
-    if different := [name for name in stored if stored[name] != wanted[name]]:
+    options = TrainConfig.from_dict({**stored, **given})
+    wanted = options.to_dict()
+    different = [name for name in stored if stored[name] != wanted[name] and name != "expert_parallel"]
+    if different:
         changes = "; ".join(f"{name} is {stored[name]!r}, got {wanted[name]!r}" for name in different)
         raise ValueError(
             f"--resume continues '{directory.root}' as it was configured, but {changes}; "
             f"leave these out, or start a new run"
         )
+    return options

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moduleformer_ext import ops
 from moduleformer_ext.nn.cache import LayerCache, StaticLayerCache
+from moduleformer_ext.nn.dispatch import Dispatch, Exchange, arrange
 from moduleformer_ext.nn.experts import ExpertLinear
 from moduleformer_ext.nn.linear import Linear
 from moduleformer_ext.nn.plain import is_plain
@@ -31,13 +32,15 @@ class RoutedProjection(nn.Module):
         self.experts = ExpertLinear(router.num_experts, n_embd, att_hidden)
         self.output_experts = ExpertLinear(router.num_experts, att_hidden, n_embd)
         self.gate = router
+        self.exchange: Exchange | None = None
+        """As in :class:`~moduleformer_ext.nn.MixtureOfFFN`."""
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, RouteTopK, ExpertLayout]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, RouteTopK, ExpertLayout | Dispatch]:
         """tokens [T, D] -> queries [T, K, A], one per chosen expert, not gated; and what ``output_experts`` need to
         take the attended heads back to the tokens.
         """
         route = self.gate(tokens)
-        layout = ops.expert_layout(route.expert_ids, route.counts.shape[0])
+        layout = arrange(route, self.exchange)
         return self.experts(tokens, layout, out_order="slot"), route, layout
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moduleformer_ext import ops
+from moduleformer_ext.nn.dispatch import Dispatch, Exchange, arrange
 from moduleformer_ext.nn.plain import is_plain
 from moduleformer_ext.nn.router import Router
 from moduleformer_ext.nn.segments import segments_of
@@ -29,7 +30,7 @@ class ExpertLinear(nn.Module):
     def forward(
         self,
         x: Tensor,
-        layout: ExpertLayout,
+        layout: ExpertLayout | Dispatch,
         *,
         x_order: str = "token",
         out_order: str = "expert",
@@ -37,6 +38,12 @@ class ExpertLinear(nn.Module):
         activation: str | None = None,
     ) -> Tensor:
         """The products of all slots; see :func:`moduleformer_ext.ops.grouped_gemm`."""
+        if isinstance(layout, Dispatch):
+
+            def product(rows: Tensor, weight: Segments, own: ExpertLayout) -> Tensor:
+                return ops.grouped_gemm(rows, weight, own, out_order="slot", activation=activation).squeeze(1)
+
+            return layout.apply(product, x, [self.segments], x_order=x_order, out_order=out_order, gates=gates)
         return ops.grouped_gemm(
             x, self.segments, layout, x_order=x_order, out_order=out_order, gates=gates, activation=activation
         )
@@ -69,16 +76,29 @@ class MixtureOfFFN(nn.Module):
         self.output_experts = ExpertLinear(router.num_experts, ffd_hidden, n_embd)
         self.gate = router
         self.activation = activation
+        self.exchange: Exchange | None = None
+        """Takes tokens to experts that other processes hold; None: all of them are here."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouteTopK]:
         """x [..., D] -> y [..., D] and how its tokens (leading dimensions flattened) were routed."""
         tokens = x.reshape(-1, x.shape[-1])
         route = self.gate(tokens)
-        layout = ops.expert_layout(route.expert_ids, route.counts.shape[0])
+        layout = arrange(route, self.exchange)
         if is_plain(self.experts, ExpertLinear) and is_plain(self.output_experts, ExpertLinear):
-            up, down = self.experts.segments, self.output_experts.segments
-            y = ops.expert_ffn(tokens, up, down, layout, route.gates, activation=self.activation)
+            weights = self.experts.segments, self.output_experts.segments
+            if isinstance(layout, Dispatch):
+                y = layout.apply(self._transform, tokens, weights, gates=route.gates)
+            else:
+                y = self._transform(tokens, *weights, layout, route.gates)
         else:
             hidden = self.experts(tokens, layout, activation=self.activation)
             y = self.output_experts(hidden, layout, x_order="expert", out_order="token", gates=route.gates)
         return y.view_as(x), route
+
+    def _transform(
+        self, x: Tensor, up: Segments, down: Segments, layout: ExpertLayout, gates: Tensor | None = None
+    ) -> Tensor:
+        """Without gates: that of one choice is 1."""
+        if gates is None:
+            gates = x.new_ones(len(x), 1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return ops.expert_ffn(x, up, down, layout, gates, activation=self.activation)

@@ -77,6 +77,8 @@ class RunOptions(Record):
     """type in which several processes send one another weights; bf16 is half as much, and rounds norms and routers"""
     reshard: bool = True
     """of several processes: free the weights of a layer between its forward and backward pass, and gather them again"""
+    expert_parallel: Count = 1
+    """of several processes: this many next to one another hold different experts, to which tokens are sent"""
     background_checkpoints: bool = False
     """of several processes: write checkpoints while training goes on"""
     steps: Natural = 0

@@ -12,6 +12,7 @@ from moduleformer_ext.display import progress
 from moduleformer_ext.distributed import ALONE, Processes
 from moduleformer_ext.files import read_json, to_json, write_file, writing
 from moduleformer_ext.heap import keep_freed_memory
+from moduleformer_ext.models import MoLMConfig
 from moduleformer_ext.models.checkpoint import StoredWeights
 from moduleformer_ext.surgery import plot_expert_usage
 from moduleformer_ext.train.baselines import BIGRAM, BitsPerByte, format_table, measure_baselines, per_byte
@@ -62,7 +63,7 @@ def run_session(
 
 
 def check_division(config: TrainConfig, processes: Processes) -> None:
-    """Refuse lanes that cannot be shared evenly."""
+    """Refuse lanes, and experts, that cannot be shared as they should be."""
     parts = processes.size * config.micro_batches
     if config.batch_size % parts:
         shares = f"{processes.size} processes" if processes.size > 1 else "one process"
@@ -70,6 +71,19 @@ def check_division(config: TrainConfig, processes: Processes) -> None:
             f"batch_size: {shares} with {config.micro_batches} micro-batches each must have a multiple of {parts} "
             f"lanes, got {config.batch_size}"
         )
+    if processes.mesh is not None and processes.size % config.expert_parallel:
+        raise ValueError(
+            f"expert_parallel: must divide the {processes.size} processes, got {config.expert_parallel}; a run that is "
+            "continued may take another"
+        )
+
+
+def check_model(model: MoLMConfig, config: TrainConfig, processes: Processes) -> None:
+    """Refuse a model that cannot be spread over the processes."""
+    if processes.mesh is not None and config.expert_parallel > 1:
+        from moduleformer_ext.distributed.sharding import check_expert_mesh  # what it stands on takes a second
+
+        check_expert_mesh(model, processes.size // config.expert_parallel)
 
 
 def _say_nothing(_: str) -> None: ...

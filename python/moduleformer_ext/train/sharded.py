@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from moduleformer_ext.data import LaneReader
 from moduleformer_ext.distributed import Processes
@@ -20,6 +21,7 @@ from moduleformer_ext.models.shards import MODEL, described_shards, has_shards
 from moduleformer_ext.surgery import ExpertUsage, set_trainable
 from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.evaluation import total_usage
+from moduleformer_ext.train.optimizer import mesh_of
 from moduleformer_ext.train.trainer import TENSORS, Trainer, check_matching, compile_blocks
 
 _HISTORY, _OPTIMIZER, _RANDOM = "history.", "optimizer.", "rng."
@@ -49,6 +51,10 @@ class ShardedTrainer(Trainer):
         assert processes.mesh is not None
         self.processes = processes
         self.mesh: DeviceMesh = processes.mesh
+        self.expert_mesh: DeviceMesh | None = None
+        if (experts := config.expert_parallel) > 1:
+            shape = (processes.size // experts, experts)
+            self.expert_mesh = init_device_mesh(self.mesh.device_type, shape, mesh_dim_names=("data", "expert"))
         super().__init__(config, model_config, reader, steps=steps, dtype=dtype, base=base)
         if config.routing_loss_over == "batch":
             self.model.set_routing_group(self.mesh.get_group())
@@ -62,7 +68,13 @@ class ShardedTrainer(Trainer):
         set_trainable(model, config.trainable, embedding=config.train_embedding)
         if config.compile:
             compile_blocks(model)
-        shard_model(model, self.mesh, gather_dtype=DTYPES[config.gather_dtype], reshard=config.reshard)
+        shard_model(
+            model,
+            self.mesh,
+            expert_mesh=self.expert_mesh,
+            gather_dtype=DTYPES[config.gather_dtype],
+            reshard=config.reshard,
+        )
         model.to_empty(device=self.device)
         if base is None:
             draw_weights(model)
@@ -76,8 +88,16 @@ class ShardedTrainer(Trainer):
             torch.manual_seed((seed + _APART * self.processes.rank) % 2**63)
 
     def _clip(self) -> Tensor:
-        norm = super()._clip()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        by_mesh: dict[object, list[nn.Parameter]] = {}
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                by_mesh.setdefault(mesh_of(parameter), []).append(parameter)
+        norms = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in by_mesh.values()]
+        wholes = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        norm = get_total_norm(wholes) if len(wholes) > 1 else wholes[0]
+        for part in by_mesh.values():
+            clip_grads_with_norm_(part, self.config.clip_norm, norm)
+        return norm
 
     def _over_processes(self, loss: float, aux_loss: float, usage: ExpertUsage) -> tuple[float, float, ExpertUsage]:
         losses = self.processes.total([loss, aux_loss])

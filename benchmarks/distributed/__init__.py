@@ -1,0 +1,1 @@
+"""Several processes: how training scales over them, and what they send one another."""
