@@ -64,7 +64,11 @@ BETWEEN = {"n_mlp_experts": [3, 5], "n_att_experts": 3, "ffd_hidden": 13}
         ({}, {}),
         ({"activation_checkpointing": True}, BETWEEN),
         INSERTED,
-        ({"trainable": "experts"}, {"n_head": 1, "att_hidden": 16, "aux_loss_type": "switch"}),
+        pytest.param(
+            {"trainable": "experts"},
+            {"n_head": 1, "att_hidden": 16, "aux_loss_type": "switch"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_same_curve_as_one_process(pair: Ranks, four: Ranks, options: dict[str, Any], model: dict[str, Any]) -> None:
@@ -81,7 +85,7 @@ def test_same_curve_in_bfloat16(pair: Ranks) -> None:
     _check_steps(pair.run(_curve, options, {})[0], _expected({"dtype": "bf16"}, {}), 0.03)
 
 
-@pytest.mark.parametrize(("options", "model"), [({}, BETWEEN), INSERTED])
+@pytest.mark.parametrize(("options", "model"), [({}, BETWEEN), pytest.param(*INSERTED, marks=pytest.mark.slow)])
 def test_checkpoints_go_to_any_other_mesh(
     pair: Ranks, four: Ranks, tmp_path: Path, options: dict[str, Any], model: dict[str, Any]
 ) -> None:
