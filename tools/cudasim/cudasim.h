@@ -51,6 +51,9 @@ void cudasim_set_slice(int n);
 void cudasim_set_race_global(int on);
 /* Whether tensor cores truncate their sums, as hardware does. Returns the setting before. */
 int cudasim_set_tensor_truncate(int on);
+/* Whether approximate instructions (ex2.approx and the like) err within what is documented for them. Returns the
+ * setting before. */
+int cudasim_set_approx_error(int on);
 /* Workers that run independent blocks. */
 void cudasim_set_threads(int n);
 

@@ -226,6 +226,11 @@ def set_tensor_truncate(on):
     return bool(lib().cudasim_set_tensor_truncate(int(on)))
 
 
+def set_approx_error(on):
+    """Whether ex2.approx and the like err within what is documented for them; returns the setting before."""
+    return bool(lib().cudasim_set_approx_error(int(on)))
+
+
 def set_threads(n):
     lib().cudasim_set_threads(n)
 

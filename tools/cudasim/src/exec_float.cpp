@@ -2,6 +2,7 @@
 // "Half Precision Floating-Point Instructions").
 #include <type_traits>
 
+#include "approximate.h"
 #include "decoder.h"
 #include "float_formats.h"
 #include "lanes.h"
@@ -146,6 +147,16 @@ void f32x2H(Warp& w, const Inst& I) {  // add/mul/fma.f32x2
     }
   });
 }
+void divApproxH(Warp& w, const Inst& I) {  // div.approx and div.full; sub3 ftz, sub4 sat
+  const bool ftz = I.sub3, sat = I.sub4, err = config().approxError;
+  map2<float, float, float>(w, I, [=](float a, float b) {
+    if (ftz) a = flushF32(a), b = flushF32(b);
+    float r = canon(err ? withinBinary32(Approximate::Div, (double)a / b, b, (uint64_t)bitsOf(a) << 32 | bitsOf(b))
+                        : a / b);
+    if (ftz) r = flushF32(r);
+    return sat ? saturateF32(r) : r;
+  });
+}
 Round roundMode(Decoder& d) {
   return d.has("rz") ? Round::Zero : d.has("rp") ? Round::Up : d.has("rm") ? Round::Down : Round::Nearest;
 }
@@ -161,7 +172,9 @@ void emitArith(Decoder& d, int nsrc) {
   Round r = roundMode(d);
   Handler h = nullptr;
   if (t == Ty::F32)
-    h = r == Round::Nearest ? pickF32<O>(ftz, sat) : f32Rounded;
+    h = O == DIV && (d.has("approx") || d.has("full")) ? divApproxH
+        : r == Round::Nearest                          ? pickF32<O>(ftz, sat)
+                                                       : f32Rounded;
   else if (t == Ty::F64)
     h = r == Round::Nearest ? f64H<O> : f64Rounded;
   else if (t == Ty::F32x2)
@@ -342,12 +355,14 @@ void decodeFloatMinMax(Decoder& d) {
 namespace {
 
 // --- special functions. The approximations are computed to full precision,
-// which is inside the error bounds of the ISA; ftz is honoured.
-enum Sfu : uint8_t { RCP, RSQRT, SIN, COS, LG2, EX2, TANH, SQRTA };
-inline float sfu(int k, float x) {
+// which is inside the error bounds of the ISA, unless errors are asked for
+// (approximate.cpp); ftz is honoured.
+enum Sfu : uint8_t { RCP, RSQRT, SIN, COS, LG2, EX2, TANH, SQRTA };  // the order of Approximate
+template <class T>
+inline T sfu(int k, T x) {
   switch (k) {
-    case RCP: return 1.0f / x;
-    case RSQRT: return (float)(1.0 / std::sqrt((double)x));
+    case RCP: return 1 / x;
+    case RSQRT: return (T)(1.0 / std::sqrt((double)x));
     case SIN: return std::sin(x);
     case COS: return std::cos(x);
     case LG2: return std::log2(x);
@@ -358,10 +373,10 @@ inline float sfu(int k, float x) {
 }
 template <int K>
 void sfuH(Warp& w, const Inst& I) {
-  const bool ftz = I.sub3;
-  map1<float, float>(w, I, [ftz](float a) {
+  const bool ftz = I.sub3, err = I.sub4 && config().approxError;
+  map1<float, float>(w, I, [ftz, err](float a) {
     if (ftz) a = flushF32(a);
-    float r = canon(sfu(K, a));
+    float r = canon(err ? withinBinary32((Approximate)K, sfu(K, (double)a), a, bitsOf(a)) : sfu(K, a));
     return ftz ? flushF32(r) : r;
   });
 }
@@ -393,8 +408,12 @@ void sfuF64(Warp& w, const Inst& I) {
 template <class T, int PerLane>
 void sfuHalf(Warp& w, const Inst& I) {
   const int k = I.sub;
+  const bool err = config().approxError, bf16 = std::is_same<T, BF16>::value;
   const uint16_t* a = w.reg<uint16_t>(I.op[1]);
-  mapHalves(w, I, PerLane, [=](int i) { return T::down(sfu(k, T::up(a[i]))); });
+  mapHalves(w, I, PerLane, [=](int i) {
+    const float x = T::up(a[i]);
+    return T::down(err ? withinHalf((Approximate)k, bf16, sfu(k, (double)x), a[i]) : sfu(k, x));
+  });
 }
 void decodeSfu(Decoder& d, Sfu k) {
   d.allow({"approx", "ftz", "rn", "rz", "rm", "rp"});
@@ -431,7 +450,7 @@ void decodeSfu(Decoder& d, Sfu k) {
   in.sub = k;
   in.sub2 = (uint8_t)r;
   in.sub3 = ftz;
-  in.sub4 = approx && ftz && t == Ty::F64;
+  in.sub4 = approx && (ftz || t != Ty::F64);
 }
 OpcodeEntry eRcp({"rcp"}, [](Decoder& d) { decodeSfu(d, RCP); });
 OpcodeEntry eRsqrt({"rsqrt"}, [](Decoder& d) { decodeSfu(d, RSQRT); });
