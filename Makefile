@@ -7,7 +7,7 @@ export MAX_JOBS
 # Without a GPU the emulated device alone runs the CUDA kernels, and it reads PTX: 0.3 of the compile time of all
 # architectures, which `make check-cuda` builds. docs/build.md has the figures.
 ifeq ($(wildcard /dev/nvidiactl),)
-export MFX_CUDA_ARCHS ?= 80-virtual
+export MFX_CUDA_ARCHS ?= 80-virtual;90a-virtual
 endif
 
 # PY=python3 takes an environment that exists, installs nothing there, and says what it lacks.
@@ -25,6 +25,8 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 export PATH := $(abspath $(dir $(PY))):$(PATH)
 EVERYTHING := build/.everything
+# What `make test` runs on an emulated Hopper, too; `make check-cuda` runs everything there.
+HOPPER_TESTS := tests/ops/test_expert_ffn.py tests/cuda/test_grouped_gemm_cuda.py
 
 .PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu bench-gpu gpu-proof docs check-torch check-cuda cuda-roofline experiments lint format build extension bench asan fuzz clean
 
@@ -91,6 +93,7 @@ test: build
 test-emulated: build
 	$(MAKE) --no-print-directory -C tools/cudasim check PYTHON='$(abspath $(PY))'
 	tools/emulated.sh $(PY)
+	CUDASIM_ARCH=90 tools/emulated.sh $(PY) $(HOPPER_TESTS)
 
 test-gpu: build
 	@$(PY) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "test-gpu: this torch sees no GPU")'

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.resolve()
 OPTIONS = (
     "MFX_CUDA",
     "MFX_CUDA_ARCHS",
+    "MFX_CUTLASS_DIR",
     "MFX_CPU_ISAS",
     "MFX_NATIVE",
     "MFX_SANITIZE",

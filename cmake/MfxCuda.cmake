@@ -1,5 +1,6 @@
 # CUDA kernels and launchers: a torch-free shared library, linked to the shared cudart, opened by _C when first
-# needed. No GPU is looked for, except by MFX_NATIVE. Sources are csrc/*/*_cuda.cu.
+# needed. No GPU is looked for, except by MFX_NATIVE. Sources are csrc/*/*_cuda.cu; of these *_sm90_cuda.cu are compiled
+# for sm_90a alone, where that is asked for and CUTLASS is found.
 set(MFX_CUDA_STATUS "off")
 install(CODE [[file(REMOVE "${CMAKE_INSTALL_PREFIX}/libmoduleformer_ext_cuda.so")]])  # an earlier build's
 if(MFX_CUDA STREQUAL "OFF" OR (MFX_CUDA STREQUAL "AUTO" AND MFX_NATIVE AND NOT EXISTS /dev/nvidiactl))
@@ -46,10 +47,45 @@ set_source_files_properties(csrc/bindings/cuda_library.cpp PROPERTIES
 
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " MFX_CUDA_ARCH_NAMES)
 file(GLOB MFX_CUDA_SOURCES CONFIGURE_DEPENDS csrc/*/*_cuda.cu)
-add_library(moduleformer_ext_cuda SHARED ${MFX_CUDA_SOURCES})
-target_include_directories(moduleformer_ext_cuda PRIVATE "${CMAKE_SOURCE_DIR}/include" "${CMAKE_SOURCE_DIR}/csrc")
+set(MFX_SM90_SOURCES ${MFX_CUDA_SOURCES})
+list(FILTER MFX_SM90_SOURCES INCLUDE REGEX "_sm90_cuda\\.cu$")
+list(REMOVE_ITEM MFX_CUDA_SOURCES ${MFX_SM90_SOURCES})
+include(MfxCutlass)  # MFX_CUTLASS_INCLUDE: CUTLASS's headers, or empty
+
+# What every CUDA source is compiled with.
+add_library(mfx_cuda_flags INTERFACE)
+target_include_directories(mfx_cuda_flags INTERFACE "${CMAKE_SOURCE_DIR}/include" "${CMAKE_SOURCE_DIR}/csrc")
 # -DNDEBUG whatever the build type: assert() calls make ptxas serialise wgmma.
-target_compile_definitions(moduleformer_ext_cuda PRIVATE NDEBUG MFX_CUDA_ARCHS="${MFX_CUDA_ARCH_NAMES}")
-target_compile_options(moduleformer_ext_cuda PRIVATE -O3 --expt-relaxed-constexpr)
+target_compile_definitions(mfx_cuda_flags INTERFACE NDEBUG MFX_CUDA_ARCHS="${MFX_CUDA_ARCH_NAMES}")
+target_compile_options(mfx_cuda_flags INTERFACE -O3 --expt-relaxed-constexpr)
+
+add_library(moduleformer_ext_cuda SHARED ${MFX_CUDA_SOURCES})
+target_link_libraries(moduleformer_ext_cuda PRIVATE mfx_cuda_flags)
 install(TARGETS moduleformer_ext_cuda LIBRARY DESTINATION .)
-set(MFX_CUDA_STATUS "${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+
+set(MFX_SM90_STATUS "no sm_90a kernels: 90a is not among the architectures")
+set(MFX_SM90_ARCHS ${CMAKE_CUDA_ARCHITECTURES})
+list(FILTER MFX_SM90_ARCHS INCLUDE REGEX "^90a")
+if(MFX_SM90_ARCHS AND NOT MFX_CUTLASS_INCLUDE)
+  set(MFX_SM90_STATUS "no sm_90a kernels: no CUTLASS was found, see docs/build.md")
+elseif(MFX_SM90_ARCHS)
+  # PTX of 90a runs on that architecture alone and never gets newer: a GPU needs the machine code, the emulated device
+  # the PTX.
+  list(TRANSFORM MFX_SM90_ARCHS REPLACE "^90a$" "90a-real")
+  set(MFX_SM90_STATUS "sm_90a kernels on CUTLASS's headers")
+  add_library(mfx_sm90 OBJECT ${MFX_SM90_SOURCES})
+  set_target_properties(mfx_sm90 PROPERTIES CUDA_ARCHITECTURES "${MFX_SM90_ARCHS}")
+  target_include_directories(mfx_sm90 SYSTEM PRIVATE "${MFX_CUTLASS_INCLUDE}")
+  target_link_libraries(mfx_sm90 PRIVATE mfx_cuda_flags)
+  target_link_libraries(moduleformer_ext_cuda PRIVATE mfx_sm90)
+  set_source_files_properties(csrc/grouped_gemm/launches_cuda.cu PROPERTIES COMPILE_DEFINITIONS MFX_SM90)
+endif()
+# Beside PTX of another architecture that of 90a is for these alone.
+set(MFX_OTHER_ARCHS ${CMAKE_CUDA_ARCHITECTURES})
+list(REMOVE_ITEM MFX_OTHER_ARCHS 90a-virtual)
+if(MFX_OTHER_ARCHS)
+  set_target_properties(moduleformer_ext_cuda PROPERTIES CUDA_ARCHITECTURES "${MFX_OTHER_ARCHS}")
+endif()
+set_source_files_properties(csrc/core/build_info_cuda.cu PROPERTIES
+  COMPILE_DEFINITIONS MFX_SM90_STATUS="${MFX_SM90_STATUS}")
+set(MFX_CUDA_STATUS "${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}, ${MFX_SM90_STATUS}")

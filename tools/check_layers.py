@@ -88,7 +88,8 @@ def cpp_rules(path: Path) -> Iterator[tuple[str, str]]:
     if parts[:2] == ("csrc", "ptx"):
         yield r"^(?!ptx/|moduleformer_ext/common|cuda)[a-z_0-9]+/", "ptx stands on ptx alone"
     if parts[:2] == ("csrc", "tile"):
-        yield r"^(?!tile/|ptx/|moduleformer_ext/common|cuda)[a-z_0-9]+/", "tile stands on tile and ptx alone"
+        allowed = "tile/|ptx/|moduleformer_ext/common|cuda|cute/|cutlass/"
+        yield rf"^(?!{allowed})[a-z_0-9]+/", "tile stands on tile, ptx and CUTLASS alone"
 
 
 def check_cpp() -> Iterator[str]:

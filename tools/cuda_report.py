@@ -5,7 +5,8 @@
                                            instructions that it is meant to have, or if ptxas serialises wgmma
 
 PTX is compiled once per source (compute_80), then assembled for each architecture, so that the figures are those of the
-code that runs there just in time or from a build for it. SASS is read with nvdisasm (PyPI: nvidia-cuda-nvdisasm).
+code that runs there just in time or from a build for it. *_sm90_cuda.cu are compiled for sm_90a alone, where CUTLASS is
+found (MFX_CUTLASS_DIR, or the package nvidia-cutlass). SASS is read with nvdisasm (PyPI: nvidia-cuda-nvdisasm).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build-ptxas"
-FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Icsrc", "-Iinclude", '-DMFX_CUDA_ARCHS=""']
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Icsrc", "-Iinclude"]
+FLAGS += ['-DMFX_CUDA_ARCHS=""']
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,10 @@ EXPECTED = (
     (r"stick_bwd_lengths_", ("LDG.128",)),
     (r"stick_decode", ("LDG.128",)),
     (r"grouped_\w+_grad_\w+|grouped_forward_\w+", ("MMA",)),
-    (r"grouped_(forward|input_grad|hidden_grad)_", ("LDSM",)),
-    (r"grouped_\w+_\d+x\d+_sm80", ("LDGSTS",)),
+    (r"grouped_(forward|input_grad|hidden_grad)_\w+_sm80", ("LDSM",)),
+    (r"grouped_\w+_\d+x\d+_sm(80|90a)", ("LDGSTS",)),
+    (r"grouped_\w+_sm90a", ("HGMMA",)),
+    (r"grouped_(forward|input_grad|hidden_grad)_\w+_sm90a", ("UTMALDG",)),
     (r"grouped_(forward|input_grad)_\w+?_\d+x\d+_sm80", ("STG.128",)),
     (r"route_topk_(forward|backward)", ("MMA", "LDSM")),
 )
@@ -126,7 +130,9 @@ def main_loop(section: str) -> tuple[int, int]:
 
 SASS_PATTERNS = {
     "all": r"/\*[0-9a-f]{4,}\*/",
-    "MMA": r"\b[HIQ]MMA\.",
+    "MMA": r"\b(?:[HIQ]|HG)MMA\.",
+    "HGMMA": r"\bHGMMA\.",
+    "UTMALDG": r"\bUTMALDG\b",
     "LDSM": r"\bLDSM\b",
     "LDGSTS": r"\bLDGSTS\b",
     "LDG.128": r"\bLDG\.E[.\w]*\.128",
@@ -164,6 +170,16 @@ def find_nvdisasm() -> str | None:
     return shutil.which("nvdisasm")
 
 
+def find_cutlass() -> Path | None:
+    """The folder of CUTLASS's headers, as cmake/MfxCutlass.cmake finds it."""
+    folders = []
+    if given := os.environ.get("MFX_CUTLASS_DIR"):
+        folders = [Path(given) / "include", Path(given)]
+    elif spec := importlib.util.find_spec("cutlass_library"):
+        folders = [Path(folder) / "source" / "include" for folder in spec.submodule_search_locations or []]
+    return next((folder for folder in folders if (folder / "cute/arch/mma_sm90_gmma.hpp").exists()), None)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """All kernels of a source file."""
@@ -175,13 +191,23 @@ class Kernels:
     sizes: dict[str, int]  # bytes of machine code by architecture, and of PTX
 
 
+def on_sm90a_alone(source: Path) -> bool:
+    return source.name.endswith("_sm90_cuda.cu")
+
+
 def inspect(source: Path, nvdisasm: str) -> Kernels:
     ptx, cubin = WORK / f"{source.stem}.ptx", WORK / f"{source.stem}.cubin"
-    run("nvcc", *FLAGS, "-arch=compute_80", "-ptx", source, "-o", ptx)
+    if on_sm90a_alone(source):
+        run("nvcc", *FLAGS, f"-I{find_cutlass()}", "-arch=compute_90a", "-ptx", source, "-o", ptx)
+        assembled = {"sm_90": "sm_90a"}
+    else:
+        run("nvcc", *FLAGS, "-arch=compute_80", "-ptx", source, "-o", ptx)
+        # sm_80, whose machine code is read, comes last.
+        assembled = {architecture.name: architecture.name for architecture in reversed(ARCHITECTURES)}
     usage, sizes = {}, {"PTX": ptx.stat().st_size}
-    for architecture in reversed(ARCHITECTURES):  # sm_80, whose machine code is read, comes last
-        usage[architecture.name] = parse_ptxas(run("ptxas", "-v", f"-arch={architecture.name}", ptx, "-o", cubin))
-        sizes[architecture.name] = cubin.stat().st_size
+    for name, target in assembled.items():
+        usage[name] = parse_ptxas(run("ptxas", "-v", f"-arch={target}", ptx, "-o", cubin))
+        sizes[name] = cubin.stat().st_size
     sass = parse_sass(run(nvdisasm, cubin))
     return Kernels(source, parse_threads(ptx.read_text()), usage, sass, sizes)
 
@@ -204,10 +230,13 @@ def write_report(files: list[Kernels]) -> str:
     ]
     for file in files:
         dynamic = "extern __shared__" in "".join(p.read_text() for p in file.source.parent.glob("*.cu*"))
-        for kernel in file.usage["sm_80"]:
+        for kernel, first in next(iter(file.usage.values())).items():
             threads = file.threads.get(kernel)
             cells = []
             for architecture in ARCHITECTURES:
+                if architecture.name not in file.usage:
+                    cells.append("")
+                    continue
                 usage = file.usage[architecture.name][kernel]
                 cell = str(usage.registers)
                 if threads:
@@ -216,17 +245,18 @@ def write_report(files: list[Kernels]) -> str:
                 if usage.spilled or usage.stack:
                     cell += f", **stack {usage.stack}, spilled {usage.spilled}**"
                 cells.append(cell)
-            shared = f"{file.usage['sm_80'][kernel].shared_bytes}{' + d' if dynamic else ''}"
+            shared = f"{first.shared_bytes}{' + d' if dynamic else ''}"
             lines.append(f"| `{readable(kernel)}` | {threads or ''} | {shared} | " + " | ".join(cells) + " |")
     if files:
+        names = {architecture.name: f"machine code for {architecture.name}" for architecture in ARCHITECTURES}
         sizes = [
-            f"{sum(file.sizes[name] for file in files) / 2**20:.1f} MiB of {'PTX' if name == 'PTX' else 'machine code'}"
-            + ("" if name == "PTX" else f" for {name}")
-            for name in (*(architecture.name for architecture in ARCHITECTURES), "PTX")
+            f"{sum(file.sizes.get(name, 0) for file in files) / 2**20:.1f} MiB of {what}"
+            for name, what in (names | {"PTX": "PTX"}).items()
         ]
         lines += ["", f"All kernels together are {', '.join(sizes)}, before compression."]
         columns = ("all", "MMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "MUFU", "loop", "loop MMA")
-        lines += ["", "SASS for sm_80: instructions in the listing, then those of the loop with the most tensor-core"]
+        lines += ["", "SASS for sm_80, of kernels named *_sm90a for that: instructions in the listing, then those of"]
+        lines += ["the loop with the most tensor-core"]
         lines += ["products (all paths through it) and these products.", "", "| kernel | " + " | ".join(columns) + " |"]
         lines.append("| --- |" + " --- |" * len(columns))
         for file in files:
@@ -241,6 +271,9 @@ def main() -> int:
     check = parser.parse_args().check
     WORK.mkdir(exist_ok=True)
     sources = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
+    if find_cutlass() is None:
+        print("cuda_report: the sm_90a kernels are left out, there is no CUTLASS (docs/build.md)", file=sys.stderr)
+        sources = [source for source in sources if not on_sm90a_alone(source)]
     nvdisasm = find_nvdisasm()
     if nvdisasm is None:
         sys.exit("cuda_report: nvdisasm was not found; pip install nvidia-cuda-nvdisasm")
@@ -256,7 +289,7 @@ def main() -> int:
         if usage.spilled
     ]
     unlike = [
-        f"sm_80: {readable(kernel)} has {', '.join(missing)}"
+        f"{readable(kernel)} has {', '.join(missing)}"
         for file in files
         for kernel, counts in file.sass.items()
         if (missing := missing_instructions(readable(kernel), counts))

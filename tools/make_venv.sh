@@ -72,5 +72,6 @@ fi
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 $pip install -q ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$root/requirements-dev.txt"
 if command -v nvcc >/dev/null 2>&1; then
-  $pip install -q --no-deps nvidia-cuda-nvdisasm  # a reader of SASS, for tools/cuda_report.py
+  # A reader of SASS, for tools/cuda_report.py; headers that the sm_90a kernels are built on.
+  $pip install -q --no-deps nvidia-cuda-nvdisasm nvidia-cutlass==4.2.0.0
 fi

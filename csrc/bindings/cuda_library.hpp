@@ -15,7 +15,7 @@ std::optional<std::string> cuda_build_info();
 
 struct CudaKernel {
   std::string op, name;
-  int arch;  // the first it runs on; 80: sm_80
+  int arch;  // 80: sm_80 and newer; 90: sm_90a alone
 };
 
 // The kernels of the library; none where there is no library.

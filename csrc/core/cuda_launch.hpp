@@ -12,6 +12,9 @@
 
 namespace mfx {
 
+// What went wrong while launching.
+Status failure(const std::string& text);
+
 // For what the kernels do not serve: "<argument> must ..., got ...".
 Status refusal(const std::string& text);
 

@@ -7,15 +7,16 @@
 #include "core/cuda_launch.hpp"
 
 namespace mfx {
-namespace {
-
-constexpr int kSharedByDefault = 48 << 10;
 
 Status failure(const std::string& text) {
   static thread_local std::string message;
   message = text;
   return {message.c_str()};
 }
+
+namespace {
+
+constexpr int kSharedByDefault = 48 << 10;
 
 std::string kernel_name(const void* function) {
   const char* symbol = nullptr;
@@ -29,7 +30,7 @@ std::string kernel_name(const void* function) {
   return name;
 }
 
-Status failure(cudaError_t error, const void* function, dim3 grid, unsigned threads, int shared_bytes) {
+Status launch_failure(cudaError_t error, const void* function, dim3 grid, unsigned threads, int shared_bytes) {
   const std::string name = kernel_name(function);
   int available = 0;
   const Status known = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &available);
@@ -72,7 +73,7 @@ Status launch_kernel(const void* function, dim3 grid, unsigned threads, int shar
     }
     return cudaLaunchKernel(function, grid, dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream));
   });
-  return error == cudaSuccess ? Status{} : failure(error, function, grid, threads, shared_bytes);
+  return error == cudaSuccess ? Status{} : launch_failure(error, function, grid, threads, shared_bytes);
 }
 
 }  // namespace mfx

@@ -5,7 +5,7 @@
 #include "grouped_gemm/row_product_kernel.cuh"
 #include "grouped_gemm/weight_grad_kernel.cuh"
 
-// X(name of the kernel, its class). A row for another architecture goes here.
+// X(name of the kernel, its class). Hopper's are in hopper/instances.cuh.
 #define MFX_GROUPED_TILES(X, name, Op, product, transposed)                              \
   X(grouped_##name##_64x128_sm80, RowProduct<Op, MediumTile, product, transposed, true>) \
   X(grouped_##name##_128x128_sm80, RowProduct<Op, LargeTile, product, transposed, true>) \
@@ -60,6 +60,7 @@ ProductInstance describe(const char* name, Kernel* kernel) {
           Shape::kColumnsPerWarp,
           P::kAligned,
           80,
+          false,
           Shape::kThreads,
           P::kSharedBytes,
           Shape::kBlocksPerSm};

@@ -57,14 +57,15 @@ class Launches {
   bool aligned(const ExpertMatrices& matrices) const;
   bool aligned(std::int64_t columns) const;
   bool aligned(const void* data, std::int64_t columns) const;
-  const ProductInstance& choose(Product product, bool transposed, bool aligned);
+  // `mapped`: TMA can be told where the product's matrices lie.
+  const ProductInstance& choose(Product product, bool transposed, bool aligned, bool mapped);
   void launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params);
   int pointwise_blocks(std::int64_t rows) const;
   // Refuses more; `what` reads "<argument> must ...".
   void require_at_most(std::int64_t most, std::int64_t got, const char* what);
 
   DType dtype_;
-  Instances instances_;
+  Instances instances_, hopper_instances_;
   const RoutedLayout& layout_;
   Stream stream_;
   int processors_ = 0, capability_ = 0;

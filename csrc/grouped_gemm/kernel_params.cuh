@@ -100,6 +100,7 @@ struct WeightGradParams {
   std::int32_t in_features, out_features;
   RowMap x, grad;
   ExpertMatrices grad_weight;
+  std::int32_t tiles;  // of all matrices, where a persistent grid walks them
 };
 
 // out_t = sum over the choices k, in their order, of gate_tk * rows[position of (t, k)]: every row of the products was

@@ -5,6 +5,7 @@
 #include "core/kernel_list.hpp"
 #include "grouped_gemm/cuda_launches.hpp"
 #include "grouped_gemm/pointwise_kernel.cuh"
+#include "grouped_gemm/tensor_maps.hpp"
 
 namespace mfx::grouped {
 namespace {
@@ -19,9 +20,18 @@ Instances instances_of(DType dtype, bool allow_tf32) {
   return {nullptr, 0};
 }
 
+Instances hopper_instances_of([[maybe_unused]] DType dtype) {
+#ifdef MFX_SM90
+  if (dtype == DType::kBFloat16) return product_instances_bf16_sm90a();
+  if (dtype == DType::kFloat16) return product_instances_f16_sm90a();
+#endif
+  return {nullptr, 0};
+}
+
 const KernelList kListed("grouped_gemm", [](const char* op, KernelSink sink, void* context) {
   for (const Instances table :
-       {product_instances_bf16(), product_instances_f16(), product_instances_f32(), product_instances_tf32()}) {
+       {product_instances_bf16(), product_instances_f16(), product_instances_f32(), product_instances_tf32(),
+        hopper_instances_of(DType::kBFloat16), hopper_instances_of(DType::kFloat16)}) {
     for (int i = 0; i < table.count; ++i) sink(context, op, table.first[i].name, table.first[i].arch);
   }
 });
@@ -54,7 +64,11 @@ bool any(const RoutedMatrices& matrices, std::int64_t n) {
 }
 
 Launches::Launches(DType dtype, bool allow_tf32, const RoutedLayout& layout, Stream stream)
-    : dtype_(dtype), instances_(instances_of(dtype, allow_tf32)), layout_(layout), stream_(stream) {
+    : dtype_(dtype),
+      instances_(instances_of(dtype, allow_tf32)),
+      hopper_instances_(hopper_instances_of(dtype)),
+      layout_(layout),
+      stream_(stream) {
   require_at_most(kMaxInt, layout.num_slots(), "slots must number");
   if (status_.ok()) status_ = device_attribute(cudaDevAttrMultiProcessorCount, &processors_);
   int major = 0, minor = 0;
@@ -141,9 +155,15 @@ bool Launches::aligned(const void* data, std::int64_t columns) const {
   return multiple_of_16(data) && aligned(columns);
 }
 
-const ProductInstance& Launches::choose(Product product, bool transposed, bool aligned) {
+const ProductInstance& Launches::choose(Product product, bool transposed, bool aligned, bool mapped) {
   if (!aligned) slow_ = "rows of a tensor do not begin at multiples of 16 bytes and are read element by element";
   const int rows = rows_of_tile(product, aligned, layout_.num_slots(), layout_.num_experts);
+  // Hopper's tiles skip the half that an expert's rows do not reach: they serve small experts, too, but not the few
+  // rows of decoding.
+  if (aligned && mapped && rows > 16) {
+    const auto* chosen = choose_instance(hopper_instances_, product, transposed, 128, true, capability_);
+    if (chosen != nullptr) return *chosen;
+  }
   if (const auto* chosen = choose_instance(instances_, product, transposed, rows, aligned, capability_)) return *chosen;
   if (status_.ok()) {
     status_ = refusal("x must lie on a GPU of compute capability 8.0 or newer for the CUDA kernels, got " +
@@ -178,12 +198,25 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
                            aligned(params.out) && aligned(params.x) && multiple_of_16(params.bias) &&
                            multiple_of_16(params.hidden) && multiple_of_16(hidden_grad.hidden) &&
                            multiple_of_16(hidden_grad.grad_hidden) && multiple_of_16(hidden_grad.gated);
-  const ProductInstance& instance = choose(product, params.matrices.transposed, all_aligned);
   const std::int64_t folded = product == Product::kForward && params.activation.gated ? 2 : 1;
-  const std::int64_t column_tiles = ceil_div(params.columns * folded, instance.columns);
+  // What memory holds rows of: the depth, or the result.
+  const std::int64_t result = params.columns * folded;
+  const bool rows_of_depth = (product == Product::kForward) != params.matrices.transposed;
+  const std::int64_t rows = rows_of_depth ? params.depth : result, columns = rows_of_depth ? result : params.depth;
+  const ProductInstance& instance =
+      choose(product, params.matrices.transposed, all_aligned, has_maps(params.matrices, rows, columns));
+  const std::int64_t column_tiles = ceil_div(result, instance.columns);
   const std::int64_t row_tiles = slots / instance.rows + std::min(slots, layout_.num_experts);  // at most
-  launch_product(instance, std::min<std::int64_t>(row_tiles * column_tiles, processors_ * instance.blocks_per_sm),
-                 &params);
+  const std::int64_t blocks = std::min<std::int64_t>(row_tiles * column_tiles, processors_ * instance.blocks_per_sm);
+  if (instance.arch < 90) {
+    launch_product(instance, blocks, &params);
+  } else {
+    HopperRowProductParams mapped = {params, {}};
+    if (status_.ok()) {
+      status_ = encode_matrices(params.matrices, rows, columns, layout_.num_experts, dtype_, &mapped.matrices);
+    }
+    launch_product(instance, blocks, &mapped);
+  }
   if (grad_gates == nullptr || !status_.ok()) return;
   const auto groups = static_cast<std::int32_t>(ceil_div(params.columns, instance.columns_per_warp));
   status_ = launch(sum_gate_grads, pointwise_blocks(ceil_div(slots, 32)), kPointwiseThreads, 0, stream_,
@@ -193,20 +226,23 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
 void Launches::weight_grad(const RowMap& x, const RowMap& grad, const RoutedMatrices& grad_weight,
                            std::int64_t in_features, std::int64_t out_features) {
   if (grad_weight.transposed) return weight_grad(grad, x, grad_weight.transpose(), out_features, in_features);
-  const WeightGradParams params{layout_.offsets,
-                                layout_.slot_order,
-                                static_cast<std::int32_t>(layout_.num_experts),
-                                static_cast<std::int32_t>(in_features),
-                                static_cast<std::int32_t>(out_features),
-                                x,
-                                grad,
-                                matrices(grad_weight, in_features, out_features)};
+  WeightGradParams params{layout_.offsets,
+                          layout_.slot_order,
+                          static_cast<std::int32_t>(layout_.num_experts),
+                          static_cast<std::int32_t>(in_features),
+                          static_cast<std::int32_t>(out_features),
+                          x,
+                          grad,
+                          matrices(grad_weight, in_features, out_features)};
   const ProductInstance& instance =
-      choose(Product::kWeightGrad, /*transposed=*/false, aligned(x) && aligned(grad) && aligned(params.grad_weight));
+      choose(Product::kWeightGrad, /*transposed=*/false, aligned(x) && aligned(grad) && aligned(params.grad_weight),
+             /*mapped=*/true);
   const std::int64_t tiles =
       ceil_div(in_features, instance.rows) * ceil_div(out_features, instance.columns) * layout_.num_experts;
   require_at_most(kMaxInt, tiles, "weight must have tiles numbering");
-  if (tiles > 0) launch_product(instance, tiles, &params);
+  params.tiles = static_cast<std::int32_t>(tiles);
+  const std::int64_t blocks = instance.arch < 90 ? tiles : std::min<std::int64_t>(tiles, processors_);
+  if (tiles > 0) launch_product(instance, blocks, &params);
 }
 
 void Launches::combine(const float* rows, const void* gates, void* out, std::int64_t columns) {

@@ -39,6 +39,19 @@ __device__ inline bool find_row_tile(const std::int32_t* offsets, int num_expert
   return false;
 }
 
+// Fills in what the table has of row `row` of a tile that begins at position `first`.
+template <Product kProduct, int kRows>
+__device__ void describe_row(RowTable<kRows>& table, const RowProductParams& p, int first, int row) {
+  const int position = first + row;
+  const std::int64_t offset = p.out.data != nullptr ? p.out.offset(position, p.slot_order) : 0;
+  const float gate = p.gates != nullptr ? p.gates[p.slot_order[position]] : 1.0f;
+  // In one piece: two would meet in the same banks.
+  device::store_shared_128(
+      device::shared_address(&table.out[row]),
+      {static_cast<unsigned>(offset), static_cast<unsigned>(offset >> 32), __float_as_uint(gate), 0});
+  if (kProduct == Product::kInputGrad && p.dots != nullptr) table.x[row] = p.x.offset(position, p.slot_order);
+}
+
 // kTransposed: memory holds the rows of W^T.
 template <typename Op, typename Shape_, Product kProduct_, bool kTransposed_, bool kAligned_>
 class RowProduct {
@@ -125,14 +138,7 @@ class RowProduct {
 
   static __device__ void fill(Table& table, const RowProductParams& p, const RowTile& tile) {
     for (int row = threadIdx.x; row < tile.rows; row += Shape::kThreads) {
-      const int position = tile.first + row;
-      const std::int64_t offset = p.out.data != nullptr ? p.out.offset(position, p.slot_order) : 0;
-      const float gate = p.gates != nullptr ? p.gates[p.slot_order[position]] : 1.0f;
-      // In one piece: two would meet in the same banks.
-      device::store_shared_128(
-          device::shared_address(&table.out[row]),
-          {static_cast<unsigned>(offset), static_cast<unsigned>(offset >> 32), __float_as_uint(gate), 0});
-      if (kProduct == Product::kInputGrad && p.dots != nullptr) table.x[row] = p.x.offset(position, p.slot_order);
+      describe_row<kProduct>(table, p, tile.first, row);
     }
   }
 

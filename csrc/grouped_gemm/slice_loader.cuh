@@ -78,7 +78,7 @@ class RowLoader {
 // every kRowsPerPass-th row.
 template <typename T, typename Shape, int kSpan, bool kAligned>
 class DepthRows {
-  using S = SmemTile<T, Major::kMN, kSpan, Shape::kDepthBytes>;
+  using S = typename device::SliceOf<Shape, T, Major::kMN, kSpan>::Tile;
   static constexpr int kChunk = 16 / sizeof(T);                              // elements
   static constexpr int kLanes = S::kRowBytes < 128 ? S::kRowBytes / 16 : 8;  // eight lanes meet all banks
   static constexpr int kChunkPasses = S::kRowBytes / 16 / kLanes;
@@ -109,7 +109,7 @@ class DepthRows {
   __device__ void copy(SharedAddress slice, int pass, std::int64_t offset, bool present) const {
 #pragma unroll
     for (int c = 0; c < kChunkPasses; ++c) {
-      copy_chunk<T, kAligned>(slice + to_ + pass * kRowsPerPass * S::kRowBytes + c * kLanes * 16, from_[c] + offset,
+      copy_chunk<T, kAligned>(slice + to_ + pass * kRowsPerPass * S::kRowPitch + c * S::kGroupPitch, from_[c] + offset,
                               present ? bytes_[c] : 0);
     }
   }

@@ -48,6 +48,7 @@ template <typename T, Major kMajor, int kSpan, int kDepthBytes>
 struct SmemTile {
   static constexpr int kDepth = kDepthBytes / sizeof(T);
   static constexpr int kRowBytes = kMajor == Major::kK ? kDepthBytes : kSpan * static_cast<int>(sizeof(T));
+  static constexpr int kRowPitch = kRowBytes, kGroupPitch = 128;  // from row to row; from eight chunks to the next
   static constexpr int kRows = kMajor == Major::kK ? kSpan : kDepth;
   // ldmatrix cannot transpose 32-bit elements: those are read one by one, by four rows at a time.
   static constexpr bool kWords = kMajor == Major::kMN && sizeof(T) == 4;
@@ -60,6 +61,12 @@ struct SmemTile {
       return row * kRowBytes + ((chunk ^ (kWords ? 2 * (row & 3) : row >> 1 & 3)) << 4);
     }
   }
+};
+
+// How blocks of a shape store an operand's slice.
+template <typename Shape, typename T, Major kMajor, int kSpan>
+struct SliceOf {
+  using Tile = SmemTile<T, kMajor, kSpan, Shape::kDepthBytes>;
 };
 
 // Reads mma fragments of 16 rows (or columns) by 32 bytes of depth from a slice.

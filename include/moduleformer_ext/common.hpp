@@ -40,8 +40,8 @@ struct [[nodiscard]] Status {
   bool ok() const { return message == nullptr; }
 };
 
-// Takes one compiled CUDA kernel: its op, its name, and the first architecture it runs on (80: sm_80). Exported by the
-// CUDA library: void mfx_cuda_list_kernels(KernelSink sink, void* context).
+// Takes one compiled CUDA kernel: its op, its name, and its architecture (80: sm_80 and newer, 90: sm_90a alone).
+// Exported by the CUDA library: void mfx_cuda_list_kernels(KernelSink sink, void* context).
 using KernelSink = void (*)(void* context, const char* op, const char* name, int arch);
 
 }  // namespace mfx

@@ -34,5 +34,6 @@ def build_info() -> dict[str, object]:
 
 
 def cuda_kernels() -> list[tuple[str, str, int]]:
-    """The kernels of the CUDA library: (op, name, first architecture, 80 being sm_80). No GPU is looked for."""
+    """The kernels of the CUDA library: (op, name, architecture) each. 80 is sm_80 and newer, 90 is sm_90a alone. No GPU
+    is looked for."""
     return _C.cuda_kernels()

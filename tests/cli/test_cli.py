@@ -9,6 +9,7 @@ import pytest
 from tiny import FLAGS, TINY
 
 from moduleformer_ext.cli import VERBS, main
+from moduleformer_ext.cli.info import serving_kernels
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +175,23 @@ def test_info_lists_every_cuda_kernel_once(capsys: pytest.CaptureFixture[str]) -
     assert len(set(names)) == len(names)
     if kernels:
         assert {"stick_fwd_bf16_d64_sm80", "grouped_forward_bf16_128x128_sm80"} <= set(names)
+    assert {kernel["arch"] for kernel in kernels} <= {80, 90}
+    assert all(kernel["name"].endswith("_sm90a") == (kernel["arch"] == 90) for kernel in kernels)
     assert main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(f"  {name}" in lines for name in names)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 5), "no kernels: they begin with compute capability 8.0"),
+        ((8, 0), "sm_80 kernels"),
+        ((9, 0), "sm_90a kernels of grouped_gemm in 16-bit types, sm_80's for the rest"),
+        ((10, 0), "sm_80 kernels"),
+    ],
+)
+def test_info_names_the_kernels_that_serve_a_gpu(capability: tuple[int, int], expected: str) -> None:
+    kernels = [("grouped_gemm", "a_sm80", 80), ("grouped_gemm", "a_sm90a", 90), ("route_topk", "b", 80)]
+    assert serving_kernels(capability, kernels) == expected
+    assert serving_kernels(capability, []) == "no kernels: this build has no CUDA library"

@@ -151,8 +151,8 @@ void divApproxH(Warp& w, const Inst& I) {  // div.approx and div.full; sub3 ftz,
   const bool ftz = I.sub3, sat = I.sub4, err = config().approxError;
   map2<float, float, float>(w, I, [=](float a, float b) {
     if (ftz) a = flushF32(a), b = flushF32(b);
-    float r = canon(err ? withinBinary32(Approximate::Div, (double)a / b, b, (uint64_t)bitsOf(a) << 32 | bitsOf(b))
-                        : a / b);
+    float r =
+        canon(err ? withinBinary32(Approximate::Div, (double)a / b, b, (uint64_t)bitsOf(a) << 32 | bitsOf(b)) : a / b);
     if (ftz) r = flushF32(r);
     return sat ? saturateF32(r) : r;
   });
