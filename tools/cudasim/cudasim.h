@@ -54,6 +54,15 @@ int cudasim_set_tensor_truncate(int on);
 /* Whether approximate instructions (ex2.approx and the like) err within what is documented for them. Returns the
  * setting before. */
 int cudasim_set_approx_error(int on);
+/* How many multiprocessors the device says it has; 0: as many as the product. With few of them persistent kernels have
+ * more than one round to go. Returns the setting before. */
+int cudasim_set_multiprocessors(int n);
+/* Makes one instruction of a registered kernel do nothing, for tests of what is caught without it: the one with this
+ * index, from 0 on, among those whose opcode begins with `opcode` ("bar.sync"); a loop that polls finds its wait over.
+ * Returns how many of them the kernel has, -1 where there is no such kernel. */
+int cudasim_drop(const char* kernel, const char* opcode, int index);
+/* All instructions do what they did. Returns how often those were reached that did nothing. */
+uint64_t cudasim_restore(void);
 /* Workers that run independent blocks. */
 void cudasim_set_threads(int n);
 

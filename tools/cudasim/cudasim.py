@@ -15,6 +15,7 @@ import json
 import os
 import struct
 import subprocess
+import types
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -51,6 +52,7 @@ def lib():
         _lib.cudasim_last_fault.restype = ctypes.c_char_p
         _lib.cudasim_race_count.restype = ctypes.c_uint64
         _lib.cudasim_last_report.restype = ctypes.c_char_p
+        _lib.cudasim_restore.restype = ctypes.c_uint64
         _lib.cudasim_set_seed.argtypes = [ctypes.c_uint64]
         _lib.cudasim_capture_end.argtypes = [ctypes.POINTER(p)]
         _lib.cudasim_graph_launch.argtypes = [p]
@@ -229,6 +231,34 @@ def set_tensor_truncate(on):
 def set_approx_error(on):
     """Whether ex2.approx and the like err within what is documented for them; returns the setting before."""
     return bool(lib().cudasim_set_approx_error(int(on)))
+
+
+def set_multiprocessors(n):
+    """How many the device says it has, 0 being as many as the product; returns the setting before."""
+    return lib().cudasim_set_multiprocessors(n)
+
+
+def count_instructions(kernel, opcode):
+    """Instructions of a registered kernel whose opcode begins with `opcode`."""
+    n = lib().cudasim_drop(kernel.encode(), opcode.encode(), -1)
+    if n < 0:
+        raise ValueError(f"no kernel named {kernel} is registered")
+    return n
+
+
+@contextlib.contextmanager
+def dropped(kernel, opcode, index):
+    """In its body one such instruction does nothing: is what it guards against caught? What it gives has
+    ``reached``, how often a warp came by, once the body has ended."""
+    n = count_instructions(kernel, opcode)
+    if not 0 <= index < n:
+        raise IndexError(f"{kernel} has {n} instructions {opcode}, asked for index {index}")
+    lib().cudasim_drop(kernel.encode(), opcode.encode(), index)
+    found = types.SimpleNamespace(reached=0)
+    try:
+        yield found
+    finally:
+        found.reached = lib().cudasim_restore()
 
 
 def set_threads(n):

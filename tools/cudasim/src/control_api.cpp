@@ -32,6 +32,7 @@ Config& config() {
     x->raceWarp = num("CUDASIM_RACE_WARP", 0) != 0;
     x->threads = (int)num("CUDASIM_THREADS", 1);
     x->tensorTruncate = num("CUDASIM_TENSOR_TRUNCATE", 1) != 0;
+    x->multiprocessors = (int)num("CUDASIM_MULTIPROCESSORS", 0);
     x->approxError = num("CUDASIM_APPROX_ERROR", 0) != 0;
     if (const char* s = getenv("CUDASIM_STATS")) x->statsFile = s;
     return x;
@@ -113,6 +114,9 @@ int cudasim_set_tensor_truncate(int on) {
 }
 int cudasim_set_approx_error(int on) {
   return std::exchange(config().approxError, on != 0);
+}
+int cudasim_set_multiprocessors(int n) {
+  return std::exchange(config().multiprocessors, n);
 }
 void cudasim_set_threads(int n) {
   config().threads = n;

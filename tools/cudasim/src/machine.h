@@ -250,6 +250,7 @@ struct Config {
   bool raceWarp = false;       // also look for races between the lanes of a warp
   bool raceGlobal = false;     // also look for races of one block in global memory
   bool tensorTruncate = true;  // tensor cores add as tensor_sum.cpp says
+  int multiprocessors = 0;     // that the device says it has; 0: as many as the product
   bool approxError = false;    // approximate instructions err as approximate.cpp says
 };
 Config& config();

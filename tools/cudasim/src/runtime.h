@@ -19,6 +19,7 @@ struct DeviceLimits {
   uint32_t sharedPerBlock, sharedPerSm, threadsPerSm, blocksPerSm, multiprocessors;
 };
 const DeviceLimits& limits();
+int multiprocessors();  // those of limits(), or as many as the configuration says
 LaunchConfig makeConfig(const Kernel& k, dim3 g, dim3 b, size_t smem);
 int launchKernel(Kernel& k, const LaunchConfig& c, void** args, int maxDynamic, bool nonPortable);
 

@@ -88,6 +88,9 @@ const DeviceLimits& limits() {
          : arch > 80   ? ga102
                        : ampere;
 }
+int multiprocessors() {
+  return config().multiprocessors > 0 ? config().multiprocessors : (int)limits().multiprocessors;
+}
 }  // namespace cudasim
 
 using namespace cudasim;
@@ -194,7 +197,7 @@ int cudaGetDeviceProperties(AbiDeviceProp* p, int d) {
   p->minor = config().arch % 10;
   p->textureAlignment = p->surfaceAlignment = 512;
   p->texturePitchAlignment = 32;
-  p->multiProcessorCount = (int)limits().multiprocessors;
+  p->multiProcessorCount = multiprocessors();
   p->canMapHostMemory = p->concurrentKernels = p->unifiedAddressing = p->managedMemory = 1;
   p->asyncEngineCount = 3;
   p->memoryBusWidth = 5120;
@@ -240,7 +243,7 @@ int cudaDeviceGetAttribute(int* v, int attr, int d) {
     case 95:
     case 99:
     case 115: *v = 1; break;
-    case 16: *v = (int)limits().multiprocessors; break;
+    case 16: *v = multiprocessors(); break;
     case 36: *v = 2619000; break;
     case 37: *v = 5120; break;
     case 38: *v = (hopper ? 50 : 40) << 20; break;

@@ -269,7 +269,7 @@ int cudaOccupancyMaxActiveClusters(int* n, const void* func, const AbiLaunchConf
   for (unsigned i = 0; i < c->numAttrs; i++)
     if (c->attrs[i].id == 4)
       size = c->attrs[i].val.cluster[0] * c->attrs[i].val.cluster[1] * c->attrs[i].val.cluster[2];
-  *n = (int)(limits().multiprocessors * per / std::max(1u, size));
+  *n = (int)(multiprocessors() * per / std::max(1u, size));
   return kSuccess;
 }
 int cudaOccupancyMaxPotentialClusterSize(int* n, const void*, const AbiLaunchConfig*) {
