@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import HOPPER
 from routed import ffn_values, on, random_layout
 
 from moduleformer_ext.ops import expert_ffn, grouped_gemm
@@ -25,6 +26,8 @@ SCATTER_WEIGHT_GRAD = {256: 158, 512: 93, 1024: 61}
 def emulated(device):
     if device.type == "cuda":
         pytest.skip("counts come from the emulated device")
+    if HOPPER:
+        pytest.skip("the bounds are those of sm_80's kernels")
 
 
 def launches(run):

@@ -1,11 +1,17 @@
 """Which kernels serve the tensors of a test."""
 
+import os
+
 import torch
 
-from moduleformer_ext._extension import build_info
+from moduleformer_ext._extension import build_info, cuda_kernels
 
 EMULATED = build_info()["cuda_dispatch"] == "CPU"
 """Whether the CUDA kernels serve CPU tensors, as under tools/emulated.sh."""
+
+
+HOPPER = EMULATED and os.environ.get("CUDASIM_ARCH") == "90" and any(arch == 90 for _, _, arch in cuda_kernels())
+"""Whether kernels of sm_90a serve on the emulated device, beside those of sm_80."""
 
 
 def on_cuda(device: torch.device) -> bool:

@@ -1,0 +1,122 @@
+"""Negative controls: with any one of a kernel's barriers, fences and waits left out, the emulated device says so, or
+the result is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from devices import EMULATED
+from routed import grouped_values, layout_of
+
+from moduleformer_ext import reference
+from moduleformer_ext.ops import grouped_gemm
+
+if EMULATED:
+    import cudasim
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the emulated device")
+SEEDS = (0, 1, 2)
+
+
+def close(ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((ours - expected).norm() <= 0.02 * expected.norm())  # false of NaN
+
+
+class Routed:
+    """On one multiprocessor, so that its block has several tiles, with more slices of depth than stages, and with
+    tiles of one and of two blocks of 64 rows for either of two warpgroups that multiply in turn."""
+
+    def __init__(self, gradient: bool) -> None:
+        torch.manual_seed(17)
+        self.gradient, self.cases = gradient, []
+        shapes = [((400, 20, 70), 136), ((400,), 256)] if gradient else [((70, 20, 66), 448), ((20, 70), 448)]
+        for rows, features in shapes:
+            layout = layout_of([[expert] for expert, count in enumerate(rows) for _ in range(count)], len(rows))
+            x, weight, _ = grouped_values(layout, "token", features, 136, torch.bfloat16)
+            self.cases.append((x, weight, layout, self.result(reference.grouped_gemm, x, weight, layout)))
+
+    def result(self, op, x, weight, layout) -> torch.Tensor:
+        weight = weight.detach().requires_grad_(self.gradient)
+        out = op(x, weight, layout)
+        return torch.autograd.grad(out.float().square().sum(), weight)[0] if self.gradient else out
+
+    def __call__(self) -> bool:
+        return all(close(self.result(grouped_gemm, *case), expected) for *case, expected in self.cases)
+
+
+SM_80 = ("bar.sync", "cp.async.commit_group", "cp.async.wait_group")
+SM_90A = ("bar.sync", "mbarrier.init", "mbarrier.try_wait", "mbarrier.arrive", "wgmma.commit_group")
+SM_90A += ("cp.async.commit_group", "cp.async.wait_group", "fence.proxy.async")
+KERNELS: dict[str, tuple[Callable[[], Callable[[], bool]], tuple[str, ...]]] = {
+    "grouped_forward_bf16_64x128_sm80": (lambda: Routed(gradient=False), SM_80),
+    "grouped_weight_grad_bf16_128x128_sm80": (lambda: Routed(gradient=True), SM_80),
+    "grouped_forward_bf16_128x128_sm90a": (lambda: Routed(gradient=False), SM_90A),
+    "grouped_weight_grad_bf16_128x128_sm90a": (lambda: Routed(gradient=True), SM_90A),
+}
+
+
+def survivors(kernel: str, opcode: str, works: Callable[[], bool]) -> tuple[list[int], int]:
+    """Indices of the instructions whose absence nothing shows under any seed, and how many were tried; those that no
+    warp comes by are not."""
+    left, tried = [], 0
+    for index in range(cudasim.count_instructions(kernel, opcode)):
+        caught = False
+        for seed in SEEDS:
+            cudasim.set_seed(seed)
+            try:
+                with cudasim.dropped(kernel, opcode, index) as instruction:
+                    caught = not works()
+            except RuntimeError:
+                caught = True
+            if caught or not instruction.reached:
+                break
+        tried += bool(instruction.reached)
+        if instruction.reached and not caught:
+            left.append(index)
+    return left, tried
+
+
+@pytest.fixture(autouse=True)
+def one_multiprocessor():
+    before = cudasim.set_multiprocessors(1)
+    yield
+    cudasim.set_multiprocessors(before)
+    cudasim.set_seed(0)
+    cudasim.clear_fault()
+    cudasim.reset_races()
+
+
+@pytest.fixture(params=KERNELS)
+def case(request):
+    """A kernel, what runs it, and what is left out; of the architecture that is emulated."""
+    kernel = request.param
+    works, opcodes = KERNELS[kernel][0](), KERNELS[kernel][1]
+    cudasim.reset_stats()
+    assert works()
+    if kernel not in {launch["kernel"] for launch in cudasim.stats()}:
+        pytest.skip("another kernel serves this architecture")
+    return kernel, works, opcodes
+
+
+def test_nothing_is_left_out_in_silence(case, capfd):
+    kernel, works, opcodes = case
+    for opcode in opcodes:
+        left, tried = survivors(kernel, opcode, works)
+        assert tried, opcode
+        assert not left, f"{opcode} number {left} of {kernel} may be left out"
+    capfd.readouterr()  # the emulator's reports, which a failure would drown in
+    assert works()
+
+
+def test_products_of_a_warpgroup_are_fenced_and_waited_for(case):
+    """The first wait of either main loop leaves the one product under way that there is; fences but the first order
+    nothing."""
+    kernel, works, _ = case
+    if not kernel.endswith("_sm90a"):
+        pytest.skip("sm_80 has no such products")
+    left, tried = survivors(kernel, "wgmma.wait_group", works)
+    assert len(left) <= 2 < tried
+    left, tried = survivors(kernel, "wgmma.fence", works)
+    assert len(left) < tried
