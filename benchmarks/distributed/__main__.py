@@ -69,6 +69,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not {1, 2} <= set(options.processes):
         parser.error(f"--processes must hold 1 and 2, which others are compared with, got {options.processes}")
     folder = options.results or RESULTS / f"{datetime.date.today()}-{slug()}"
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         workers = {size: Workers(size, Path(scratch) / str(size)) for size in sorted(set(options.processes))}
         try:
@@ -79,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
             for group in workers.values():
                 group.close()
     folder.mkdir(parents=True, exist_ok=True)
-    _report(folder, scaling, sent, wrapped)
+    _report(folder, load, scaling, sent, wrapped)
 
 
 def _processes(count: int) -> str:
@@ -123,7 +124,7 @@ def _wrapped(group: Workers, options: argparse.Namespace) -> dict[str, dict[str,
     times = {}
     for name in (MOLM, JETMOE):
         group.run(contestants.make_wrapped, name, options.quick)
-        times[name] = _Times(group, name, 1)
+        times[name] = _Times(group, name, group.size * contestants.wrapped_size(options.quick)[1])
     for _ in range(options.rounds):
         for each in times.values():
             each.measure()
@@ -132,6 +133,7 @@ def _wrapped(group: Workers, options: argparse.Namespace) -> dict[str, dict[str,
 
 def _report(
     folder: Path,
+    load: float,
     scaling: dict[str, dict[str, float]],
     sent: dict[str, dict[str, float]],
     wrapped: dict[str, dict[str, float]] | None,
@@ -143,8 +145,9 @@ def _report(
         speed = alone["step_seconds"] / alone["tokens"] / (found["step_seconds"] / found["tokens"])
         rows.append([name, f"{speed:.2f}x", f"{found['cpu_per_token'] / alone['cpu_per_token']:.2f}x"])
     shares = (
-        f"There are {cpus} CPUs. More processes share them, and cannot be faster than {cpus}. The CPU time of all "
-        "processes for a token, against that of one process, is what the distribution costs."
+        f"There are {cpus} CPUs, and there was a load of {load:.1f} before it began. More processes share them, and "
+        f"cannot be faster than {cpus}. The CPU time of all processes for a token, against that of one process, is "
+        "what the distribution costs."
     )
     head = ["training", "tokens per second against one process", "CPU time per token"]
     volumes = [
@@ -155,9 +158,11 @@ def _report(
         ]
         for name, found in sent.items()
     ]
+    each, all_tokens = (scaling[f"{kind}, {_processes(1)}"]["tokens"] for kind in (WEAK, STRONG))
     paragraphs = [
-        "Weak scaling has as many lanes for each process, strong scaling as many in all. Steps of training in float32: "
-        "forward, backward, AdamW.",
+        f"Weak scaling has {each} tokens a step for each process, strong scaling {all_tokens} in all: few against the "
+        "parameters, so that what is sent weighs as on many processes. Steps of training in float32: forward, "
+        "backward, AdamW.",
         shares,
         markdown_table(head, rows),
         "## What a process sends in a step",
@@ -170,10 +175,11 @@ def _report(
         cpu = wrapped[JETMOE]["cpu_seconds"] / wrapped[MOLM]["cpu_seconds"]
         paragraphs += [
             "## JetMoE of transformers, wrapped alike",
-            "Each layer and the rest of the model a unit of FSDP2, two processes, forward and backward of 512 tokens "
-            f"each in float32, equal arithmetic: MoLM is {wall:.2f}x as fast by the clock, {cpu:.2f}x by CPU time.",
+            "Each layer and the rest of the model a unit of FSDP2, two processes, forward and backward of "
+            f"{wrapped[MOLM]['tokens']} tokens in float32, equal arithmetic: MoLM is {wall:.2f}x as fast by the clock, "
+            f"{cpu:.2f}x by CPU time.",
         ]
-    data = {"cpus": cpus, "scaling": scaling, "sent": sent, "wrapped": wrapped}
+    data = {"cpus": cpus, "load": load, "scaling": scaling, "sent": sent, "wrapped": wrapped}
     write_report(folder, "Several processes", paragraphs, data)
 
 

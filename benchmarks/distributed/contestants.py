@@ -67,9 +67,14 @@ def make_trainer(name: str, lanes: int, expert_parallel: int, quick: bool) -> No
     _steps[name] = trainer.take_step
 
 
+def wrapped_size(quick: bool) -> tuple[LayerShape, int]:
+    """Of the models that are wrapped alike, and how many tokens a process gives them."""
+    return (TINY, 16) if quick else (WRAPPED, 512)
+
+
 def make_wrapped(name: str, quick: bool) -> None:
     """A model of a kind, each layer and the rest of it a unit of FSDP2, and a pass forward and backward."""
-    shape, length = (TINY, 16) if quick else (WRAPPED, 512)
+    shape, length = wrapped_size(quick)
     torch.manual_seed(0)
     if name == MOLM:
         model: nn.Module = MoLMForCausalLM(molm_config(shape))
