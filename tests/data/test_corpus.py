@@ -38,7 +38,7 @@ def test_standard_library_has_both_domains_and_no_paragraph_twice(library: list[
         " ".join(paragraph.split())
         for document in library
         if document.domain == "prose"
-        for paragraph in document.text.split("\n\n")
+        for paragraph in str(document.text).split("\n\n")
         if paragraph.strip()
     ]
     assert len(paragraphs) == len(set(paragraphs))
@@ -54,7 +54,7 @@ def test_text_files_reads_folders_and_names_domains(tmp_path: Path) -> None:
     (tmp_path / "books" / "latin").write_bytes(b"\xe9\xe8")
     (tmp_path / "note.txt").write_text("three")
     documents = text_files([str(tmp_path / "books"), f"notes={tmp_path / 'note.txt'}"])
-    assert [(document.domain, document.name, document.text) for document in documents] == [
+    assert [(document.domain, document.name, str(document.text)) for document in documents] == [
         ("books", "a.txt", "one"),
         ("books", "deep/b.md", "two"),
         ("notes", "note.txt", "three"),
@@ -66,7 +66,7 @@ def test_a_run_inside_the_texts_is_left_out(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.txt").write_text(folder)
     documents = text_files([str(tmp_path / "texts")], without=tmp_path / "texts" / "run")
-    assert [document.text for document in documents] == ["texts"]
+    assert [str(document.text) for document in documents] == ["texts"]
 
 
 def test_a_domain_that_only_repeats_others_is_an_error(tmp_path: Path) -> None:
@@ -83,3 +83,9 @@ def test_missing_and_empty_sources_are_errors(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(ValueError, match=r"domain name takes letters"):
         text_files([f"a/b={tmp_path}"])
+
+
+def test_a_document_in_memory_has_a_text_like_one_that_is_stored() -> None:
+    document = Document(domain="d", name="n", text="é")
+    assert (str(document.text), len(document.text)) == ("é", 2)
+    assert Document("d", "n", document.text) == document == Document("d", "n", "é")

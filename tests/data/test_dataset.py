@@ -35,7 +35,7 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer((document.text for document in DOCUMENTS), 300)
+    return train_tokenizer((str(document.text) for document in DOCUMENTS), 300)
 
 
 def test_stream_decodes_to_the_text(tokenizer: Tokenizer) -> None:
@@ -47,7 +47,7 @@ def test_stream_decodes_to_the_text(tokenizer: Tokenizer) -> None:
         tokenizer.decode(stream.tokens[start + 1 : stop].tolist(), skip_special_tokens=False)
         for start, stop in itertools.pairwise(ends)
     ]
-    assert texts == [document.text for document in DOCUMENTS]
+    assert texts == [str(document.text) for document in DOCUMENTS]
     assert stream.num_bytes == sum(len(text.encode()) for text in texts)
     assert stream.num_scored == len(stream.tokens) - 1
 
@@ -75,7 +75,7 @@ def test_build_and_open(tmp_path: Path) -> None:
 
 def test_tokenizer_is_trained_on_the_training_split_only(tmp_path: Path) -> None:
     dataset = build_dataset(tmp_path / "data", DOCUMENTS, vocab_size=300, held_out_fraction=0.2)
-    texts = (document.text for document in split_documents(DOCUMENTS, 0.2).train)
+    texts = (str(document.text) for document in split_documents(DOCUMENTS, 0.2).train)
     assert dataset.tokenizer.to_str() == train_tokenizer(texts, 300).to_str()
 
 

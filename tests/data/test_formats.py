@@ -166,7 +166,7 @@ def test_archives_are_refused_by_name_and_left_out_of_folders(kind: str, said: s
     with pytest.raises(ValueError, match=f"archive' is a {said}; unpack"):
         text_files([str(path)])
     (tmp_path / "a.txt").write_text("kept")
-    assert [document.text for document in text_files([f"d={tmp_path}"])] == ["kept"]
+    assert [str(document.text) for document in text_files([f"d={tmp_path}"])] == ["kept"]
 
 
 def test_saved_datasets(tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_saved_datasets(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"text": TEXTS, "id": [0, 1, 2]})
     data.select([2, 0]).save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "two")
-    assert [d.text for d in text_files([str(tmp_path / "one")])] == [TEXTS[2], TEXTS[0]]
+    assert [str(d.text) for d in text_files([str(tmp_path / "one")])] == [TEXTS[2], TEXTS[0]]
     found = text_files([str(tmp_path / "two")])
-    assert [(d.domain, d.name.split("/")[0], d.text) for d in found] == [
+    assert [(d.domain, d.name.split("/")[0], str(d.text)) for d in found] == [
         ("two", "test", TEXTS[1]),
         ("two", "train", TEXTS[0]),
         ("two", "train", TEXTS[2]),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from moduleformer_ext.data import (
     END_OF_TEXT,
@@ -23,8 +23,8 @@ from moduleformer_ext.data import (
     tokenize,
     train_tokenizer,
 )
-from moduleformer_ext.data.texts import StoredText, TextStore
-from moduleformer_ext.data.tokenizer import parts_lines
+from moduleformer_ext.data.texts import BYTE_LEVEL, PLACES, StoredText, TextStore, any_of
+from moduleformer_ext.data.tokenizer import where_to_cut
 
 _PARTS = ["word", " two", "\n", "\n\n", "\n ", "\r\n", "'s", "12", "(", ".", "\t", "日本", "é", "\u0301", "\u2028", " "]
 
@@ -88,52 +88,149 @@ def test_a_full_disk_is_named(size: int, tmp_path: Path, monkeypatch: pytest.Mon
         str(store.add(["a" * size]))
 
 
-@pytest.mark.parametrize("size", [1, 5, 64, 10**9])
-def test_pieces_are_the_text(size: int) -> None:
-    for seed in range(20):
-        text = _text(seed)
-        pieces = list(StoredText.of(text).pieces(size))
+def _paragraphs(words: list[str], space: str, end: str, seed: int) -> str:
+    """Five hundred lines of one to twelve words."""
+    draw = random.Random(seed)
+    lines = (space.join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(500))
+    return "".join(f"{line}{end}" for line in lines)
+
+
+_ENGLISH = ["It", "isn't", "so", "(far)", "12,345.6", "—", "“quoted”", "'re", "end.", "e\u0301"]
+_RUSSIAN = ["Это", "не", "«так»", "ли,", "ещё", "—", "да.", "1917"]
+_CHINESE = ["这是", "一个", "句子。", "「引用」", "他说\uff0c", "2024年", "\uff01", "日本語です。"]
+_CODE = ["if x:\n        return y", "def f(a, b):\n    pass", "#\n\n\n", "\tg[1] += 2", "    x = 1\n\n        y"]
+KINDS = {
+    "English": _paragraphs(_ENGLISH, " ", "\n", 0),
+    "Russian": _paragraphs(_RUSSIAN, " ", "\n", 1),
+    "Chinese": _paragraphs(_CHINESE, "", "\n", 2),
+    "Chinese, indented": _paragraphs(_CHINESE, "", "\n\u3000\u3000", 3),
+    "lines that end as on Windows": _paragraphs(_ENGLISH, " ", "\r\n", 4),
+    "Chinese, likewise": _paragraphs(_CHINESE, "", "\r\n", 5),
+    "blank lines": _paragraphs(_RUSSIAN, " ", "\n\n", 6),
+    "Chinese, blank lines": _paragraphs(_CHINESE, "", "\n\n", 7),
+    "blank lines, likewise": _paragraphs(_CHINESE, "", "\r\n\r\n", 8),
+    "code": _paragraphs(_CODE, "\n    ", "\n  ", 9),
+    "tabs": _paragraphs(_ENGLISH, "\t", "\n\t", 10),
+    "one line": _paragraphs(_ENGLISH, " ", " ", 11),
+    "one line of Chinese": _paragraphs(_CHINESE, "", "", 12),
+    "anything": _text(13, 4000),
+}
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def llama_3() -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(_LLAMA_3), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+@pytest.fixture(scope="module", params=["GPT-2", "Llama 3", "NeoX", "prefix", "no byte level"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Each of a kind that parts words by its own rules."""
+    made = train_tokenizer(KINDS.values(), 600)
+    if request.param == "Llama 3":
+        made.pre_tokenizer = llama_3()
+    elif request.param == "NeoX":
+        made.add_tokens([AddedToken(" " * count, normalized=False) for count in range(2, 25)])
+    elif request.param == "prefix":
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif request.param == "no byte level":
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_do_not_tell_where_a_text_was_cut(kind: str, tokenizer: Tokenizer) -> None:
+    text, places = KINDS[kind], where_to_cut(tokenizer)
+    assert places is not None
+    [expected] = encode_texts(tokenizer, [text])
+    for size in (1, 5, 64):
+        pieces = list(StoredText.of(text).pieces(places, size))
         assert "".join(pieces) == text
-        assert all(len(piece.encode()) >= size for piece in pieces[:-1])
-    assert list(StoredText.of("").pieces(size)) == [""]
+        assert [token for piece in encode_texts(tokenizer, pieces) for token in piece] == expected
 
 
-@pytest.mark.parametrize("size", [1, 5, 64])
-def test_tokens_do_not_tell_where_a_text_was_cut(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+PLACES_OF = {"GPT-2": BYTE_LEVEL, "Llama 3": any_of(list(PLACES)[1:])}
+
+
+@pytest.mark.parametrize("size", [1, 64, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("of", PLACES_OF)
+def test_pieces_have_a_bound(of: str, kind: str, size: int) -> None:
+    sizes = [len(piece.encode()) for piece in StoredText.of(KINDS[kind]).pieces(PLACES_OF[of], size)]
+    assert min(sizes[:-1]) >= size
+    assert max(sizes) < size + 250
+
+
+def test_the_places_of_known_tokenizers() -> None:
+    tokenizer = train_tokenizer(KINDS.values(), 300)
+    assert where_to_cut(tokenizer) == PLACES_OF["GPT-2"]
+    tokenizer.pre_tokenizer = llama_3()
+    assert where_to_cut(tokenizer) == PLACES_OF["Llama 3"]
+
+
+def test_a_line_without_any_place_is_one_piece() -> None:
+    assert len(list(StoredText.of("x" * 10**6).pieces())) == 1
+    assert list(StoredText.of("").pieces()) == [""]
+
+
+def test_documents_are_tokenised_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [_text(seed) for seed in range(20)]
     tokenizer = train_tokenizer(texts, 320)
-    assert parts_lines(tokenizer)
-    expected = encode_texts(tokenizer, texts)
-    for text, ids in zip(texts, expected, strict=True):
-        pieces = list(StoredText.of(text).pieces(size))
-        assert len(pieces) > 1
-        assert [token for piece in encode_texts(tokenizer, pieces) for token in piece] == ids
     documents = [Document("d", str(number), text) for number, text in enumerate(texts)]
-    monkeypatch.setattr(stream, "PIECE", size)
+    monkeypatch.setattr(stream, "PIECE", 5)
     monkeypatch.setattr(stream, "_BATCH", 100)
+    given: list[list[str]] = []
+
+    def encode(tokenizer: Tokenizer, batch: list[str]) -> list[list[int]]:
+        given.append(batch)
+        return encode_texts(tokenizer, batch)
+
+    monkeypatch.setattr(stream, "encode_texts", encode)
     tokens = tokenize([*documents, Document("d", "empty", "")], tokenizer)
-    assert tokens.tokens.tolist() == [0, *(token for ids in expected for token in (*ids, 0)), 0]
+    assert tokens.tokens.tolist() == [0, *(token for ids in encode_texts(tokenizer, texts) for token in (*ids, 0)), 0]
     assert tokens.num_bytes == sum(len(text.encode()) for text in texts)
+    sizes = [sum(len(text.encode()) for text in batch) for batch in given]
+    assert all(100 <= size < 150 for size in sizes[:-1])
 
 
 def test_a_tokenizer_whose_words_go_beyond_a_line_gets_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_tokenizer(["some text"], 257)
     tokenizer.normalizer = normalizers.Prepend("▁")
-    assert not parts_lines(tokenizer)
-    for words in (pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Metaspace(prepend_scheme="never")):
-        tokenizer = train_tokenizer(["some text"], 257)
-        assert parts_lines(tokenizer)
-        tokenizer.pre_tokenizer = words
-        assert not parts_lines(tokenizer)
+    assert where_to_cut(tokenizer) is None
+    tokenizer = train_tokenizer(["some text"], 257)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")  # words go on over lines
+    assert list(StoredText.of("a\nb c\nd").pieces(where_to_cut(tokenizer), 1)) == ["a\nb", " c\nd"]
 
     text = "one\ntwo\nthree\n"
     vocab = {token: number for number, token in enumerate([END_OF_TEXT, *sorted(set(text)), "e\n", "e\nt"])}
     tokenizer = Tokenizer(models.BPE(vocab, [("e", "\n"), ("e\n", "t")]))
     tokenizer.decoder = decoders.Fuse()
+    assert where_to_cut(tokenizer) is None
     monkeypatch.setattr(stream, "PIECE", 2)
     ids = tokenize([Document("d", "n", text)], tokenizer).tokens[1:-1]
     assert vocab["e\nt"] in ids.tolist()
     assert tokenizer.decode(ids.tolist()) == text
+
+
+@pytest.mark.parametrize("entry", ["foo\nbar", "a b", "\n\n", "x\r\n"])
+def test_entries_that_are_found_before_words_stay_whole(entry: str) -> None:
+    tokenizer = train_tokenizer(KINDS.values(), 300)
+    tokenizer.add_tokens([AddedToken(entry, normalized=False)])
+    text = f"1 {entry} two{entry}three {entry}\n{entry} 4" * 20
+    pieces = list(StoredText.of(text).pieces(where_to_cut(tokenizer), 1))
+    assert [token for ids in encode_texts(tokenizer, pieces) for token in ids] == encode_texts(tokenizer, [text])[0]
+
+
+@pytest.mark.parametrize("sides", [{"lstrip": True}, {"rstrip": True}])
+def test_entries_that_take_white_space_with_them(sides: dict[str, bool]) -> None:
+    tokenizer = train_tokenizer(KINDS.values(), 300)
+    tokenizer.add_tokens([AddedToken("<x>", normalized=False, **sides)])
+    text = "one\n<x>\ntwo <x> three\n\n<x>\n\nfour\n" * 20
+    pieces = list(StoredText.of(text).pieces(where_to_cut(tokenizer), 1))
+    assert [token for ids in encode_texts(tokenizer, pieces) for token in ids] == encode_texts(tokenizer, [text])[0]
 
 
 @pytest.mark.parametrize("text", ["é" * 50, "日本" * 30, "a b" * 40, "x\n" * 40])
@@ -156,11 +253,11 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         documents = text_files([str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.jsonl")])
-        pieces = sum(1 for document in documents for _ in document.stored.pieces())
+        pieces = sum(1 for document in documents for _ in document.text.pieces())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert sum(len(document.stored) for document in documents) > 3 * size
+    assert sum(len(document.text) for document in documents) > 3 * size
     assert pieces > 2 * (size >> 19)
     assert peak < size
 

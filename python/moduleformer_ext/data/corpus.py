@@ -31,23 +31,19 @@ STANDARD_DOMAINS = ("code", "prose")
 """Of `standard_library`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Document:
-    """One text of a domain. `name` is relative to its root, and alone decides the split it falls into."""
+    """One text of a domain. `name` is relative to its root, and alone decides the split it falls into.
+
+    `str(document.text)` is all of the text; `document.text.pieces()` what fits into memory.
+    """
 
     domain: str
     name: str
-    content: str | StoredText
+    text: StoredText
 
-    @property
-    def text(self) -> str:
-        """All of it, in memory."""
-        return str(self.content)
-
-    @property
-    def stored(self) -> StoredText:
-        """The text as UTF-8, to be read in pieces."""
-        return StoredText.of(self.content) if isinstance(self.content, str) else self.content
+    def __init__(self, domain: str, name: str, text: str | StoredText) -> None:
+        vars(self).update(domain=domain, name=name, text=StoredText.of(text))
 
 
 def standard_library() -> list[Document]:
@@ -127,9 +123,9 @@ def _without_repeated_paragraphs(documents: Sequence[Document]) -> list[Document
     """
     seen: set[str] = set()
     kept: dict[int, Document] = {}
-    for index in sorted(range(len(documents)), key=lambda i: (-len(documents[i].text), i)):
+    for index in sorted(range(len(documents)), key=lambda i: (-len(str(documents[i].text)), i)):
         document, paragraphs = documents[index], []
-        for paragraph in re.split(r"\n{2,}", document.text):
+        for paragraph in re.split(r"\n{2,}", str(document.text)):
             words = " ".join(paragraph.split())
             if words and words not in seen:
                 seen.add(words)
@@ -143,8 +139,7 @@ def _distinct(documents: Iterable[Document]) -> list[Document]:
     seen: set[bytes] = set()
     kept = []
     for document in documents:
-        text = document.stored
-        if not text.is_blank() and (digest := text.digest()) not in seen:
+        if not document.text.is_blank() and (digest := document.text.digest()) not in seen:
             seen.add(digest)
             kept.append(document)
     return kept

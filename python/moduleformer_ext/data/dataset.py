@@ -56,9 +56,7 @@ def build_dataset(
     """
     split = split_documents(documents, held_out_fraction)
     if tokenizer is None:
-        tokenizer = train_tokenizer(
-            (piece for document in split.train for piece in document.stored.pieces()), vocab_size
-        )
+        tokenizer = train_tokenizer((piece for document in split.train for piece in document.text.pieces()), vocab_size)
     index: _Index = {"train": {}, "held_out": {}}
     with new_directory(directory) as scratch:
         write_file(scratch / TOKENIZER, tokenizer.to_str(pretty=True))

@@ -58,11 +58,9 @@ def _reading_order(document: Document) -> tuple[float, str, str]:
 
 def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
     """Cut one document in two, the tail being about `fraction` of it."""
-    parts = document.stored.cut(1.0 - fraction)
+    parts = document.text.cut(1.0 - fraction)
     if any(part.is_blank() for part in parts):
-        raise ValueError(
-            f"text: '{document.name}' is too short ({len(document.stored)} bytes) to hold out a part of it"
-        )
+        raise ValueError(f"text: '{document.name}' is too short ({len(document.text)} bytes) to hold out a part of it")
     train, held_out = (
         Document(document.domain, f"{document.name}#{side}", part)
         for side, part in zip(("train", "held-out"), parts, strict=True)

@@ -1,9 +1,11 @@
 """Token streams: the documents of one domain and split, end to end, in one memory-mapped array."""
 
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +13,13 @@ from tokenizers import Tokenizer
 
 from moduleformer_ext.data.corpus import Document
 from moduleformer_ext.data.texts import PIECE
-from moduleformer_ext.data.tokenizer import encode_texts, end_of_text_id, parts_lines
+from moduleformer_ext.data.tokenizer import encode_texts, end_of_text_id, where_to_cut
 from moduleformer_ext.display import progress
 from moduleformer_ext.files import writing
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _BATCH = 8 * PIECE
-"""Characters that are encoded at a time, on as many threads as there are."""
+"""Bytes of texts that are encoded at a time, on as many threads as there are."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +46,39 @@ def tokenize(
     code, width = ("H", np.uint16) if tokenizer.get_vocab_size() <= 2**16 else ("I", np.uint32)
     separator = end_of_text_id(tokenizer)
     ids, num_bytes = array(code, [separator]), 0
-    for batch in _batches(documents, PIECE if parts_lines(tokenizer) else None):
-        for (_, ends), piece_ids in zip(batch, encode_texts(tokenizer, [piece for piece, _ in batch]), strict=True):
+    for batch in _batches(documents, where_to_cut(tokenizer)):
+        for piece, piece_ids in zip(batch, encode_texts(tokenizer, [piece.text for piece in batch]), strict=True):
             ids.extend(piece_ids)
-            if ends:
+            if piece.is_last:
                 ids.append(separator)
-        size = sum(len(piece.encode()) for piece, _ in batch)
+        size = sum(piece.size for piece in batch)
         num_bytes += size
         advance(size)
     return TokenStream(np.frombuffer(ids, dtype=width), num_bytes, len(documents))
 
 
-def _batches(documents: Iterable[Document], size: int | None) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces of the documents, each with whether its document ends there, as many as are encoded together."""
-    batch: list[tuple[str, bool]] = []
+class _Piece(NamedTuple):
+    text: str
+    size: int
+    """In bytes."""
+    is_last: bool
+    """Of its document."""
+
+
+def _batches(documents: Iterable[Document], places: re.Pattern[bytes] | None) -> Iterator[list[_Piece]]:
+    """Pieces of the documents, as many as are encoded together."""
+    batch: list[_Piece] = []
     room = _BATCH
     for document in documents:
-        pieces = document.stored.pieces(size)
-        piece: str | None = next(pieces)
-        while piece is not None:
-            after = next(pieces, None)
-            batch.append((piece, after is None))
-            room -= len(piece)
+        rest = len(document.text)
+        for text in document.text.pieces(places, PIECE):
+            size = len(text.encode())
+            rest -= size
+            batch.append(_Piece(text, size, is_last=not rest))
+            room -= size
             if room <= 0:
                 yield batch
                 batch, room = [], _BATCH
-            piece = after
     if batch:
         yield batch
 
@@ -77,7 +86,7 @@ def _batches(documents: Iterable[Document], size: int | None) -> Iterator[list[t
 def tokenize_domains(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, TokenStream]:
     """Encode documents into one stream per domain, showing progress."""
     domains = sorted({document.domain for document in documents})
-    with progress("tokenising bytes", sum(len(document.stored) for document in documents), keep=False) as bar:
+    with progress("tokenising bytes", sum(len(document.text) for document in documents), keep=False) as bar:
         return {
             domain: tokenize([d for d in documents if d.domain == domain], tokenizer, bar.advance) for domain in domains
         }

@@ -1,4 +1,4 @@
-"""Texts that wait on disk until they are tokenised: what they take of memory does not grow with them."""
+"""Texts that wait on disk until they are tokenised, and the pieces, ending between words, in which they are read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,40 @@ from pathlib import Path
 from moduleformer_ext.files import writing
 
 PIECE = 1 << 18
-"""Bytes of a text that are read at a time, up to the next end of a line."""
+"""Bytes of a text that are read at a time, up to the next place where it may be cut."""
 
-_END_OF_LINE = re.compile(rb"(?<=[!-~])\n(?=[!-~])")
-"""A single one between letters, digits and signs: tokenizers that part words there treat it alike with and without
-what follows, unlike the first of two or one before a space.
-"""
+# What follows is surely no white space: neither what Unicode calls so nor what one program or another takes for it.
+_INK = (
+    rb"(?![\t-\r\x1c-\x20]|\xc2[\x85\xa0]|\xe1(?:\x9a\x80|\xa0\x8e)|\xe2(?:\x80[\x80-\x8f\xa8-\xaf]|\x81[\x9f\xa0])"
+    rb"|\xe3\x80\x80|\xef\xbb\xbf)(?=[\x00-\xff])"
+)
+# A line ends here and did not begin or end with white space.
+_AFTER_INK = (
+    rb"(?<=\n)(?<![\t-\r\x1c-\x20]\n)(?<!\xc2[\x85\xa0]\n)(?<!\xe1\x9a\x80\n)(?<!\xe1\xa0\x8e\n)"
+    rb"(?<!\xe2\x80[\x80-\x8f\xa8-\xaf]\n)(?<!\xe2\x81[\x9f\xa0]\n)(?<!\xe3\x80\x80\n)(?<!\xef\xbb\xbf\n)"
+)
+_KANA_OR_HAN = rb"(?<=\xe3\x81[\x81-\xbf]|\xe3\x82[\x80-\x8f]|[\xe5-\xe8][\x80-\xbf][\x80-\xbf])"
+
+PLACES = {
+    "before the last white space": rb"(?=(?:[\t\n\r ]|\xe3\x80\x80)" + _INK + rb")",
+    "before the last white space, a blank": rb"(?= " + _INK + rb")",
+    "before the last white space, a tab": rb"(?=\t" + _INK + rb")",
+    "after the last white space, the end of a line": rb"(?<=\n)" + _INK,
+    "between two lines": _AFTER_INK + _INK,
+    "before a full stop or comma of Chinese or Japanese": _KANA_OR_HAN + rb"(?=\xe3\x80\x82|\xef\xbc\x8c)",
+}
+"""Where a text may be cut, as patterns in UTF-8, if its tokenizer parts words there (`tokenizer.where_to_cut`). That of
+GPT-2 parts what is before a word from the last white space there, hence the first; those of Llama 3 and GPT-4 keep ends
+of lines with what comes before, hence the others."""
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[bytes]:
+    """The next of these `PLACES`."""
+    return re.compile(rb"|".join(PLACES[name] for name in names))
+
+
+BYTE_LEVEL = any_of(name for name in PLACES if not name.startswith("after"))
+"""Where byte-level BPE as GPT-2 has it, and `train_tokenizer` makes it, parts words."""
 
 
 class TextStore:
@@ -72,8 +100,10 @@ class StoredText:
     stop: int
 
     @classmethod
-    def of(cls, text: str) -> StoredText:
-        """A text that is in memory."""
+    def of(cls, text: str | StoredText) -> StoredText:
+        """A text that is in memory, or stored already."""
+        if isinstance(text, StoredText):
+            return text
         content = text.encode()
         return cls(content, 0, len(content))
 
@@ -87,12 +117,12 @@ class StoredText:
     def _content(self) -> bytes | mmap.mmap:
         return self.store if isinstance(self.store, bytes) else self.store.content
 
-    def pieces(self, size: int | None = PIECE) -> Iterator[str]:
-        """The text in pieces, at least one, that end with a line some `size` bytes on; None: in one piece."""
+    def pieces(self, places: re.Pattern[bytes] | None = BYTE_LEVEL, size: int = PIECE) -> Iterator[str]:
+        """The text in pieces, at least one, each up to the first of `places` from `size` bytes on; None: in one."""
         content, start = self._content, self.start
         while True:
-            end = None if size is None else _END_OF_LINE.search(content, start + size, self.stop)
-            stop = self.stop if end is None else end.end()
+            place = places and places.search(content, start + size, self.stop)
+            stop = place.start() if place else self.stop
             yield content[start:stop].decode()
             if (start := stop) == self.stop:
                 return

@@ -1,13 +1,16 @@
 """Byte-level BPE: any text becomes token ids and comes back byte for byte."""
 
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moduleformer_ext.data.texts import PLACES, any_of
 from moduleformer_ext.files import read_json, read_text, to_json, write_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -127,19 +130,52 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         tokenizer.encode_special_tokens = before
 
 
-_LINES = ("a\nb", "1\n2", ".\n(", "a\n's", "A\n#", "}\n_")
+_INK = ("a", "1", ".", "(", "}", "'s", "\u2019s", "я", "u\u0301", "日", "。")
+"""What words and signs begin and end with: tokenizers have rules for letters, digits, contractions and other signs."""
+_WHITE = (
+    "\n", " ", "\t", "\r", "\u3000", "\u00a0 ", "\r\n", "\n\n", "\n ", " \n", "\n\t", "\t ", "  ", "\n    ", " " * 9,
+    "\r\n\r\n", "\n\n\n ", "\n\u3000\u3000", " \n \n",
+)  # fmt: skip
+"""What is between them: one and several, of one kind and of two."""
+_STOPS = ("の。", "日。", "日\uff0c", "語。」", "語\uff0c「")
 
 
-def parts_lines(tokenizer: Tokenizer) -> bool:
-    """Whether lines are encoded alike together and one by one: no word goes beyond the end of a line, and none is
-    changed where a text begins or ends.
+def where_to_cut(tokenizer: Tokenizer) -> re.Pattern[bytes] | None:
+    """Where a text may be cut such that its pieces have the tokens of the whole; None if not even lines can be parted.
+
+    Found by trial: :data:`~moduleformer_ext.data.texts.PLACES` in between all kinds of signs and beside the entries
+    that the tokenizer finds before it looks for words.
     """
-    words = tokenizer.pre_tokenizer
-    if words is None or any(2 not in (start for _, (start, _) in words.pre_tokenize_str(line)) for line in _LINES):
+    entries = [token for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
+    beside = [f"a{entry.content}a" for entry in entries]
+    beside += [f"a{white}{e.content}{white}a" for e in entries if e.lstrip or e.rstrip for white in _WHITE]
+    texts = [f"{a}{white}{b}" for a in _INK for white in (*_WHITE, *_STOPS) for b in _INK] + beside
+    names = [name for name in PLACES if _parts(tokenizer, any_of([name]), texts)]
+    return any_of(names) if names else None
+
+
+def _parts(tokenizer: Tokenizer, places: re.Pattern[bytes], texts: Iterable[str]) -> bool:
+    """Whether a tokenizer treats texts at these places alike in one and in two."""
+    whole, before, after = [], [], []
+    for text in texts:
+        content = text.encode()
+        for place in places.finditer(content):
+            whole.append(text)
+            before.append(content[: place.start()].decode())
+            after.append(content[place.start() :].decode())
+    split = tokenizer.pre_tokenizer
+    if split is None:
         return False
-    both = encode_texts(tokenizer, [*_LINES, *(line[:2] for line in _LINES), *(line[2:] for line in _LINES)])
-    count = len(_LINES)
-    return all(both[i] == both[count + i] + both[2 * count + i] for i in range(count))
+
+    @cache
+    def words(text: str) -> list[str]:
+        return [word for word, _ in split.pre_tokenize_str(text)]
+
+    if any(words(a + b) != words(a) + words(b) for a, b in zip(before, after, strict=True)):
+        return False
+    ids = encode_texts(tokenizer, [*whole, *before, *after])
+    count = len(whole)
+    return all(ids[i] == ids[count + i] + ids[2 * count + i] for i in range(count))
 
 
 def _interruptible(work: Callable[[], _Result]) -> _Result:
