@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from full_disk import Full
 
-from moduleformer_ext.data import formats, text_files
+from moduleformer_ext.data import formats, text_files, texts
 from moduleformer_ext.data.formats import check_packages, stem
 from moduleformer_ext.data.texts import TextStore
 
@@ -99,6 +100,29 @@ def test_tables(kind: str, tmp_path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"a\.(parquet|arrow)' is not a whole"):
         read_texts(path, "body")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream"])
+def test_compressed_tables_are_unpacked_beside_the_texts(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(_table(kind, ["text" * 20] * 1000))
+    (tmp_path / "a.gz").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
+    folders: list[Path] = []
+    make = texts.tempfile.TemporaryFile
+
+    def made(dir: Path) -> object:
+        folders.append(dir)
+        return make(dir=dir)
+
+    monkeypatch.setattr(texts.tempfile, "TemporaryFile", made)
+    assert [len(text_files([str(tmp_path / "a")], scratch=tmp_path)), folders] == [1, [tmp_path]]  # that of the texts
+    assert [len(text_files([str(tmp_path / "a.gz")], scratch=tmp_path)), folders] == [1, [tmp_path] * 3]
+
+    store = TextStore(tmp_path)
+    monkeypatch.setattr(texts.tempfile, "TemporaryFile", lambda dir: Full().buffered())
+    with pytest.raises(OSError, match=f"^'{tmp_path}' cannot be written: .*No space left"):
+        list(formats.read_texts(tmp_path / "a.gz", store))
 
 
 def test_dictionary_columns(tmp_path: Path) -> None:

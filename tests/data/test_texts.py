@@ -1,8 +1,6 @@
 """Texts that wait on disk: what comes back is what went in, and tokens do not tell where it was cut."""
 
-import errno
 import gzip
-import io
 import json
 import random
 import tracemalloc
@@ -10,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from full_disk import Full
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from moduleformer_ext.data import (
@@ -61,28 +60,9 @@ def test_a_text_that_ends_in_an_error_leaves_nothing() -> None:
     assert (kept.start, str(kept)) == (0, "whole")
 
 
-class Full(io.RawIOBase):
-    """A file on a disk without room."""
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return offset
-
-    def truncate(self, size: int | None = None) -> int:
-        return 0
-
-    def write(self, content: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.mark.parametrize("size", [10, 10**6])
 def test_a_full_disk_is_named(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts.tempfile, "TemporaryFile", lambda dir: io.BufferedWriter(Full()))
+    monkeypatch.setattr(texts.tempfile, "TemporaryFile", lambda dir: Full().buffered())
     store = TextStore(tmp_path)
     with pytest.raises(OSError, match=f"'{tmp_path}' cannot be written: .*No space left"):
         str(store.add(["a" * size]))

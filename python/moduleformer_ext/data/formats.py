@@ -7,7 +7,6 @@ import importlib
 import json
 import lzma
 import re
-import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from io import BufferedReader, RawIOBase
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Final, TypeVar
 
 from moduleformer_ext.data.texts import StoredText, TextStore
@@ -125,7 +123,7 @@ def read_texts(
         is_lines = _first(path, packings, lambda stream: _looks_like_lines(stream, field))
     with _opened(path, packings) as stream:
         if kind or is_lines:
-            records = _column(path, kind, stream, field) if kind else _lines(path, stream, field)
+            records = _column(path, kind, stream, store, field) if kind else _lines(path, stream, field)
             for number, record in enumerate(records):
                 if (text := store.add([record])) is not None:
                     yield f"#{number}", text
@@ -265,12 +263,11 @@ def _lacks(field: str, fields: str) -> str:
     return f"must be a record with the field '{field}', got {fields or 'none'}; name one with --text-field"
 
 
-def _column(path: Path, kind: str, stream: BinaryIO, field: str) -> Iterator[str]:
+def _column(path: Path, kind: str, stream: BinaryIO, store: TextStore, field: str) -> Iterator[str]:
     pyarrow = _pyarrow(path, kind)
-    with TemporaryFile() as unpacked:
+    with ExitStack() as stack:
         if not stream.seekable():  # tables begin at their end
-            shutil.copyfileobj(stream, unpacked, _CHUNK)
-            stream = unpacked
+            stream = stack.enter_context(store.copied(stream))
         with _whole(path, kind):
             schema, batches = _open_table(pyarrow, kind, stream)
         if field not in schema.names:

@@ -7,8 +7,10 @@ import mmap
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from moduleformer_ext.files import writing
 
@@ -80,6 +82,21 @@ class TextStore:
                     self._file.seek(start)
                     self._file.truncate()
         return None if blank else StoredText(self, start, self._size)
+
+    @contextmanager
+    def copied(self, stream: BinaryIO) -> Iterator[BinaryIO]:
+        """What a stream has, in a nameless file beside the texts, where it can be read from its end."""
+        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closing it may write, too)
+        try:
+            while chunk := stream.read(PIECE):
+                with writing(self._folder):
+                    file.write(chunk)
+            with writing(self._folder):
+                file.seek(0)
+            yield file
+        finally:
+            with writing(self._folder):
+                file.close()
 
     @property
     def content(self) -> bytes | mmap.mmap:
