@@ -64,15 +64,16 @@ def test_the_rules_of_routers(family: str, norm_topk_prob: bool) -> None:
 class MixtralTopKRouter(nn.Module):
     """As a release might have it that returns other things, or weighs otherwise, than those that we know."""
 
-    def __init__(self, factor: float = 1.0, places: tuple[int, ...] = (0, 1, 2)) -> None:
+    def __init__(self, factor: float = 1.0, places: tuple[int, ...] = (0, 1, 2), shift: int = 0) -> None:
         super().__init__()
         torch.manual_seed(10)
         self.weight, self.top_k = nn.Parameter(torch.randn(7, 5)), 2
-        self.factor, self.places = factor, places
+        self.factor, self.places, self.shift = factor, places, shift
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         logits = x @ self.weight.T
         top, ids = logits.topk(self.top_k)
+        ids = (ids + self.shift) % 7 if self.shift < 7 else ids + self.shift
         return tuple((logits, self.factor * top.softmax(-1), ids)[place] for place in self.places)
 
 
@@ -86,7 +87,9 @@ def test_a_router_returns_what_it_did_in_the_same_order(places: tuple[int, ...])
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("change", [{"factor": 2.5}, {"places": (0, 1)}, {"places": (0, 1, 2, 2)}])
+@pytest.mark.parametrize(
+    "change", [{"factor": 2.5}, {"places": (0, 1)}, {"places": (0, 1, 2, 2)}, {"shift": 1}, {"shift": 7}]
+)
 def test_a_router_that_does_something_else_is_refused_by_name(change: dict[str, Any]) -> None:
     model = nn.ModuleList([Experts(), MixtralTopKRouter(**change)])
     with pytest.raises(
@@ -94,6 +97,49 @@ def test_a_router_that_does_something_else_is_refused_by_name(change: dict[str, 
     ):
         hf_experts.patch(model, routers=True)
     assert all("forward" not in vars(module) for module in model)
+
+
+def test_equal_logits_leave_a_choice() -> None:
+    class Last(MixtralTopKRouter):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            logits = x @ self.weight.T
+            top, ids = logits.flip(-1).topk(self.top_k)
+            return logits, top.softmax(-1), 6 - ids
+
+    Last.__name__ = "MixtralTopKRouter"
+    router = Last()
+    nn.init.zeros_(router.weight)
+    hf_experts.patch(nn.ModuleList([Experts(), router]), routers=True)
+
+
+class OlmoeTopKRouter(nn.Module):
+    """Takes more, or has less, than the routers of that name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.top_k = nn.Parameter(torch.ones(7, 5)), 2
+
+    def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        return hidden_states
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({}, "AttributeError: .*norm_topk_prob"),
+        ({"norm_topk_prob": True}, "TypeError: .*mask"),
+        ({"norm_topk_prob": True, "forward": lambda x: None}, "TypeError: 'NoneType' object is not iterable"),
+        ({"norm_topk_prob": True, "forward": lambda x: (None, x, x)}, "others"),
+        ({"norm_topk_prob": True, "weight": None}, "AttributeError"),
+    ],
+)
+def test_a_router_of_another_signature_is_refused_by_name(attributes: dict[str, Any], message: str) -> None:
+    model = nn.ModuleList([Experts(), OlmoeTopKRouter()])
+    for name, value in attributes.items():
+        setattr(model[1], name, value)
+    with pytest.raises(ValueError, match=rf"^patch: OlmoeTopKRouter must .*, got {message}"):
+        hf_experts.patch(model, routers=True)
+    assert "is_transposed" not in vars(model[0])
 
 
 def test_patched_where_transformers_has_no_choice(calls: list[str]) -> None:
@@ -176,6 +222,32 @@ class Sorted(Experts):
         return hidden_states
 
 
+class Bare(Experts):
+    def forward(self, *_: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Interrupted(Experts):
+    def forward(self, *_: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+class Infinite(Experts):
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate) * up / 0
+
+
+class Guarded(Experts):
+    """Ours gives NaN where an expert has it; this one does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.constant_(self.down_proj, torch.nan)
+
+    def forward(self, *arguments: Tensor) -> Tensor:
+        return super().forward(*arguments).nan_to_num()
+
+
 class WeightsFirst(Experts):
     def forward(self, hidden_states: Tensor, top_k_weights: Tensor, top_k_index: Tensor) -> Tensor:
         return super().forward(hidden_states, top_k_index, top_k_weights)
@@ -197,6 +269,9 @@ def test_own_experts_are_patched(dtype: torch.dtype) -> None:
     ("make", "message"),
     [
         (Sorted, r"^patch: Sorted must make \[T, D\] of hidden states .*, got TypeError: .*positional arguments"),
+        (Bare, r"^patch: Bare must make .* got NotImplementedError$"),
+        (Guarded, r"^patch: Guarded must compute the sum of .*, got other values from its own forward"),
+        (Infinite, r"^patch: Infinite must compute the sum of .*, got NaN or infinity for every token from its own"),
         (WeightsFirst, r"WeightsFirst must make .* got \w+Error"),
         (Halved, r"Halved must compute the sum of .*, got other values from its own forward"),
         (Clamped, r"Clamped must compute the sum of"),
@@ -213,3 +288,11 @@ def test_patch_refuses_what_would_fail_or_differ_later(make: Any, message: str) 
     with pytest.raises(ValueError, match=message):
         hf_experts.patch(model)
     assert [vars(module) for module in model] == before  # nothing was changed
+
+
+def test_a_model_is_as_it_was_after_any_error() -> None:
+    model = nn.ModuleList([Experts(), Interrupted()])
+    before = [dict(vars(module)) for module in model]
+    with pytest.raises(KeyboardInterrupt):
+        hf_experts.patch(model)
+    assert [vars(module) for module in model] == before

@@ -124,7 +124,7 @@ def patch(model: Model, *, routers: bool = False) -> Model:
             if not hasattr(module, "is_transposed"):
                 module.is_transposed = _lies_transposed(module)
             _check_experts(module)
-    except ValueError:
+    except BaseException:
         for module, before in zip(experts, transposed, strict=True):
             if before is None and hasattr(module, "is_transposed"):
                 del module.is_transposed
@@ -222,15 +222,22 @@ def _check_experts(module: Any) -> None:
         except Exception as error:
             raise ValueError(
                 f"patch: {name} must make [T, D] of hidden states [T, D], expert ids [T, K] and weights [T, K], got "
-                f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                f"{_in_a_line(error)}"
             ) from error
         tolerance = max(1e-3, 8 * torch.finfo(weight.dtype).eps)
         finite = own.isfinite().all(-1)
-        if ((ours - own).norm(dim=-1) > tolerance * own.norm(dim=-1))[finite].any():
+        alike = (ours - own).norm(dim=-1) <= tolerance * own.norm(dim=-1)  # not where ours has NaN
+        if not alike[finite].all() or not finite.any():
+            others = "other values" if finite.any() else "NaN or infinity for every token"
             raise ValueError(
-                f"patch: {name} must compute the sum of w · down(gate(up x)) over a token's experts, got other values "
+                f"patch: {name} must compute the sum of w · down(gate(up x)) over a token's experts, got {others} "
                 "from its own forward"
             )
+
+
+def _in_a_line(error: Exception) -> str:
+    name, message = type(error).__name__, str(error).strip()
+    return f"{name}: {message.splitlines()[0]}" if message else name
 
 
 _PROBES = (1.0, 1.0, 64.0, 64.0)
@@ -270,8 +277,8 @@ class _Rule(NamedTuple):
     """What a router does."""
 
     order: RouterOrder
-    places: tuple[int, ...]
-    """Of logits, weights and ids in what it returns: releases of transformers differ."""
+    returns: tuple[int, ...]
+    """Which of logits, weights and ids (0, 1, 2) it returns in each place: releases of transformers differ."""
 
 
 def _rule(router: Any) -> _Rule:
@@ -282,23 +289,36 @@ def _rule(router: Any) -> _Rule:
             f"patch: routers must be those of {', '.join(_ORDERS)}, got {name}, whose rule route_topk "
             "does not have; without routers=True the experts alone are replaced"
         )
-    order = _ORDERS[family] or ("topk_softmax" if router.norm_topk_prob else "softmax_topk")
-    x = torch.randn(len(_PROBES), router.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(router.weight)
-    with torch.no_grad():
-        own, ours = router.forward(x), _routed(router, order, x)
-    for places in permutations(range(len(ours))):
+    try:
+        order = _ORDERS[family] or ("topk_softmax" if router.norm_topk_prob else "softmax_topk")
+        width = router.weight.shape[1]
+        x = torch.randn(len(_PROBES), width, generator=torch.Generator().manual_seed(0)).to(router.weight)
+        with torch.no_grad():
+            own, ours = tuple(router.forward(x)), _routed(router, order, x)
+    except Exception as error:
+        raise ValueError(
+            f"patch: {name} must make logits, weights and ids of hidden states [T, D] alone, got {_in_a_line(error)}"
+        ) from error
+    for returns in permutations(range(len(ours))):
         if len(own) == len(ours) and all(
-            _alike(own[place], result) for place, result in zip(places, ours, strict=True)
+            _alike(result, ours[which], logits=ours[0]) for result, which in zip(own, returns, strict=True)
         ):
-            return _Rule(order, places)
+            return _Rule(order, returns)
     raise ValueError(f"patch: {name} must return logits, weights and ids as route_topk chooses them, got others")
 
 
-def _alike(own: Tensor, ours: Tensor) -> bool:
-    if own.shape != ours.shape or own.is_floating_point() != ours.is_floating_point():
+def _alike(own: Any, ours: Tensor, logits: Tensor) -> bool:
+    """Whether a router's result is ours; of ids, whether they are those of the same logits: either of two equal ones
+    may be chosen.
+    """
+    if not isinstance(own, Tensor) or own.shape != ours.shape or own.is_floating_point() != ours.is_floating_point():
         return False
-    if own.is_meta or not own.is_floating_point():  # ids of equal logits may differ
+    if own.is_meta:
         return True
+    if not own.is_floating_point():
+        if not ((own >= 0) & (own < logits.shape[-1])).all():
+            return False
+        own, ours = logits.gather(-1, own.long()), logits.gather(-1, ours)
     tolerance = max(1e-4, 8 * torch.finfo(own.dtype).eps)
     return torch.allclose(own.float(), ours.float(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -312,7 +332,7 @@ def _routed(router: Any, order: RouterOrder, hidden_states: Tensor) -> tuple[Ten
 
 def _route(router: Any, rule: _Rule, hidden_states: Tensor) -> tuple[Tensor, ...]:
     results = _routed(router, rule.order, hidden_states)
-    return tuple(results[rule.places.index(place)] for place in range(len(results)))
+    return tuple(results[which] for which in rule.returns)
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
