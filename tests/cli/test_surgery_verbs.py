@@ -133,7 +133,7 @@ def test_merge(run: Path, extended: Path, tmp_path: Path, capsys: pytest.Capture
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "other"]
 
 
-@pytest.mark.parametrize("verb", ["usage", "prune", "extend", "merge", "convert"])
+@pytest.mark.parametrize("verb", ["usage", "prune", "extend", "merge", "convert", "quantise"])
 def test_an_interrupted_verb_leaves_nothing(
     verb: str, run: Path, extended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +144,7 @@ def test_an_interrupted_verb_leaves_nothing(
         "extend": [str(run), str(output), "--ffn", "1"],
         "merge": [str(run), str(extended), str(output)],
         "convert": [str(run), str(output)],
+        "quantise": [str(run), str(output)],
     }[verb]
 
     def stop(*_: object, **__: object) -> None:
@@ -180,6 +181,7 @@ def test_concentrate_then_prune(run: Path, tmp_path: Path) -> None:
         "extend {source} {source}/deep/new --ffn 1",
         "merge {source} {extended} {source}/new",
         "merge {extended} {source} {source}/new",
+        "quantise {source} {source}/new",
         "usage {source} {source}/new",
         "finetune {source} --run {source}/new --steps 1",
         "train --run {run}/new --steps 1",

@@ -22,7 +22,7 @@ def run(model: Model, output: Output, /, *, options: Options = Options()) -> int
     """Write a model with its experts rounded to 8 or 4 bits, which take less memory and answer faster; they cannot be
     trained. With 4 bits it loses a little of what it knew: `eval` says how much.
     """
-    check_new(output)
+    check_new(output, model)
     directory, tokenizer = locate(model)
     quantised = quantise_experts(MoLMForCausalLM.from_pretrained(directory), int(options.bits))
     with new_model_directory(output, tokenizer) as scratch:
