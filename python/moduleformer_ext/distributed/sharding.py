@@ -29,7 +29,7 @@ class Unit(NamedTuple):
     module: nn.Module
     parameters: list[nn.Parameter]
     in_layer: bool
-    """Whether it can be freed between the forward and the backward pass."""
+    """Whether it is of one layer, used once in the forward pass; what is outside of the layers stays gathered."""
     spread: bool
     """Whether each process has experts of its own, and gathers them from those that have the same ones."""
 
