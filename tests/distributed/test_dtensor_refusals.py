@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from ranks import Ranks
 from sharded_ops import CALLS, placements
 from torch import Tensor
+from torch._library.simple_registry import find_torch_dispatch_rule
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
 from moduleformer_ext import ops
+from moduleformer_ext.quantised import quantise
 
 ELSEWHERE = [
     ("attention", "q", "stick_attention: q"),
@@ -113,6 +116,71 @@ def _wrong_shape() -> str:
 def test_shapes_are_those_of_the_whole(pair: Ranks) -> None:
     for found in pair.run(_wrong_shape):
         assert found == "ValueError: stick_attention: q must have a multiple of k's 3 heads, got 4"
+
+
+def _without_a_rule(name: str) -> list[str]:
+    """What an op says of each of its tensors as a DTensor, alone and beside others."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole, run = WITHOUT_RULES[name]
+    sharded = {key: distribute_tensor(value, mesh, placements("R")) for key, value in whole.items()}
+    return [_error(run, **sharded), *(_error(run, **{**whole, key: value}) for key, value in sharded.items())]
+
+
+def _quantised(x: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+    weight = quantise(torch.ones(3, 32, 64), 8)._replace(values=values)
+    layout = ops.expert_layout(torch.arange(3)[:, None], 3)._replace(offsets=offsets)
+    return ops.quantised_gemm(x, weight, layout)
+
+
+def _layer(return_route: bool, x: Tensor, up: Tensor) -> object:
+    rows, norm = torch.ones(3, 8), torch.ones(8)
+    options = {"return_route": return_route}
+    return ops.ffn_layer_decode(
+        x, "linear", None, None, rows, 2, "topk_softmax", norm, norm, 1e-5, up, up.mT, **options
+    )
+
+
+_LAYER = {"x": torch.ones(1, 1, 8), "up": torch.ones(3, 8, 16)}
+WITHOUT_RULES: dict[str, tuple[dict[str, Tensor], Callable[..., Any]]] = {
+    "quantised_gemm": (
+        {
+            "x": torch.ones(3, 32),
+            "values": quantise(torch.ones(3, 32, 64), 8).values,
+            "offsets": torch.arange(4, dtype=torch.int32),
+        },
+        _quantised,
+    ),
+    "ffn_layer_decode": (_LAYER, partial(_layer, False)),
+    "ffn_layer_decode.with_route": (_LAYER, partial(_layer, True)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("quantised_gemm", ["x", "x", "weight.values", "layout.offsets"]),
+        ("ffn_layer_decode", ["x", "x", "up"]),
+        ("ffn_layer_decode.with_route", ["x", "x", "up"]),
+    ],
+)
+def test_ops_without_a_rule_say_so(pair: Ranks, name: str, arguments: list[str]) -> None:
+    op = name.partition(".")[0]
+    for found in pair.run(_without_a_rule, name):
+        for said, argument in zip(found, arguments, strict=True):
+            assert said.startswith(f"NotImplementedError: {op}: {argument} must be a plain tensor, got a DTensor")
+            assert "to_local()" in said
+
+
+def test_every_op_has_a_rule_or_is_refused() -> None:
+    names = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("moduleformer_ext::")]
+    assert "moduleformer_ext::quantised_gemm" in names
+    for name in names:
+        packet = getattr(torch.ops.moduleformer_ext, name.partition("::")[2])
+        for overload in packet.overloads():
+            function = getattr(packet, overload)
+            rule = find_torch_dispatch_rule(function, DTensor)
+            composite = torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
+            assert rule is not None or composite, function
 
 
 SCRIPT = """

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-from moduleformer_ext.ops._dtensor.strategies import Arguments, Backward, Plan, Rule, choose, tensors_of
+from moduleformer_ext.ops._dtensor.strategies import MEMBERS, Arguments, Backward, Plan, Rule, choose, tensors_of
 
 _LIBRARY = torch.library.Library("moduleformer_ext", "FRAGMENT")
 
@@ -31,8 +31,22 @@ def register(rule: Rule) -> None:
         _serve(op, partial(_backward, rule, backward))
 
 
+def refuse(op: str) -> None:
+    """Say that an op, or an overload of it (`op.overload`), takes no DTensors."""
+
+    def run(_function: Callable[..., Any], arguments: Arguments) -> None:
+        name = _first(arguments)[0]
+        raise NotImplementedError(
+            f"{op.partition('.')[0]}: {MEMBERS.get(name, name)} must be a plain tensor, got a DTensor, for which it "
+            "has no rule; call it with what this process has, such as tensor.to_local() of a replicated one"
+        )
+
+    _serve(op, run)
+
+
 def _serve(op: str, run: Callable[[Callable[..., Any], Arguments], Any]) -> None:
-    schema = getattr(torch.ops.moduleformer_ext, op).default._schema.arguments
+    name, _, overload = op.partition(".")
+    schema = getattr(getattr(torch.ops.moduleformer_ext, name), overload or "default")._schema.arguments
     defaults = {argument.name: argument.default_value for argument in schema}
 
     def dispatch(_cls: type, function: Any, _types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Partial, Shard
 
-from moduleformer_ext.ops._dtensor.strategies import Arguments, Backward, Plan, Rule, Strategy, is_traced
+from moduleformer_ext.ops._dtensor.strategies import MEMBERS, Arguments, Backward, Plan, Rule, Strategy, is_traced
 from moduleformer_ext.ops.grouped_gemm import GATED_ACTIVATIONS
 
 _OPS = torch.ops.moduleformer_ext
@@ -72,7 +72,7 @@ class _Op:
         )
 
     def _label(self, _: Arguments, name: str) -> tuple[str, str]:
-        return self.name, f"layout.{name}" if name in _LAYOUT else name
+        return self.name, MEMBERS.get(name, name)
 
     def gradients(self, a: Arguments) -> list[str]:
         biases = [name for name in self.biases if name in a]

@@ -13,6 +13,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 Arguments = dict[str, Any]
 """An op's arguments by the names in its schema."""
+MEMBERS = {
+    **{name: f"layout.{name}" for name in ("offsets", "slot_order", "position")},
+    **{name: f"weight.{name}" for name in ("values", "scales")},
+}
+"""What messages call those that are a member of one argument in Python; csrc/bindings/op.cpp does so, too."""
 
 
 @dataclass(frozen=True)
