@@ -44,12 +44,12 @@ void refuse_forward_mode(const char* op, const Inputs&... inputs) {
       ": forward-mode differentiation (torch.func.jvp, jacfwd, dual tensors) is not implemented; reverse mode is");
 }
 
-// Decoding is inference: asking for a gradient is a mistake to hear about, not to run into a detached result. `instead`
-// is what has one.
+// Some ops are for inference: asking for a gradient is a mistake to hear about, not to run into a detached result.
+// `instead` is what has one.
 inline void refuse_gradient(const char* op, const char* argument, const OptionalTensor& input, const char* instead) {
   refuse_forward_mode(op, input);
   MFX_CHECK_ARG(!records_grad(input), op, argument,
-                c10::str("not require grad: decoding has no backward. Use torch.no_grad(), or ", instead, " to train"),
+                c10::str("not require grad: this op has no backward. Use torch.no_grad(), or ", instead, " to train"),
                 "requires_grad=True");
 }
 

@@ -31,7 +31,7 @@ struct PanelReader {
 };
 
 // A vector's lanes of bytes as integers.
-inline VecI32 load_signed(const std::int8_t* bytes) {
+inline VecI32 load_bytes(const std::int8_t* bytes) {
 #if defined(MFX_ISA_AVX512)
   return reinterpret_cast<VecI32>(_mm512_cvtepi8_epi32(load_raw<__m128i>(bytes)));
 #elif defined(MFX_ISA_AVX2)
@@ -45,19 +45,6 @@ inline VecI32 load_signed(const std::int8_t* bytes) {
   return __builtin_convertvector(load_raw<Bytes>(bytes), VecI32);
 #endif
 }
-inline VecI32 load_unsigned(const std::int8_t* bytes) {
-#if defined(MFX_ISA_AVX512)
-  return reinterpret_cast<VecI32>(_mm512_cvtepu8_epi32(load_raw<__m128i>(bytes)));
-#elif defined(MFX_ISA_AVX2)
-  return reinterpret_cast<VecI32>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
-#elif defined(__SSE2__)
-  const __m128i four = _mm_cvtsi32_si128(load_raw<int>(bytes)), zero = _mm_setzero_si128();
-  return reinterpret_cast<VecI32>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(four, zero), zero));
-#else
-  typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
-  return __builtin_convertvector(load_raw<Bytes>(bytes), VecI32);
-#endif
-}
 inline VecF to_floats(VecI32 v) {
   return __builtin_convertvector(v, VecF);
 }
@@ -65,52 +52,53 @@ inline VecF to_floats(VecI32 v) {
 // A vector's lanes of the numbers in a row of bytes.
 template <int kBits>
 inline void load_numbers(const std::int8_t* bytes, VecF (&rows)[8 / kBits]) {
+  const VecI32 wide = load_bytes(bytes);
   if constexpr (kBits == 8) {
-    rows[0] = to_floats(load_signed(bytes));
+    rows[0] = to_floats(wide);
   } else {
-    const VecI32 both = load_unsigned(bytes);
-    rows[0] = to_floats((both & 15) - 8);
-    rows[1] = to_floats((both >> 4) - 8);
+    rows[0] = to_floats((wide & 15) - 8);
+    rows[1] = to_floats(wide >> 4);
   }
 }
 
-// What a product with few rows multiplies. With 4 bits a byte b = 16 h + l, h and l each 8 above its number, is not
-// taken apart further than it must be:
+// What a product with few rows multiplies. A byte b of two numbers, b = 16 n1 + u with u = n0 + 8, is not taken apart
+// further than it must be:
 //
-//   x0 (l - 8) + x1 (h - 8) = (x0 - x1 / 16) l + (x1 / 16) b - 8 (x0 + x1)
+//   x0 n0 + x1 n1 = (x0 - x1 / 16) u + (x1 / 16) b - 8 x0
 //
-// so that terms are l and b, rows of x have the factors in brackets (PanelRows), and the rest is summed by groups.
+// The terms are u and b. Their factors in brackets are made of x once (make_factors), and what is left is summed over a
+// few rows and taken from the sum before them: over more, the sums in between would be larger than they are without.
 template <int kBits>
 inline void load_terms(const std::int8_t* bytes, VecF (&terms)[8 / kBits]) {
-  if constexpr (kBits == 8) {
-    load_numbers<kBits>(bytes, terms);
-  } else {
-    const VecI32 both = load_unsigned(bytes);
-    terms[0] = to_floats(both & 15);
-    terms[1] = to_floats(both);
-  }
+  const VecI32 wide = load_bytes(bytes);
+  terms[0] = to_floats(kBits == 8 ? wide : wide & 15);
+  if constexpr (kBits == 4) terms[1] = to_floats(wide);
 }
 
-// Rows of x as factors of the terms, and what is to be taken from the sum of each group.
+inline constexpr std::int64_t kRestRows = 8;
+static_assert(kQuantisedGroup % kRestRows == 0);
+
+// Rows of x as factors of the terms.
 struct PanelRows {
   const float* factors;  // [rows, stride], zeros beyond the depth
   std::int64_t stride;
-  const float* rest;  // [rows, groups]; 8 bits: not read
-  std::int64_t groups;
+  const float* rests;  // 4 bits: [rows, stride / kRestRows], 8 x0 summed over so many rows of the matrix
 
-  PanelRows from(std::int64_t row) const { return {factors + row * stride, stride, rest + row * groups, groups}; }
+  PanelRows from(std::int64_t row) const {
+    return {factors + row * stride, stride, rests + row * (stride / kRestRows)};
+  }
 };
 
-// In place: a row of x, zeros up to whole groups, to factors; and the rest.
-inline void make_factors(float* x, std::int64_t groups, float* rest) {
-  for (std::int64_t g = 0; g < groups; ++g) {
+// 4 bits: turns a row of x, zeros up to whole groups, into factors in place, and writes its rests.
+inline void make_factors(float* x, std::int64_t stride, float* rests) {
+  for (std::int64_t l = 0; l < stride; l += kRestRows) {
     float sum = 0.0f;
-    for (std::int64_t l = g * kQuantisedGroup; l < (g + 1) * kQuantisedGroup; l += 2) {
-      sum += x[l] + x[l + 1];
-      x[l + 1] *= 0.0625f;
-      x[l] -= x[l + 1];
+    for (std::int64_t i = l; i < l + kRestRows; i += 2) {
+      sum += x[i];
+      x[i + 1] *= 0.0625f;
+      x[i] -= x[i + 1];
     }
-    rest[g] = 8.0f * sum;
+    rests[l / kRestRows] = 8.0f * sum;
   }
 }
 
@@ -129,7 +117,7 @@ inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, co
     for (int c = 0; c < kPanel; c += kVectors * w) {
       VecF sum[kRows][kVectors] = {};
       const std::int8_t* bytes = part.values + c;
-      for (std::int64_t l = first; l < end; l += kNumbers, bytes += kPanel) {
+      const auto add_row = [&](std::int64_t l) {
         prefetch_far(bytes + kPanelBytesAhead);
         for (int v = 0; v < kVectors; ++v) {
           VecF terms[kNumbers];
@@ -138,13 +126,24 @@ inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, co
             for (int r = 0; r < kRows; ++r) sum[r][v] += x.factors[r * x.stride + l + i] * terms[i];
           }
         }
+        bytes += kPanel;
+      };
+      if constexpr (kBits == 8) {
+        for (std::int64_t l = first; l < end; ++l) add_row(l);
+      } else {
+        for (std::int64_t l = first; l < end; l += kRestRows) {
+          for (int r = 0; r < kRows; ++r) {
+            const float rest = x.rests[(r * x.stride + l) / kRestRows];
+            for (int v = 0; v < kVectors; ++v) sum[r][v] -= rest;
+          }
+          for (std::int64_t i = l; i < l + kRestRows; i += kNumbers) add_row(i);
+        }
       }
       for (int v = 0; v < kVectors; ++v) {
         const VecF scale = load(part.scales + c + v * w);
         for (int r = 0; r < kRows; ++r) {
           float* const to = y + r * kPanel + c + v * w;
-          const float rest = kBits == 8 ? 0.0f : x.rest[r * x.groups + first / kQuantisedGroup];
-          store(to, load(to) + (sum[r][v] - rest) * scale);
+          store(to, load(to) + sum[r][v] * scale);
         }
       }
     }

@@ -14,6 +14,10 @@ void run(const QuantisedGemmParams& params) {
 }  // namespace
 
 Status quantised_gemm_cpu(const QuantisedGemmParams& params) {
+  if (params.dtype == DType::kFloat64) return {.message = "x must be float32, bfloat16 or float16"};
+  if (params.weight.bits != 8 && params.weight.bits != 4) {
+    return {.message = "weight.bits must be 8 or 4", .got = params.weight.bits, .index = 0};
+  }
   const Status status = check_layout(params.layout);
   if (status.ok()) run(params);
   return status;

@@ -43,17 +43,18 @@ template <int kBits, int kParts, typename T, typename Epilogue>
 void multiply_few(const QuantisedGemmParams& p, Epilogue epilogue) {
   const QuantisedReader<kBits> weight(p);
   const std::int64_t columns = p.out_features / kParts, panels = (columns + kPanel - 1) / kPanel;
-  const std::int64_t stride = round_up(p.in_features, kQuantisedGroup), groups = stride / kQuantisedGroup;
-  const Scratch<float> factors(p.layout.num_slots() * stride), rest(p.layout.num_slots() * groups);
+  const std::int64_t stride = round_up(p.in_features, kQuantisedGroup), num_rests = stride / kRestRows;
+  const Scratch<float> factors(p.layout.num_slots() * stride);
+  const Scratch<float> rests(kBits == 4 ? p.layout.num_slots() * num_rests : 0);
   const RowReader<T> row(p.x, p.layout);
   parallel_for(p.layout.num_slots(), 16, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       float* const x = factors.data() + i * stride;
       pack_row(row(i), p.in_features, stride, x);
-      if constexpr (kBits == 4) make_factors(x, groups, rest.data() + i * groups);
+      if constexpr (kBits == 4) make_factors(x, stride, rests.data() + i * num_rests);
     }
   });
-  const PanelRows x = {factors.data(), stride, rest.data(), groups};
+  const PanelRows x = {factors.data(), stride, rests.data()};
   for_panels(expert_blocks(p.layout, kFewRows), panels, [&](const ExpertBlock& block, std::int64_t panel) {
     float* const c = static_cast<float*>(thread_scratch(kParts * block.rows * kPanel * sizeof(float)));
     float* parts[2] = {};

@@ -12,8 +12,8 @@ inline constexpr std::int64_t kQuantisedGroup = 32;  // rows that share a scale,
 // panel the numbers of a row follow one another, and then the rows, so that a product reads it from end to end.
 //
 //   8 bits   values [E, panels, in, 64] int8; scales [E, panels, 1, 64] float32, one for each column
-//   4 bits   values [E, panels, groups * 16, 64]: number + 8 of row 2i in the low half of a byte, of row 2i + 1 in
-//            the high one, numbers 0 beyond `in`; scales [E, panels, groups, 64] float16, one for 32 rows
+//   4 bits   values [E, panels, groups * 16, 64]: a byte is 16 n1 + n0 + 8, of the numbers n0 of row 2i and n1 of row
+//            2i + 1, which are 0 beyond `in`; scales [E, panels, groups, 64] float16, one for 32 rows
 struct QuantisedMatrices {
   const std::int8_t* values;
   const void* scales;
@@ -32,7 +32,7 @@ struct QuantisedGemmParams {
   void* out;  // as in GroupedGemmParams
 };
 
-// Checks the layout's contents as grouped_gemm_cpu does.
+// Checks dtype, bits and, as grouped_gemm_cpu does, the contents of the layout.
 Status quantised_gemm_cpu(const QuantisedGemmParams& params);
 
 }  // namespace mfx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["BITS", "QuantisedMatrices", "dequantise", "quantise"]
+__all__ = ["BITS", "QuantisedMatrices", "dequantise", "quantise", "zeros"]
 
 BITS = (8, 4)
 """What :func:`quantise` can make."""
@@ -24,13 +25,13 @@ _DIVISORS = (-9.0, -8.5, -8.0, -7.5, -7.0, 7.0, 7.5)
 class QuantisedMatrices(NamedTuple):
     """One matrix [in, out] for each of E experts, W[l, n] = scale * number.
 
-    Columns lie in panels of 64, with scales of 0 beyond ``out``. With 8 bits a column has one scale, with 4 bits one for
-    every 32 of its rows, and a byte holds two rows, of numbers 0 beyond ``in``.
+    Columns lie in panels of 64, with scales of 0 beyond ``out``. With 8 bits a column has one scale; with 4 bits every
+    32 of its rows have one, and a byte holds two rows, of numbers 0 beyond ``in``.
     """
 
     values: Tensor
-    """[E, panels, in, 64] int8; with 4 bits [E, panels, groups * 16, 64]: numbers + 8, row 2i in the low
-    half of a byte."""
+    """[E, panels, in, 64] int8; with 4 bits [E, panels, groups * 16, 64], 16 n1 + n0 + 8 of the numbers n0
+    in row 2i and n1 in row 2i + 1."""
     scales: Tensor
     """[E, panels, 1, 64] float32; with 4 bits [E, panels, groups, 64] float16."""
     bits: int
@@ -49,6 +50,25 @@ class QuantisedMatrices(NamedTuple):
 pytree._register_namedtuple(QuantisedMatrices, serialized_type_name="moduleformer_ext.quantised.QuantisedMatrices")
 
 
+def zeros(num_experts: int, in_features: int, out_features: int, bits: int) -> QuantisedMatrices:
+    """Matrices of zeros, on the default device.
+
+    Raises:
+        ValueError: other bits than 8 or 4.
+    """
+    if bits not in BITS:
+        raise ValueError(f"quantise: bits must be 8 or 4, got {bits}")
+    panels, groups = -(-out_features // _PANEL), -(-in_features // _GROUP) if bits == 4 else 1
+    rows = groups * _GROUP // 2 if bits == 4 else in_features
+    return QuantisedMatrices(
+        torch.zeros(num_experts, panels, rows, _PANEL, dtype=torch.int8),
+        torch.zeros(num_experts, panels, groups, _PANEL, dtype=torch.float16 if bits == 4 else torch.float32),
+        bits,
+        in_features,
+        out_features,
+    )
+
+
 def quantise(weight: Tensor, bits: int) -> QuantisedMatrices:
     """Round matrices to 8- or 4-bit integers, symmetrically: there is no zero point, and zeros stay zeros.
 
@@ -60,36 +80,28 @@ def quantise(weight: Tensor, bits: int) -> QuantisedMatrices:
         bits: 8 or 4.
 
     Raises:
-        ValueError: other bits, another shape or dtype, or a number that is not finite.
+        ValueError: other bits, another shape or dtype, a number that is not finite, or with 4 bits one that float16
+            scales do not reach.
     """
-    if bits not in BITS:
-        raise ValueError(f"quantise: bits must be 8 or 4, got {bits}")
     if weight.dim() != 3 or 0 in weight.shape[1:] or not weight.is_floating_point():
         raise ValueError(
             f"quantise: weight must be [E, in, out] of floating-point numbers, with at least one row and column, got "
             f"{weight.dtype} of shape {list(weight.shape)}"
         )
-    if not torch.isfinite(weight).all():
-        raise ValueError("quantise: weight must be finite, got NaN or an infinite number")
+    with weight.device:
+        quantised = zeros(*weight.shape, bits)
+    _, panels, groups, _ = quantised.scales.shape
     _, rows, columns = weight.shape
-    panels = -(-columns // _PANEL)
-    groups = 1 if bits == 8 else -(-rows // _GROUP)
-    values, scales = [], []
-    for matrix in weight.detach().unbind():  # one after another: in float32 they need twice the memory
-        padded = F.pad(matrix.float(), (0, panels * _PANEL - columns, 0, 0 if bits == 8 else groups * _GROUP - rows))
-        grouped = padded.view(groups, -1, panels, _PANEL).permute(2, 0, 1, 3)  # [panels, groups, rows, 64]
-        scale, numbers = _round_to_8_bits(grouped) if bits == 8 else _round_to_4_bits(grouped)
+    padding = (0, panels * _PANEL - columns, 0, groups * _GROUP - rows if bits == 4 else 0)
+    # One after another: in float32 they need more memory than they leave.
+    for expert, matrix in enumerate(weight.detach()):
+        _check_range(matrix, bits)
+        grouped = F.pad(matrix.float(), padding).view(groups, -1, panels, _PANEL).permute(2, 0, 1, 3)
+        scales, numbers = _round_to_4_bits(grouped) if bits == 4 else _round_to_8_bits(grouped)
         numbers = numbers.flatten(1, 2)
-        values.append(numbers if bits == 8 else _pack(numbers))
-        scales.append(scale)
-    shape = (0, panels, rows if bits == 8 else groups * _GROUP // 2, _PANEL)
-    return QuantisedMatrices(
-        torch.stack(values) if values else weight.new_empty(shape, dtype=torch.int8),
-        torch.stack(scales) if scales else weight.new_empty((0, panels, groups, _PANEL), dtype=_scale_dtype(bits)),
-        bits,
-        rows,
-        columns,
-    )
+        quantised.values[expert] = _pack(numbers) if bits == 4 else numbers
+        quantised.scales[expert] = scales
+    return quantised
 
 
 def dequantise(weight: QuantisedMatrices) -> Tensor:
@@ -101,8 +113,13 @@ def dequantise(weight: QuantisedMatrices) -> Tensor:
     return wide.transpose(1, 2).flatten(2)[:, : weight.in_features, : weight.out_features].contiguous()
 
 
-def _scale_dtype(bits: int) -> torch.dtype:
-    return torch.float32 if bits == 8 else torch.float16
+def _check_range(matrix: Tensor, bits: int) -> None:
+    largest = matrix.abs().max().item()
+    if not math.isfinite(largest):
+        raise ValueError("quantise: weight must be finite, got NaN or an infinite number")
+    most = min(abs(divisor) for divisor in _DIVISORS) * torch.finfo(torch.float16).max
+    if bits == 4 and largest > most:
+        raise ValueError(f"quantise: weight must be within ±{most:g} with 4 bits, got {largest:g}")
 
 
 def _round(grouped: Tensor, scale: Tensor, least: int, largest: int) -> Tensor:
@@ -111,6 +128,7 @@ def _round(grouped: Tensor, scale: Tensor, least: int, largest: int) -> Tensor:
 
 
 def _round_to_8_bits(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales [panels, groups, 64] and numbers of weights [panels, groups, rows, 64]."""
     scale = grouped.abs().amax(2) / 127
     return scale, _round(grouped, scale, -127, 127).to(torch.int8)
 
@@ -133,10 +151,8 @@ def _round_to_4_bits(grouped: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pack(numbers: Tensor) -> Tensor:
     """Two rows [..., 2i + (0, 1), 64] into one of bytes."""
-    halves = (numbers + 8).view(torch.uint8)
-    return (halves[..., 0::2, :] | (halves[..., 1::2, :] << 4)).view(torch.int8)
+    return 16 * numbers[..., 1::2, :] + (numbers[..., 0::2, :] + 8)
 
 
 def _unpack(values: Tensor) -> Tensor:
-    both = values.view(torch.uint8)
-    return torch.stack([both & 15, both >> 4], dim=-2).flatten(-3, -2).to(torch.int8) - 8
+    return torch.stack([(values & 15) - 8, values >> 4], dim=-2).flatten(-3, -2)

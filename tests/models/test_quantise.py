@@ -76,7 +76,9 @@ def test_what_needs_trained_experts_says_so():
         "merge": lambda: merge(model, quantised),
         "set_trainable": lambda: set_trainable(quantised, "experts"),
     }.items():
-        with pytest.raises(ValueError, match=f"^{name}: expert_bits must be None, got 4; take the model that was"):
+        with pytest.raises(
+            ValueError, match=f"^{name}: expert_bits must be None, got 4; take the model that it was made from"
+        ):
             call()
     with pytest.raises(ValueError, match="to_reference: expert_bits must be None in the published format, got 4"):
         quantised.to_reference()

@@ -91,7 +91,7 @@ def test_compiled_and_traced():
         ({"weight": torch.ones(70, 37).t()}, r"weight must be contiguous, got strides \[1, 37\]"),
         ({"bias": torch.ones(36)}, r"bias must be \[out\] with out = 37, got shape \[36\]"),
         ({"bias": torch.ones(37).half()}, r"bias must have the dtype of x \(Float\), got Half"),
-        ({"x": torch.ones(2, 70, requires_grad=True)}, "x must not require grad: decoding has no backward"),
+        ({"x": torch.ones(2, 70, requires_grad=True)}, "x must not require grad: this op has no backward"),
     ],
 )
 def test_errors(change, message):

@@ -89,6 +89,16 @@ def test_what_is_not_finite_stays_in_its_row(rows, bits):
     assert torch.equal(y[others], expected[others])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_rows_far_from_zero(rows, bits, dtype):
+    """Their numbers cancel, and nothing larger may appear in between."""
+    torch.manual_seed(rows)
+    x = (300 + torch.randn(rows, 512)).to(dtype)
+    check(x, randn(1, 512, 130, scale=0.05), layout_of([[0]] * rows, 1), bits)
+
+
 def test_compiled_traced_and_under_autocast():
     layout, weight = random_layout(5, 3, 2), quantise(randn(3, 40, 50), 4)
     x = randn(5, 40)
@@ -141,6 +151,7 @@ WEIGHT = quantise(torch.ones(3, 40, 50), 4)
             "weight.values must be cont",
         ),
         ({"weight": WEIGHT._replace(scales=WEIGHT.scales.float())}, "weight.scales must be Half, got Float"),
+        ({"weight": WEIGHT._replace(scales=WEIGHT.scales.clone().requires_grad_())}, "weight.scales must not require"),
         ({"gates": torch.ones(5, 2)}, "out_order must be 'token' where gates are given, got 'expert'"),
         ({"activation": "swiglu"}, "weight.out_features must be a multiple of 128 for a gated activation, got 50"),
         ({"activation": "tanh"}, "activation must be one of 'gelu_tanh'"),

@@ -255,7 +255,7 @@ def broken(**changes):
         ({"key_padding_mask": torch.ones(2, 100)}, "key_padding_mask must be bool, got Float"),
         ({"key_padding_mask": torch.ones(2, 99).bool()}, r"key_padding_mask must be \[B, S_max\] = \[2, 100\]"),
         ({"scale": math.inf}, "scale must be finite in float32, got inf"),
-        ({"q": torch.zeros(2, 1, 4, 32, requires_grad=True)}, "q must not require grad: decoding has no backward"),
+        ({"q": torch.zeros(2, 1, 4, 32, requires_grad=True)}, "q must not require grad: this op has no backward"),
     ],
 )
 def test_bad_input(changes, message):

@@ -53,6 +53,7 @@ def run(source: Model, output: Output, /, *, options: Options = Options()) -> in
     if not options.dry_run:
         check_new(output, source)
     model, tokenizer = options.load(source)
+    model.config.require_whole_experts("prune")  # before the text is read
     usage = _usage(options, source, model, tokenizer)
     make = plan_by_size if options.threshold is None else plan_by_threshold
     amount = options.remaining if options.threshold is None else options.threshold

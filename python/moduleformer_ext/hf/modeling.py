@@ -112,7 +112,7 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
     def __init__(self, config: ModuleFormerConfig) -> None:
         super().__init__(config)
         molm = config.molm
-        molm.require_trainable_experts("ModuleFormerModel")
+        molm.require_whole_experts("ModuleFormerModel")
         self.wte = nn.Embedding(molm.vocab_size, molm.n_embd)
         self.drop = nn.Dropout(molm.embd_pdrop)
         self.h = nn.ModuleList(make_block(molm, layer, ModuleFormerBlock) for layer in range(molm.n_layer))

@@ -78,7 +78,7 @@ def make_block(config: MoLMConfig, layer: int, kind: type[BlockKind] = Block) ->
         router(config.ffn),
         activation=ACTIVATIONS[config.activation_function],
     )
-    if config.expert_bits is not None:
+    if config.expert_bits is not None:  # the layers make whole experts first; models are read on the meta device
         for mixture in (attention.q_proj, ffn):
             for name in ("experts", "output_experts"):
                 number, rows, columns = getattr(mixture, name).weight.shape

@@ -113,11 +113,11 @@ class MoLMConfig:
         """The experts of each layer; ``kind`` is ``"attention"`` or ``"ffn"``."""
         return tuple(getattr(self, kind).in_layer("num_experts", layer) for layer in range(self.n_layer))
 
-    def require_trainable_experts(self, op: str) -> None:
-        """Raise a ValueError, in the name of what needs experts as they were trained, where they are quantised."""
+    def require_whole_experts(self, op: str) -> None:
+        """Raise a ValueError, in the name of what needs the experts' weights, where they are quantised."""
         if self.expert_bits is not None:
             raise ValueError(
-                f"{op}: expert_bits must be None, got {self.expert_bits}; take the model that was quantised instead"
+                f"{op}: expert_bits must be None, got {self.expert_bits}; take the model that it was made from"
             )
 
     def _check_numbers(self) -> None:

@@ -22,7 +22,7 @@ def quantise_experts(model: MoLMForCausalLM, bits: int) -> MoLMForCausalLM:
     Raises:
         ValueError: other bits, experts that are quantised already, or weights that are not finite.
     """
-    model.config.require_trainable_experts("quantise_experts")
+    model.config.require_whole_experts("quantise_experts")
     state = canonical_state(model)
     for name in [name for name in state if name.endswith(_EXPERTS)]:
         quantised = quantise(state.pop(name), bits)

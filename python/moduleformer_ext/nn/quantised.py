@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moduleformer_ext import ops
-from moduleformer_ext.quantised import QuantisedMatrices, quantise
+from moduleformer_ext.quantised import QuantisedMatrices, zeros
 from moduleformer_ext.types import ExpertLayout
 
 
@@ -24,10 +24,9 @@ class QuantisedExpertLinear(nn.Module):
     def __init__(self, num_experts: int, in_features: int, out_features: int, bits: int) -> None:
         super().__init__()
         self.bits, self.in_features, self.out_features = bits, in_features, out_features
-        empty = quantise(torch.zeros(0, in_features, out_features, device="cpu"), bits)
-        for name in ("values", "scales"):
-            like: Tensor = getattr(empty, name)
-            self.register_buffer(name, torch.zeros(num_experts, *like.shape[1:], dtype=like.dtype))
+        matrices = zeros(num_experts, in_features, out_features, bits)
+        self.register_buffer("values", matrices.values)
+        self.register_buffer("scales", matrices.scales)
 
     @property
     def weight(self) -> QuantisedMatrices:

@@ -100,7 +100,7 @@ def check_same_shape(op: str, first: MoLMConfig, second: MoLMConfig, *, more: Se
     family; or where one has quantised experts.
     """
     for config in (first, second):
-        config.require_trainable_experts(op)
+        config.require_whole_experts(op)
     one, other = first.to_dict(), second.to_dict()
     different = [name for name in (*_SHAPE_FIELDS, *more) if one[name] != other[name]]
     if different:

@@ -28,7 +28,7 @@ def set_trainable(model: MoLMForCausalLM, part: str, *, embedding: bool = False)
     if part not in PARTS:
         raise ValueError(f"set_trainable: part must be one of {', '.join(PARTS)}, got {part!r}")
     config = model.config
-    config.require_trainable_experts("set_trainable")
+    config.require_whole_experts("set_trainable")
     if part == "new" and not any(site.num_new(config) for site in sites(config)):
         raise ValueError("set_trainable: part must not be 'new' for a model without new experts")
 

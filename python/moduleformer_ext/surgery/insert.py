@@ -55,7 +55,7 @@ def insert_experts(
         ValueError: numbers that are negative, all 0 or not one per layer; an unknown ``init``; another model's usage.
     """
     config = model.config
-    config.require_trainable_experts("insert_experts")
+    config.require_whole_experts("insert_experts")
     numbers = {ATTENTION: _numbers(config, "attention", attention), FFN: _numbers(config, "ffn", ffn)}
     if not any(map(any, numbers.values())):
         raise ValueError("insert_experts: attention or ffn must be above 0, got 0 for both")

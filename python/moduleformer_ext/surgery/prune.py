@@ -186,7 +186,7 @@ def _least_used_first(config: MoLMConfig, usage: ExpertUsage, normalise: str) ->
 
 
 def _plan_without(config: MoLMConfig, dropped: Sequence[tuple[Site, int]], keep_normaliser: bool) -> PruningPlan:
-    config.require_trainable_experts("prune")
+    config.require_whole_experts("prune")
     gone = set(dropped)
     kept = {
         site: tuple(place for place in range(site.num_experts(config)) if (site, place) not in gone)

@@ -148,7 +148,7 @@ class TrainConfig(FileOptions):
             "vocab_size": vocab_size,
         }
         config = MoLMConfig.preset(self.preset, **fields)
-        config.require_trainable_experts("model")
+        config.require_whole_experts("model")
         return config
 
     @classmethod

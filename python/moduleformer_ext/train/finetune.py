@@ -17,7 +17,7 @@ ADJUSTABLE = (
 
 def finetuned_config(base: MoLMConfig, config: TrainConfig) -> MoLMConfig:
     """The model to train, given the one to start from; options that do not fit it are an error."""
-    base.require_trainable_experts("model")
+    base.require_whole_experts("model")
     if fixed := sorted(config.model.keys() - set(ADJUSTABLE)):
         raise ValueError(
             f"model: a trained model fixes {', '.join(fixed)}; fine-tuning may change {', '.join(ADJUSTABLE)}"
