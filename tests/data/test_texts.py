@@ -75,6 +75,14 @@ def _paragraphs(words: list[str], space: str, end: str, seed: int) -> str:
     return "".join(f"{line}{end}" for line in lines)
 
 
+# White space to some and not to others, what joins, and letters, digits and signs of several scripts.
+_SIGNS = [
+    chr(code) for code in (*range(1, 32), 0x7F, 0x85, 0xA0, 0x1680, 0x180E, *range(0x2000, 0x2010), 0x2029, 0x202F)
+]
+_SIGNS += [
+    chr(code) for code in (0x205F, 0x2060, 0x3000, 0xFEFF, 0x3042, 0x3099, 0x30FB, 0x3002, 0xFF0C, 0x9FFF, 0x1F600)
+]
+_SIGNS += ["\n", " ", "a", "s", "'", "1", "\u2019", "字", "ж"] * 8
 _ENGLISH = ["It", "isn't", "so", "(far)", "12,345.6", "—", "“quoted”", "'re", "end.", "e\u0301"]
 _RUSSIAN = ["Это", "не", "«так»", "ли,", "ещё", "—", "да.", "1917"]
 _CHINESE = ["这是", "一个", "句子。", "「引用」", "他说\uff0c", "2024年", "\uff01", "日本語です。"]
@@ -93,7 +101,7 @@ KINDS = {
     "tabs": _paragraphs(_ENGLISH, "\t", "\n\t", 10),
     "one line": _paragraphs(_ENGLISH, " ", " ", 11),
     "one line of Chinese": _paragraphs(_CHINESE, "", "", 12),
-    "anything": _text(13, 4000),
+    "anything": "".join(random.Random(13).choices(_PARTS + _SIGNS, k=4000)),
 }
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -106,7 +114,9 @@ def llama_3() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-@pytest.fixture(scope="module", params=["GPT-2", "Llama 3", "NeoX", "prefix", "no byte level"])
+@pytest.fixture(
+    scope="module", params=["GPT-2", "Llama 3", "NeoX", "prefix", "no byte level", "scripts", "NFKC", "digits"]
+)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     """Each of a kind that parts words by its own rules."""
     made = train_tokenizer(KINDS.values(), 600)
@@ -118,6 +128,12 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     elif request.param == "no byte level":
         made.pre_tokenizer = pre_tokenizers.Whitespace()
+    elif request.param == "scripts":
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.UnicodeScripts(), made.pre_tokenizer])
+    elif request.param == "digits":
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), made.pre_tokenizer])
+    elif request.param == "NFKC":
+        made.normalizer = normalizers.NFKC()
     return made
 
 

@@ -130,8 +130,9 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         tokenizer.encode_special_tokens = before
 
 
-_INK = ("a", "1", ".", "(", "}", "'s", "\u2019s", "я", "u\u0301", "日", "。")
-"""What words and signs begin and end with: tokenizers have rules for letters, digits, contractions and other signs."""
+_INK = ("a", "1", ".", "(", "}", "'s", "\u2019s", "я", "u\u0301", "日", "。", "\U0001f600", "\ue000")
+"""What words and signs begin and end with: tokenizers have rules for letters, digits, contractions, other signs,
+scripts and what is of none."""
 _WHITE = (
     "\n", " ", "\t", "\r", "\u3000", "\u00a0 ", "\r\n", "\n\n", "\n ", " \n", "\n\t", "\t ", "  ", "\n    ", " " * 9,
     "\r\n\r\n", "\n\n\n ", "\n\u3000\u3000", " \n \n",
