@@ -47,6 +47,14 @@ def test_each_tensor_is_checked(name, change):
             call.function(*args)
 
 
+MEMBERS = {
+    "offsets": "layout.offsets",
+    "slot_order": "layout.slot_order",
+    "position": "layout.position",
+    "values": "weight.values",
+    "scales": "weight.scales",
+}
+"""Of one argument in Python."""
 LAYOUTS = {
     "layout Sparse": Tensor.to_sparse,
     "layout SparseCsr": Tensor.to_sparse_csr,
@@ -64,7 +72,12 @@ LAYOUTS = {
 def test_each_layout_is_refused_by_name(name, layout):
     call = CALLS[name]
     leaves, spec = pytree.tree_flatten(call.args)
-    op = name.split("::")[1].removesuffix("_forward").removesuffix("_backward")
+    schema = call.function._schema.arguments
+    given = {argument.name: value for argument, value in zip(schema, call.args, strict=False)}
+    labels = [MEMBERS.get(key, key) for key, value in given.items() for _ in pytree.tree_leaves(value)]
+    op = name.split("::")[1].split(".")[0].removesuffix("_forward").removesuffix("_backward")
+    if op == "route_topk" and given["gate"] != "logits":
+        op += f"_{given['gate']}"
     made = []
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
@@ -77,5 +90,5 @@ def test_each_layout_is_refused_by_name(name, layout):
         pytest.skip("no tensor of the operator can lie so")
     for i, other in made:
         args = pytree.tree_unflatten([*leaves[:i], other, *leaves[i + 1 :]], spec)
-        with pytest.raises(ValueError, match=rf"^{op}: \w+ must be a dense tensor with strides, got {layout}$"):
+        with pytest.raises(ValueError, match=rf"^{op}: {labels[i]} must be a dense tensor with strides, got {layout}$"):
             call.function(*args)

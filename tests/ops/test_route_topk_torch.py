@@ -158,6 +158,10 @@ X, V, B, W = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(6), torch.zeros(5
 L = torch.zeros(4, 5)
 
 
+def quantized(tensor):
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -223,7 +227,20 @@ L = torch.zeros(4, 5)
         ),
         (
             lambda: ops.route_topk_linear(X, V.to_sparse(), 1),
-            "route_topk: weight must be a dense .*, got layout Sparse",
+            "route_topk_linear: weight must be a dense .*, got layout Sparse",
+        ),
+        (lambda: ops.route_topk(X.to_sparse(), 1), "route_topk: logits must be a dense .*, got layout Sparse"),
+        (
+            lambda: ops.route_topk_gmm(X, V.to_sparse(), W, torch.ones(()), 1),
+            "route_topk_gmm: hidden_weight must be a dense .*, got layout Sparse",
+        ),
+        (
+            lambda: ops.route_topk_gmm(X, V, quantized(W), torch.ones(()), 1),
+            r"route_topk_gmm: centroids must be a dense tensor with strides, got a quantized one \(torch.qint8\)",
+        ),
+        (
+            lambda: ops.route_topk_gmm(X, V, W, quantized(torch.ones(())), 1),
+            "route_topk_gmm: temperature must be a dense tensor with strides, got a quantized one",
         ),
         (lambda: ops.route_topk_linear(X, 3, 1), "route_topk_linear: weight must be a tensor or a sequence .* got int"),
         (lambda: ops.route_topk_gmm(X, V, W[:, 1:], torch.ones(()), 1), "centroids must have G = 6 columns"),

@@ -30,7 +30,13 @@ def joined(op: str, argument: str, value: Segments | None) -> Tensor | None:
 
 
 def check_dense(op: str, argument: str, tensor: Tensor) -> None:
-    """As the operators do, for a tensor that is computed with before they see it."""
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
-        raise ValueError(f"{op}: {argument} must be a dense tensor with strides, got {kind}")
+    """What csrc/bindings/op.cpp says of such tensors, for one that is computed with before an operator sees it."""
+    if tensor.is_nested:
+        kind = "a nested one"
+    elif tensor.layout != torch.strided:
+        kind = f"layout {tensor.layout}"
+    elif tensor.is_quantized:
+        kind = f"a quantized one ({tensor.dtype})"
+    else:
+        return
+    raise ValueError(f"{op}: {argument} must be a dense tensor with strides, got {kind}")
