@@ -12,7 +12,7 @@ MFX_EXPORT int product_rows_of_tile(int product, int aligned, std::int64_t slots
 }
 
 // Index of the chosen row of a table [count] of (product, transposed, rows, aligned, arch), or -1.
-MFX_EXPORT int product_choose(const int (*table)[5], int count, int product, int transposed, int rows, int aligned,
+MFX_EXPORT int product_choose(const int (*table)[6], int count, int product, int transposed, int rows, int aligned,
                               int capability) {
   std::vector<mfx::grouped::ProductInstance> instances(count);
   for (int i = 0; i < count; ++i) {
@@ -21,6 +21,7 @@ MFX_EXPORT int product_choose(const int (*table)[5], int count, int product, int
     instances[i].rows = table[i][2];
     instances[i].aligned = table[i][3] != 0;
     instances[i].arch = table[i][4];
+    instances[i].exact = table[i][5] != 0;
   }
   const auto* chosen = mfx::grouped::choose_instance({instances.data(), count}, static_cast<Product>(product),
                                                      transposed != 0, rows, aligned != 0, capability);

@@ -6,16 +6,16 @@ import pytest
 
 FORWARD, INPUT_GRAD, HIDDEN_GRAD, WEIGHT_GRAD = range(4)
 ALIGNED, UNALIGNED = 1, 0
-# product, transposed, rows, aligned, arch. Rows for sm_90 are not compiled yet: the choice is ready for them.
+# product, transposed, rows, aligned, arch, whether it runs on that alone.
 SM80 = [
-    (FORWARD, 0, 16, 1, 80),
-    (FORWARD, 0, 64, 1, 80),
-    (FORWARD, 0, 128, 1, 80),
-    (FORWARD, 0, 64, 0, 80),
-    (WEIGHT_GRAD, 0, 128, 1, 80),
-    (FORWARD, 1, 64, 1, 80),
+    (FORWARD, 0, 16, 1, 80, 0),
+    (FORWARD, 0, 64, 1, 80, 0),
+    (FORWARD, 0, 128, 1, 80, 0),
+    (FORWARD, 0, 64, 0, 80, 0),
+    (WEIGHT_GRAD, 0, 128, 1, 80, 0),
+    (FORWARD, 1, 64, 1, 80, 0),
 ]
-BOTH = [(FORWARD, 0, 128, 1, 90), *SM80]
+HOPPER = [(FORWARD, 0, 128, 1, 90, 1), (FORWARD, 1, 128, 1, 90, 1)]
 
 
 @pytest.mark.parametrize(
@@ -44,27 +44,24 @@ def test_height_of_tiles(library, product, aligned, slots, experts, rows):
 @pytest.mark.parametrize(
     ("table", "product", "transposed", "rows", "aligned", "capability", "chosen"),
     [
-        (SM80, FORWARD, 0, 128, ALIGNED, 80, (FORWARD, 0, 128, 1, 80)),
-        (SM80, FORWARD, 0, 128, ALIGNED, 86, (FORWARD, 0, 128, 1, 80)),
-        (SM80, FORWARD, 0, 16, ALIGNED, 90, (FORWARD, 0, 16, 1, 80)),
-        (SM80, FORWARD, 0, 64, UNALIGNED, 120, (FORWARD, 0, 64, 0, 80)),
-        (SM80, WEIGHT_GRAD, 0, 128, ALIGNED, 80, (WEIGHT_GRAD, 0, 128, 1, 80)),
+        (SM80, FORWARD, 0, 128, ALIGNED, 80, SM80[2]),
+        (SM80, FORWARD, 0, 128, ALIGNED, 86, SM80[2]),
+        (SM80, FORWARD, 0, 16, ALIGNED, 90, SM80[0]),
+        (SM80, FORWARD, 0, 64, UNALIGNED, 120, SM80[3]),
+        (SM80, WEIGHT_GRAD, 0, 128, ALIGNED, 80, SM80[4]),
         (SM80, FORWARD, 0, 128, ALIGNED, 75, None),
         (SM80, FORWARD, 0, 128, UNALIGNED, 80, None),
         (SM80, HIDDEN_GRAD, 0, 128, ALIGNED, 80, None),
-        (BOTH, FORWARD, 0, 128, ALIGNED, 80, (FORWARD, 0, 128, 1, 80)),
-        (BOTH, FORWARD, 0, 128, ALIGNED, 89, (FORWARD, 0, 128, 1, 80)),
-        (BOTH, FORWARD, 0, 128, ALIGNED, 90, (FORWARD, 0, 128, 1, 90)),
-        (BOTH, FORWARD, 0, 128, ALIGNED, 100, (FORWARD, 0, 128, 1, 90)),
-        (BOTH, FORWARD, 0, 64, ALIGNED, 90, (FORWARD, 0, 64, 1, 80)),
-        (SM80, FORWARD, 1, 64, ALIGNED, 80, (FORWARD, 1, 64, 1, 80)),
+        (SM80, FORWARD, 1, 64, ALIGNED, 80, SM80[5]),
         (SM80, FORWARD, 1, 128, ALIGNED, 80, None),
-        ([*reversed(BOTH)], FORWARD, 0, 128, ALIGNED, 90, (FORWARD, 0, 128, 1, 90)),
+        (HOPPER, FORWARD, 0, 128, ALIGNED, 90, HOPPER[0]),
+        (HOPPER, FORWARD, 1, 128, ALIGNED, 90, HOPPER[1]),
+        (HOPPER, FORWARD, 0, 128, ALIGNED, 89, None),
+        (HOPPER, FORWARD, 0, 128, ALIGNED, 100, None),
+        (HOPPER, WEIGHT_GRAD, 0, 128, ALIGNED, 90, None),
     ],
 )
-def test_newest_architecture_that_the_device_has(
-    library, table, product, transposed, rows, aligned, capability, chosen
-):
-    flat = (ctypes.c_int * 5 * len(table))(*[(ctypes.c_int * 5)(*row) for row in table])
+def test_the_row_that_the_device_runs(library, table, product, transposed, rows, aligned, capability, chosen):
+    flat = (ctypes.c_int * 6 * len(table))(*[(ctypes.c_int * 6)(*row) for row in table])
     index = library.product_choose(flat, len(table), product, transposed, rows, aligned, capability)
     assert (table[index] if index >= 0 else None) == chosen
