@@ -88,10 +88,10 @@ def quantise(weight: Tensor, bits: int) -> QuantisedMatrices:
             f"quantise: weight must be [E, in, out] of floating-point numbers, with at least one row and column, got "
             f"{weight.dtype} of shape {list(weight.shape)}"
         )
+    experts, rows, columns = weight.shape
     with weight.device:
-        quantised = zeros(*weight.shape, bits)
+        quantised = zeros(experts, rows, columns, bits)
     _, panels, groups, _ = quantised.scales.shape
-    _, rows, columns = weight.shape
     padding = (0, panels * _PANEL - columns, 0, groups * _GROUP - rows if bits == 4 else 0)
     # One after another: in float32 they need more memory than they leave.
     for expert, matrix in enumerate(weight.detach()):
