@@ -1,4 +1,3 @@
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/index_put.h>
 #include <ATen/ops/linear.h>
@@ -18,8 +17,6 @@
 namespace mfx {
 namespace {
 
-constexpr const char* kOp = "attention_layer_decode";
-
 // None of them where keys and values are the normed tokens themselves.
 struct Projections {
   OptionalTensor k_weight, k_bias, v_weight, v_bias;
@@ -29,14 +26,34 @@ struct Cache {
   OptionalTensor v_cache;
   at::Tensor cache_lengths;
 };
-struct Args {
-  LayerInput input;
-  std::vector<at::Tensor> query_weight, output_weight;
-  Projections project;
-  Cache cache;
-  OptionalTensor key_padding_mask;
-  std::optional<double> stick_epsilon;
+
+struct AttentionLayerDecode {
+  static constexpr OpName kName{"attention_layer_decode"};
+
+  struct Args {
+    LayerInput input;
+    std::vector<at::Tensor> query_weight, output_weight;
+    Projections project;
+    Cache cache;
+    OptionalTensor key_padding_mask;
+    std::optional<double> stick_epsilon;
+  };
+
+  static void check(const Args& a);
+  static void decode(const Args& a, LayerResults& results);
+  static void refuse_gradients(const Args& a, const RefuseGradient& refuse) {
+    refuse("query_weight", a.query_weight);
+    refuse("output_weight", a.output_weight);
+    refuse("k_weight", a.project.k_weight);
+    refuse("k_bias", a.project.k_bias);
+    refuse("v_weight", a.project.v_weight);
+    refuse("v_bias", a.project.v_bias);
+    refuse("k_cache", a.cache.k_cache);
+    refuse("v_cache", a.cache.v_cache);
+  }
 };
+using Args = AttentionLayerDecode::Args;
+constexpr const char* kOp = AttentionLayerDecode::kName.text;
 
 void check_projections(const Args& a, const c10::SymInt& width) {
   const at::Tensor& x = a.input.x();
@@ -62,7 +79,7 @@ void check_projections(const Args& a, const c10::SymInt& width) {
                 c10::str("be given where x has other features than all of k_cache's heads (", width, ")"), "none");
 }
 
-void check_arguments(const Args& a) {
+void AttentionLayerDecode::check(const Args& a) {
   a.input.check(kOp);
   const at::Tensor& x = a.input.x();
   const auto& [k_cache, v_cache, lengths] = a.cache;
@@ -227,12 +244,8 @@ void attend(Backend backend, const Args& a, const Buffers& buffers) {
          MFX_CUDA_FUNCTION(mfx_stick_attention_decode_cuda_workspace));
 }
 
-template <bool kMeta>
-LayerResults decode(const Args& a, bool with_route) {
-  check_arguments(a);
+void AttentionLayerDecode::decode(const Args& a, LayerResults& results) {
   const at::Tensor& x = a.input.x();
-  LayerResults results(a.input, with_route);
-  if constexpr (kMeta) return results;
   const Backend backend = backend_of(kOp, "x", x);
   const auto [buffers, memory] = buffers_beside<Buffers>(x, a, results.route);
   const int64_t features = x.size(2), width = a.cache.k_cache.size(2) * a.cache.k_cache.size(3);
@@ -247,58 +260,16 @@ LayerResults decode(const Args& a, bool with_route) {
   multiply(backend, a, layout, {buffers.attended, RowOrder::kSlot, a.input.k * width, width}, a.output_weight,
            RowOrder::kToken, buffers.routing.gates, results.y.mutable_data_ptr());
   results.y.add_(x);
-  return results;
-}
-
-template <bool kMeta>
-at::Tensor attention_layer_decode(const Args& a) {
-  return decode<kMeta>(a, false).y;
-}
-template <bool kMeta>
-auto with_route(const Args& a) {
-  return decode<kMeta>(a, true).all();
-}
-
-void refuse_gradients(const Args& a) {
-  constexpr const char* kInstead = "the layer's ops one by one";
-  a.input.refuse_gradients(kOp, kInstead);
-  mfx::refuse_gradients(kOp, "query_weight", a.query_weight, kInstead);
-  mfx::refuse_gradients(kOp, "output_weight", a.output_weight, kInstead);
-  refuse_gradient(kOp, "k_weight", a.project.k_weight, kInstead);
-  refuse_gradient(kOp, "k_bias", a.project.k_bias, kInstead);
-  refuse_gradient(kOp, "v_weight", a.project.v_weight, kInstead);
-  refuse_gradient(kOp, "v_bias", a.project.v_bias, kInstead);
-  refuse_gradient(kOp, "k_cache", a.cache.k_cache, kInstead);
-  refuse_gradient(kOp, "v_cache", a.cache.v_cache, kInstead);
-}
-at::Tensor without_gradient(const Args& a) {
-  refuse_gradients(a);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call<"attention_layer_decode", &attention_layer_decode<false>>(a);
-}
-auto with_route_without_gradient(const Args& a) {
-  refuse_gradients(a);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call<"attention_layer_decode.with_route", &with_route<false>>(a);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
-  using enum c10::DispatchKey;
-  const std::string args = "(" + kLayerInput +
-                           ", Tensor[] query_weight, Tensor[] output_weight, Tensor? k_weight, Tensor? k_bias, Tensor? "
-                           "v_weight, Tensor? v_bias, "
-                           "Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor(c!) cache_lengths, Tensor? "
-                           "key_padding_mask, float? stick_epsilon)";
-  Definition(m, "attention_layer_decode" + args + " -> Tensor")
-      .kernel<&attention_layer_decode<false>>({CPU, CUDA})
-      .kernel<&attention_layer_decode<true>>({Meta})
-      .kernel<&without_gradient>({Autograd});
-  Definition(m, "attention_layer_decode.with_route" + args + " -> " + kRouteResults)
-      .kernel<&with_route<false>>({CPU, CUDA})
-      .kernel<&with_route<true>>({Meta})
-      .kernel<&with_route_without_gradient>({Autograd});
+  LayerDecode<AttentionLayerDecode>::define(
+      m,
+      "Tensor[] query_weight, Tensor[] output_weight, Tensor? k_weight, Tensor? k_bias, Tensor? v_weight, Tensor? "
+      "v_bias, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor(c!) cache_lengths, Tensor? key_padding_mask, float? "
+      "stick_epsilon");
 }
 
 }  // namespace mfx

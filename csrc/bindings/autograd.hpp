@@ -45,18 +45,18 @@ void refuse_forward_mode(const char* op, const Inputs&... inputs) {
 }
 
 // Some ops are for inference: asking for a gradient is a mistake to hear about, not to run into a detached result.
-// `instead` is what has one.
-inline void refuse_gradient(const char* op, const char* argument, const OptionalTensor& input, const char* instead) {
-  refuse_forward_mode(op, input);
-  MFX_CHECK_ARG(!records_grad(input), op, argument,
-                c10::str("not require grad: this op has no backward. Use torch.no_grad(), or ", instead, " to train"),
-                "requires_grad=True");
-}
+struct RefuseGradient {
+  const char* op;
+  const char* instead;  // what has a gradient
 
-inline void refuse_gradients(const char* op, const char* argument, const std::vector<at::Tensor>& inputs,
-                             const char* instead) {
-  for (const at::Tensor& input : inputs) refuse_gradient(op, argument, input, instead);
-}
+  template <typename Input>  // a tensor, an optional one, or a list
+  void operator()(const char* argument, const Input& input) const {
+    refuse_forward_mode(op, input);
+    MFX_CHECK_ARG(!records_grad(input), op, argument,
+                  c10::str("not require grad: this op has no backward. Use torch.no_grad(), or ", instead, " to train"),
+                  "requires_grad=True");
+  }
+};
 
 // The kernel of the Autograd key for ops that have no derivative of their own: X_backward, and X_forward where X is
 // what one differentiates. For inputs that require grad their results do too, so that who differentiates them hears

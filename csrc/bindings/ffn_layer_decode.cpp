@@ -1,5 +1,3 @@
-#include <ATen/core/LegacyTypeDispatch.h>
-
 #include <string>
 #include <vector>
 
@@ -11,15 +9,25 @@
 namespace mfx {
 namespace {
 
-constexpr const char* kOp = "ffn_layer_decode";
+struct FfnLayerDecode {
+  static constexpr OpName kName{"ffn_layer_decode"};
 
-struct Args {
-  LayerInput input;
-  std::vector<at::Tensor> up, down;
-  std::string activation;
+  struct Args {
+    LayerInput input;
+    std::vector<at::Tensor> up, down;
+    std::string activation;
+  };
+
+  static void check(const Args& a);
+  static void decode(const Args& a, LayerResults& results);
+  static void refuse_gradients(const Args& a, const RefuseGradient& refuse) {
+    refuse("up", a.up);
+    refuse("down", a.down);
+  }
 };
+constexpr const char* kOp = FfnLayerDecode::kName.text;
 
-void check_arguments(const Args& a) {
+void FfnLayerDecode::check(const Args& a) {
   a.input.check(kOp);
   const at::Tensor& x = a.input.x();
   const bool gated = parse_activation(kOp, a.activation).gated;
@@ -29,12 +37,8 @@ void check_arguments(const Args& a) {
   check_ffn(kOp, x, a.up[0], a.down[0], gated);
 }
 
-template <bool kMeta>
-LayerResults decode(const Args& a, bool with_route) {
-  check_arguments(a);
+void FfnLayerDecode::decode(const Args& a, LayerResults& results) {
   const at::Tensor& x = a.input.x();
-  LayerResults results(a.input, with_route);
-  if constexpr (kMeta) return results;
   const Backend backend = backend_of(kOp, "x", x);
   const auto [routing, memory] = buffers_beside<Routing>(x, a.input, results.route);
 
@@ -61,48 +65,12 @@ LayerResults decode(const Args& a, bool with_route) {
   launch(kOp, backend, {x, a.up[0], a.down[0]}, params, expert_ffn_cpu, MFX_CUDA_FUNCTION(mfx_expert_ffn_cuda),
          MFX_CUDA_FUNCTION(mfx_expert_ffn_cuda_workspace));
   results.y.add_(x);
-  return results;
-}
-
-template <bool kMeta>
-at::Tensor ffn_layer_decode(const Args& a) {
-  return decode<kMeta>(a, false).y;
-}
-template <bool kMeta>
-auto with_route(const Args& a) {
-  return decode<kMeta>(a, true).all();
-}
-
-void refuse_gradients(const Args& a) {
-  constexpr const char* kInstead = "the layer's ops one by one";
-  a.input.refuse_gradients(kOp, kInstead);
-  mfx::refuse_gradients(kOp, "up", a.up, kInstead);
-  mfx::refuse_gradients(kOp, "down", a.down, kInstead);
-}
-at::Tensor without_gradient(const Args& a) {
-  refuse_gradients(a);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call<"ffn_layer_decode", &ffn_layer_decode<false>>(a);
-}
-auto with_route_without_gradient(const Args& a) {
-  refuse_gradients(a);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call<"ffn_layer_decode.with_route", &with_route<false>>(a);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
-  using enum c10::DispatchKey;
-  const std::string args = "(" + kLayerInput + ", Tensor[] up, Tensor[] down, str activation)";
-  Definition(m, "ffn_layer_decode" + args + " -> Tensor")
-      .kernel<&ffn_layer_decode<false>>({CPU, CUDA})
-      .kernel<&ffn_layer_decode<true>>({Meta})
-      .kernel<&without_gradient>({Autograd});
-  Definition(m, "ffn_layer_decode.with_route" + args + " -> " + kRouteResults)
-      .kernel<&with_route<false>>({CPU, CUDA})
-      .kernel<&with_route<true>>({Meta})
-      .kernel<&with_route_without_gradient>({Autograd});
+  LayerDecode<FfnLayerDecode>::define(m, "Tensor[] up, Tensor[] down, str activation");
 }
 
 }  // namespace mfx

@@ -4,6 +4,7 @@
 // costs little beside its kernels.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -50,21 +51,17 @@ struct LayerInput {
     check_tensor(op, "norm_bias", norm_bias, {dim}, x().scalar_type(), "x", x());
   }
 
-  void refuse_gradients(const char* op, const char* instead) const {
-    refuse_gradient(op, "x", x(), instead);
-    refuse_gradient(op, "hidden_weight", network.hidden_weight, instead);
-    refuse_gradient(op, "hidden_bias", network.hidden_bias, instead);
-    mfx::refuse_gradients(op, "gate_weight", network.weight, instead);
-    refuse_gradient(op, "norm_weight", norm_weight, instead);
-    refuse_gradient(op, "norm_bias", norm_bias, instead);
+  void refuse_gradients(const RefuseGradient& refuse) const {
+    refuse("x", x());
+    refuse("hidden_weight", network.hidden_weight);
+    refuse("hidden_bias", network.hidden_bias);
+    refuse("gate_weight", network.weight);
+    refuse("norm_weight", norm_weight);
+    refuse("norm_bias", norm_bias);
   }
 
   at::Tensor normed() const { return at::layer_norm(x(), {x().size(2)}, norm_weight, norm_bias, norm_epsilon); }
 };
-
-inline const std::string kLayerInput =
-    "Tensor x, str gate, Tensor? hidden_weight, Tensor? hidden_bias, Tensor[] gate_weight, int k, str order, "
-    "Tensor norm_weight, Tensor norm_bias, float norm_epsilon";
 
 // y, and the fields of RouteTopK where they are asked for: an overload of its own returns them, because torch
 // functionalises no op that changes its arguments and returns a list.
@@ -78,10 +75,6 @@ struct LayerResults {
   }
   auto all() const { return std::tuple(y, route[0], route[1], route[2], route[3], route[4], route[5], route[6]); }
 };
-
-inline const std::string kRouteResults =
-    "(Tensor y, Tensor gates, Tensor expert_ids, Tensor prob_sum, Tensor plogp_sum, Tensor logsumexp_sq_sum, Tensor "
-    "counts, Tensor logits)";
 
 // How tokens were routed: the fields of RouteTopK, and of ExpertLayout without the counts that both have.
 struct Routing {
@@ -154,5 +147,66 @@ std::pair<Buffers, at::Tensor> buffers_beside(const at::Tensor& x, const Sizes&.
   Workspace workspace(memory.mutable_data_ptr());
   return {Buffers(workspace, sizes...), memory};
 }
+
+// The kernels of an op, for every dispatch key. `Op` has kName, Args with an input, check(args), decode(args, results)
+// and refuse_gradients(args, refuse).
+template <typename Op>
+class LayerDecode {
+ public:
+  // `own_args` is what the op takes behind what both take.
+  static void define(torch::Library& library, const std::string& own_args) {
+    using enum c10::DispatchKey;
+    const std::string name = Op::kName.text;
+    const std::string args =
+        "(Tensor x, str gate, Tensor? hidden_weight, Tensor? hidden_bias, Tensor[] gate_weight, int k, str order, "
+        "Tensor norm_weight, Tensor norm_bias, float norm_epsilon, " +
+        own_args + ") -> ";
+    Definition plain(library, name + args + "Tensor");
+    plain.kernel<&y<false>>({CPU, CUDA});
+    plain.kernel<&y<true>>({Meta});
+    plain.kernel<&y_without_gradient>({Autograd});
+    Definition routed(library, name + ".with_route" + args +
+                                   "(Tensor y, Tensor gates, Tensor expert_ids, Tensor prob_sum, Tensor plogp_sum, "
+                                   "Tensor logsumexp_sq_sum, Tensor counts, Tensor logits)");
+    routed.kernel<&with_route<false>>({CPU, CUDA});
+    routed.kernel<&with_route<true>>({Meta});
+    routed.kernel<&with_route_without_gradient>({Autograd});
+  }
+
+ private:
+  using Args = typename Op::Args;
+
+  template <bool kMeta>
+  static LayerResults run(const Args& a, bool with_route) {
+    Op::check(a);
+    LayerResults results(a.input, with_route);
+    if constexpr (!kMeta) Op::decode(a, results);
+    return results;
+  }
+  template <bool kMeta>
+  static at::Tensor y(const Args& a) {
+    return run<kMeta>(a, false).y;
+  }
+  template <bool kMeta>
+  static auto with_route(const Args& a) {
+    return run<kMeta>(a, true).all();
+  }
+
+  static void refuse_gradients(const Args& a) {
+    const RefuseGradient refuse{Op::kName.text, "the layer's ops one by one"};
+    a.input.refuse_gradients(refuse);
+    Op::refuse_gradients(a, refuse);
+  }
+  static at::Tensor y_without_gradient(const Args& a) {
+    refuse_gradients(a);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call<Op::kName, &y<false>>(a);
+  }
+  static auto with_route_without_gradient(const Args& a) {
+    refuse_gradients(a);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call<Op::kName + ".with_route", &with_route<false>>(a);
+  }
+};
 
 }  // namespace mfx

@@ -74,10 +74,10 @@ at::Tensor linear_decode(const Args& a) {
 }
 
 at::Tensor autograd(const Args& a) {
-  constexpr const char* kInstead = "torch.nn.functional.linear";
-  refuse_gradient(kOp, "x", a.x, kInstead);
-  refuse_gradient(kOp, "weight", a.weight, kInstead);
-  refuse_gradient(kOp, "bias", a.bias, kInstead);
+  const RefuseGradient refuse{kOp, "torch.nn.functional.linear"};
+  refuse("x", a.x);
+  refuse("weight", a.weight);
+  refuse("bias", a.bias);
   const at::AutoDispatchBelowADInplaceOrView below;
   return call<"linear_decode", &autograd>(a);
 }

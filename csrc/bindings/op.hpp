@@ -113,6 +113,12 @@ struct OpName {
   char text[kSize];
   consteval OpName(const char (&name)[kSize]) { std::copy_n(name, kSize, text); }
 };
+template <std::size_t kSize, std::size_t kMore>
+consteval auto operator+(const OpName<kSize>& name, const char (&more)[kMore]) {
+  char text[kSize + kMore - 1];
+  std::copy_n(more, kMore, std::copy_n(name.text, kSize - 1, text));
+  return OpName(text);
+}
 
 // Calls an op, or an overload ("op.overload"), through the dispatcher; kKernel is any of its kernels.
 template <OpName kName, auto kKernel>

@@ -100,10 +100,10 @@ at::Tensor quantised_gemm(const Args& a) {
 }
 
 at::Tensor inference(const Args& a) {
-  constexpr const char* kInstead = "grouped_gemm with dequantised matrices";
-  refuse_gradient(kOp, "x", a.x, kInstead);
-  refuse_gradient(kOp, "weight.scales", a.weight.scales, kInstead);
-  refuse_gradient(kOp, "gates", a.gates, kInstead);
+  const RefuseGradient refuse{kOp, "grouped_gemm with dequantised matrices"};
+  refuse("x", a.x);
+  refuse("weight.scales", a.weight.scales);
+  refuse("gates", a.gates);
   const at::AutoDispatchBelowADInplaceOrView below;
   return call<"quantised_gemm", &inference>(a);
 }

@@ -116,10 +116,10 @@ Outputs redispatch(const Args& a) {
 }
 
 Outputs autograd(const Args& a) {
-  constexpr const char* kInstead = "stick_attention";
-  refuse_gradient(kOp, "q", a.q, kInstead);
-  refuse_gradient(kOp, "k_cache", a.k_cache, kInstead);
-  refuse_gradient(kOp, "v_cache", a.v_cache, kInstead);
+  const RefuseGradient refuse{kOp, "stick_attention"};
+  refuse("q", a.q);
+  refuse("k_cache", a.k_cache);
+  refuse("v_cache", a.v_cache);
   const at::AutoDispatchBelowADInplaceOrView below;
   return redispatch(a);
 }
