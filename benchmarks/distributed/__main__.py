@@ -25,7 +25,7 @@ from ..machine import slug
 from ..peers import jetmoe
 from . import contestants
 from .contestants import JETMOE, MOLM
-from .workers import Workers
+from .ranks import Ranks
 
 SIZES = (1, 2, 4)
 WEAK, STRONG = "weak", "strong"
@@ -38,15 +38,15 @@ RESULTS = Path(__file__).parent.parent / "results" / "distributed"
 class _Times:
     """Steps of one contestant: the slowest process's clock, and the CPU time of all."""
 
-    def __init__(self, workers: Workers, name: str, tokens: int) -> None:
-        self.workers = workers
+    def __init__(self, ranks: Ranks, name: str, tokens: int) -> None:
+        self.ranks = ranks
         self.name = name
         self.tokens = tokens
         self.wall: list[float] = []
         self.cpu: list[float] = []
 
     def measure(self) -> None:
-        walls, cpus = zip(*self.workers.run(contestants.step, self.name), strict=True)
+        walls, cpus = zip(*self.ranks.run(contestants.step, self.name), strict=True)
         self.wall.append(max(walls))
         self.cpu.append(sum(cpus))
 
@@ -71,13 +71,13 @@ def main(words: Sequence[str] | None = None) -> None:
     folder = options.results or RESULTS / f"{datetime.date.today()}-{slug()}"
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
-        workers = {size: Workers(size, Path(scratch) / str(size)) for size in sorted(set(options.processes))}
+        groups = {size: Ranks(size, Path(scratch) / str(size), pinned=True) for size in sorted(set(options.processes))}
         try:
-            scaling = _scaling(workers, options)
-            sent = _volumes(workers, options)
-            wrapped = _wrapped(workers[2], options) if jetmoe.AVAILABLE else None
+            scaling = _scaling(groups, options)
+            sent = _volumes(groups, options)
+            wrapped = _wrapped(groups[2], options) if jetmoe.AVAILABLE else None
         finally:
-            for group in workers.values():
+            for group in groups.values():
                 group.close()
     folder.mkdir(parents=True, exist_ok=True)
     _report(folder, load, scaling, sent, wrapped)
@@ -87,11 +87,11 @@ def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
 
 
-def _scaling(workers: dict[int, Workers], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def _scaling(groups: dict[int, Ranks], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     length = contestants.trained_config(options.quick).block_size
     times = {}
     for kind in (WEAK, STRONG):
-        for size, group in workers.items():
+        for size, group in groups.items():
             lanes = _LANES if kind == STRONG else _LANES // max(SIZES) * size
             for experts in (1, size) if size > 1 else (1,):
                 name = f"{kind}, {_processes(size)}" + (", experts spread" if experts > 1 else "")
@@ -103,13 +103,13 @@ def _scaling(workers: dict[int, Workers], options: argparse.Namespace) -> dict[s
     return {name: each.record() for name, each in times.items()}
 
 
-def _volumes(workers: dict[int, Workers], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def _volumes(groups: dict[int, Ranks], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Bytes that a process sends in a step of strong scaling, by kind, and the fewest; the mean over processes."""
     config = contestants.trained_config(options.quick)
     with torch.device("meta"):
         model = MoLMForCausalLM(config)
     found = {}
-    for size, group in workers.items():
+    for size, group in groups.items():
         for experts in (1, size) if size > 1 else ():
             name = _processes(size) + (", experts spread" if experts > 1 else "")
             own = group.run(contestants.sent, f"{STRONG}, {name}")
@@ -120,7 +120,7 @@ def _volumes(workers: dict[int, Workers], options: argparse.Namespace) -> dict[s
     return found
 
 
-def _wrapped(group: Workers, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def _wrapped(group: Ranks, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     times = {}
     for name in (MOLM, JETMOE):
         group.run(contestants.make_wrapped, name, options.quick)

@@ -3,7 +3,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+
+from benchmarks.distributed.ranks import Ranks
 
 torch.set_num_threads(1)
 if not dist.is_available() or not dist.is_gloo_available():

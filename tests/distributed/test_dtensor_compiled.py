@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import Ranks
 from sharded_ops import CALLS, placements
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from benchmarks.distributed.ranks import Ranks
 
 
 def _run(name: str, place: dict[str, str], compiled: bool) -> list[Tensor] | str:

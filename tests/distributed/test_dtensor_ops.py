@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from ranks import Ranks
 from sharded_ops import CALLS, Found, compute
+
+from benchmarks.distributed.ranks import Ranks
 
 # call; placements of arguments (others: R), of results, of gradients (others: R)
 HEADS = {"q": "S2", "k": "S2", "v": "S2"}

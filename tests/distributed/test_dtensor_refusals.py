@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
 from sharded_ops import CALLS, placements
 from torch import Tensor
 from torch._library.simple_registry import find_torch_dispatch_rule
@@ -18,8 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
+from benchmarks.distributed.ranks import Ranks
 from moduleformer_ext import ops
 from moduleformer_ext.quantised import quantise
+from moduleformer_ext.types import NormedRouter
 
 ELSEWHERE = [
     ("attention", "q", "stick_attention: q"),
@@ -134,10 +135,8 @@ def _quantised(x: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
 
 def _layer(return_route: bool, x: Tensor, up: Tensor) -> object:
     rows, norm = torch.ones(3, 8), torch.ones(8)
-    options = {"return_route": return_route}
-    return ops.ffn_layer_decode(
-        x, "linear", None, None, rows, 2, "topk_softmax", norm, norm, 1e-5, up, up.mT, **options
-    )
+    router = NormedRouter("linear", None, None, rows, 2, "topk_softmax", norm, norm, 1e-5)
+    return ops.ffn_layer_decode(x, router, up, up.mT, return_route=return_route)
 
 
 _LAYER = {"x": torch.ones(1, 1, 8), "up": torch.ones(3, 8, 16)}

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from test_sharded_trainer import STEPS, _curve, _expected, _go_on, _resume, _save_and_go_on, _trainer
 from test_sharded_trainer import _check as _check_steps
 from test_wrapped_models import _check, _model, _own_part, _three_segments
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.distributed.ranks import Ranks
 from moduleformer_ext.distributed.sharding import check_expert_mesh, shard_model
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.train.trainer import compile_blocks

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from benchmarks.distributed.ranks import Ranks
 from moduleformer_ext.data import LaneReader
 from moduleformer_ext.distributed import Processes, memory
 from moduleformer_ext.distributed.expert_parallel import spread_experts

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from small_models import random_model
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.distributed.ranks import Ranks
 from moduleformer_ext import ops
 from moduleformer_ext.ops import losses
 from moduleformer_ext.types import RouteTopK

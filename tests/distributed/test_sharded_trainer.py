@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.distributed.ranks import Ranks
 from moduleformer_ext.data import LaneReader, TokenStream
 from moduleformer_ext.distributed import Processes
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM, shards

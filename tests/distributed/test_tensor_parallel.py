@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
 from small_models import IDENTITY_KV, random_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.distributed.ranks import Ranks
 from moduleformer_ext.distributed.tensor_parallel import molm_tp_plan
 from moduleformer_ext.models import MoLMForCausalLM
 

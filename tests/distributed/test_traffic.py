@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.distributed.ranks import Ranks
 from benchmarks.distributed.traffic import Traffic, fewest_exchanged
 from moduleformer_ext.distributed.sharding import shard_model
 from moduleformer_ext.distributed.traffic import sent_for_parameters, sent_for_tokens

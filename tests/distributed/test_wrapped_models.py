@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from small_models import IDENTITY_KV, random_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.distributed.ranks import Ranks
 from moduleformer_ext.distributed.sharding import draw_weights, load_weights, shard_model
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.surgery import insert_experts, set_trainable
@@ -54,36 +54,31 @@ def _check(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) 
             torch.testing.assert_close(found[name], grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def _with_ddp(changes: dict[str, Any], options: dict[str, Any]) -> dict[str, Tensor | None]:
+def _trained(wrap: str, options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Tensor | None]:
     model = _model(**changes)
     model.set_routing_group(dist.group.WORLD)
-    return _three_segments(DistributedDataParallel(model, **options), model, _own_part())
-
-
-@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, IDENTITY_KV, {"tie_word_embeddings": True}])
-def test_ddp_with_history(pair: Ranks, changes: dict[str, Any], options: dict[str, Any]) -> None:
-    expected = _model(**changes)
-    gradients = _three_segments(expected, expected, slice(None))
-    for found in pair.run(_with_ddp, changes, options):
-        _check(found, gradients)
-
-
-def _with_fsdp(changes: dict[str, Any], reshard: bool) -> dict[str, Tensor | None]:
-    model = _model(**changes)
-    model.set_routing_group(dist.group.WORLD)
-    shard_model(model, init_device_mesh("cpu", (dist.get_world_size(),)), reshard=reshard)
+    if wrap == "ddp":
+        return _three_segments(DistributedDataParallel(model, **options), model, _own_part())
+    shard_model(model, init_device_mesh("cpu", (dist.get_world_size(),)), **options)
     return _three_segments(model, model, _own_part())
 
 
 @pytest.mark.parametrize(
-    ("changes", "reshard"),
-    [({}, True), ({}, False), ({"recompute": True}, True), (IDENTITY_KV, True), ({"tie_word_embeddings": True}, True)],
+    ("wrap", "options"),
+    [
+        ("ddp", {}),
+        ("ddp", {"static_graph": True}),
+        ("ddp", {"gradient_as_bucket_view": True}),
+        ("fsdp", {"reshard": True}),
+        ("fsdp", {"reshard": False}),
+    ],
 )
-def test_fsdp_with_history(pair: Ranks, changes: dict[str, Any], reshard: bool) -> None:
-    expected = _model(dtype=torch.float32, **changes)
+@pytest.mark.parametrize("changes", [{}, {"recompute": True}, IDENTITY_KV, {"tie_word_embeddings": True}])
+def test_gradients_with_history(pair: Ranks, changes: dict[str, Any], wrap: str, options: dict[str, Any]) -> None:
+    dtype = torch.float64 if wrap == "ddp" else torch.float32
+    expected = _model(dtype=dtype, **changes)
     gradients = _three_segments(expected, expected, slice(None))
-    for found in pair.run(_with_fsdp, {"dtype": torch.float32, **changes}, reshard):
+    for found in pair.run(_trained, wrap, options, {"dtype": dtype, **changes}):
         _check(found, gradients)
 
 
