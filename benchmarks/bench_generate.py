@@ -43,17 +43,7 @@ def test_generate(run: Run, shape: LayerShape, dtype: str, layers: int) -> None:
     torch.manual_seed(0)
     model = MoLMForCausalLM(config).to(DTYPES[dtype]).eval()
     ids = torch.randint(config.vocab_size, (1, PROMPT), generator=generator())
-    layer = LayerShape(
-        d=config.n_embd,
-        att_hidden=config.attention.hidden,
-        heads=config.n_head,
-        att_experts=config.num_experts("attention")[0],
-        ffn_experts=config.num_experts("ffn")[0],
-        ffn_hidden=config.ffn.hidden,
-        k=config.ffn.k,
-        gating_size=config.gating_size,
-    )
-    read = NEW * (active_bytes(layer, DTYPES[dtype]) * config.n_layer + model.lm_head.weight.nbytes)
+    read = NEW * (active_bytes(LayerShape.of(config), DTYPES[dtype]) * config.n_layer + model.lm_head.weight.nbytes)
     contestants = [
         contestant(OURS, generation(model, ids)),
         contestant(MODULES, generation(module_by_module(model), ids)),

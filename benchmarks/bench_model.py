@@ -38,17 +38,7 @@ class Models:
             ours = MoLMForCausalLM(config)
         self.ours = ours.to(DTYPE).to_empty(device="cpu").eval()  # made in bf16: no other copy ever exists
         randomize(self.ours)
-        self.shape = LayerShape(
-            d=config.n_embd,
-            att_hidden=config.attention.hidden,
-            heads=config.n_head,
-            att_experts=config.num_experts("attention")[0],
-            ffn_experts=config.num_experts("ffn")[0],
-            ffn_hidden=config.ffn.hidden,
-            k=config.ffn.k,
-            gating_size=config.gating_size,
-            vocab_size=config.vocab_size,
-        )
+        self.shape = LayerShape.of(config)
         dense = DenseStickAttention(LONGEST + STEPS, DTYPE)
         with torch.device("meta"):
             reference = ReferenceModel(self.shape, config.n_layer, config.vocab_size, dense)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moduleformer_ext.models import MoLMConfig
+
 TWO_QUERIES = "two queries per key"
 ONE_HEAD = "one head"
 """Its keys are its values, as in the published models."""
@@ -27,6 +29,21 @@ class LayerShape:
     k: int = 2
     gating_size: int = 256
     vocab_size: int = 50304
+
+    @classmethod
+    def of(cls, config: MoLMConfig) -> LayerShape:
+        """Of the first layer of a model."""
+        return cls(
+            d=config.n_embd,
+            att_hidden=config.attention.hidden,
+            heads=config.n_head,
+            att_experts=config.num_experts("attention")[0],
+            ffn_experts=config.num_experts("ffn")[0],
+            ffn_hidden=config.ffn.hidden,
+            k=config.ffn.k,
+            gating_size=config.gating_size,
+            vocab_size=config.vocab_size,
+        )
 
     @property
     def head_dim(self) -> int:
