@@ -18,7 +18,6 @@ from moduleformer_ext.nn import (
     ExpertLinear,
     MixtureOfAttention,
     MixtureOfFFN,
-    QuantisedExpertLinear,
     Router,
     make_router,
 )
@@ -71,18 +70,15 @@ def make_block(config: MoLMConfig, layer: int, kind: type[BlockKind] = Block) ->
         config.n_head,
         router(config.attention),
         stick_epsilon=config.stick_epsilon,
+        expert_bits=config.expert_bits,
     )
     ffn = MixtureOfFFN(
         config.n_embd,
         config.ffn.hidden,
         router(config.ffn),
         activation=ACTIVATIONS[config.activation_function],
+        expert_bits=config.expert_bits,
     )
-    if config.expert_bits is not None:  # the layers make whole experts first; models are read on the meta device
-        for mixture in (attention.q_proj, ffn):
-            for name in ("experts", "output_experts"):
-                number, rows, columns = getattr(mixture, name).weight.shape
-                setattr(mixture, name, QuantisedExpertLinear(number, rows, columns, config.expert_bits))
     return kind(
         config.n_embd,
         attention,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moduleformer_ext import ops
 from moduleformer_ext.nn.cache import LayerCache, StaticLayerCache
 from moduleformer_ext.nn.dispatch import Dispatch, Exchange, arrange
-from moduleformer_ext.nn.experts import ExpertLinear
+from moduleformer_ext.nn.experts import make_experts
 from moduleformer_ext.nn.linear import Linear
 from moduleformer_ext.nn.plain import is_plain
 from moduleformer_ext.nn.router import Router
@@ -27,10 +27,10 @@ HEAD_MULTIPLE = 8
 class RoutedProjection(nn.Module):
     """The query and output experts of an attention layer, which share one routing decision."""
 
-    def __init__(self, n_embd: int, att_hidden: int, router: Router) -> None:
+    def __init__(self, n_embd: int, att_hidden: int, router: Router, expert_bits: int | None = None) -> None:
         super().__init__()
-        self.experts = ExpertLinear(router.num_experts, n_embd, att_hidden)
-        self.output_experts = ExpertLinear(router.num_experts, att_hidden, n_embd)
+        self.experts = make_experts(router.num_experts, n_embd, att_hidden, expert_bits)
+        self.output_experts = make_experts(router.num_experts, att_hidden, n_embd, expert_bits)
         self.gate = router
         self.exchange: Exchange | None = None
         """As in :class:`~moduleformer_ext.nn.MixtureOfFFN`."""
@@ -56,6 +56,7 @@ class MixtureOfAttention(nn.Module):
         n_head: heads of keys and values.
         router: decides which query experts see a token.
         stick_epsilon: stop walking keys once so little of every stick is left; None for the type's default.
+        expert_bits: as in :class:`MixtureOfFFN`.
     """
 
     def __init__(
@@ -66,13 +67,14 @@ class MixtureOfAttention(nn.Module):
         router: Router,
         *,
         stick_epsilon: float | None = None,
+        expert_bits: int | None = None,
     ) -> None:
         super().__init__()
         if att_hidden % n_head:
             raise ValueError(
                 f"MixtureOfAttention: att_hidden must be a multiple of n_head ({n_head}), got {att_hidden}"
             )
-        self.q_proj = RoutedProjection(n_embd, att_hidden, router)
+        self.q_proj = RoutedProjection(n_embd, att_hidden, router, expert_bits)
         self.identity_kv = att_hidden == n_embd and n_head == 1
         self.k_proj = nn.Identity() if self.identity_kv else Linear(n_embd, att_hidden)
         self.v_proj = nn.Identity() if self.identity_kv else Linear(n_embd, att_hidden)

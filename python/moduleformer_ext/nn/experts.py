@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moduleformer_ext import ops
 from moduleformer_ext.nn.dispatch import Dispatch, Exchange, arrange
 from moduleformer_ext.nn.plain import is_plain
+from moduleformer_ext.nn.quantised import QuantisedExpertLinear
 from moduleformer_ext.nn.router import Router
 from moduleformer_ext.nn.segments import segments_of
 from moduleformer_ext.ops.grouped_gemm import GATED_ACTIVATIONS
@@ -59,6 +60,15 @@ class ExpertLinear(nn.Module):
         return f"num_experts={num_experts}, in_features={in_features}, out_features={out_features}"
 
 
+def make_experts(
+    num_experts: int, in_features: int, out_features: int, bits: int | None
+) -> ExpertLinear | QuantisedExpertLinear:
+    """Matrices of 8 or 4 bits, or with None of the default dtype."""
+    if bits is None:
+        return ExpertLinear(num_experts, in_features, out_features)
+    return QuantisedExpertLinear(num_experts, in_features, out_features, bits)
+
+
 class MixtureOfFFN(nn.Module):
     """y = Σ_k gate_k · down_k(activation(up_k(x))) over the experts that the router chose.
 
@@ -67,13 +77,22 @@ class MixtureOfFFN(nn.Module):
         ffd_hidden: width of one expert.
         router: decides which experts see a token.
         activation: as in :func:`moduleformer_ext.ops.grouped_gemm`; gated ones double the columns of ``experts``.
+        expert_bits: of the experts' matrices, 8 or 4, for inference; None for numbers of the layer's dtype.
     """
 
-    def __init__(self, n_embd: int, ffd_hidden: int, router: Router, *, activation: str = "gelu_tanh") -> None:
+    def __init__(
+        self,
+        n_embd: int,
+        ffd_hidden: int,
+        router: Router,
+        *,
+        activation: str = "gelu_tanh",
+        expert_bits: int | None = None,
+    ) -> None:
         super().__init__()
         columns = 2 * ffd_hidden if activation in GATED_ACTIVATIONS else ffd_hidden
-        self.experts = ExpertLinear(router.num_experts, n_embd, columns)
-        self.output_experts = ExpertLinear(router.num_experts, ffd_hidden, n_embd)
+        self.experts = make_experts(router.num_experts, n_embd, columns, expert_bits)
+        self.output_experts = make_experts(router.num_experts, ffd_hidden, n_embd, expert_bits)
         self.gate = router
         self.activation = activation
         self.exchange: Exchange | None = None
