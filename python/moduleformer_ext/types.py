@@ -1,4 +1,4 @@
-"""The two named tuples that ops pass to one another. Only torch is needed to read them."""
+"""The named tuples that ops take and give. Only torch is needed to read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["ExpertLayout", "RouteTopK", "RoutingSums", "Segments"]
+__all__ = ["ExpertLayout", "NormedRouter", "RouteTopK", "RoutingSums", "Segments"]
 
 Segments = Tensor | Sequence[Tensor]
 """A parameter with an expert dimension: one tensor [E, ...], or consecutive segments [E_i, ...] of it, a
@@ -79,6 +79,29 @@ class ExpertLayout(NamedTuple):
     def num_slots(self) -> int:
         """S = T * K."""
         return self.slot_order.shape[0]
+
+
+class NormedRouter(NamedTuple):
+    """A layer norm and the router behind it, for tokens of D features: what a layer does before its E experts."""
+
+    gate: str
+    """The router's kind: "linear", "mlp" or "gmm"."""
+    hidden_weight: Tensor | None
+    """[G, D], for "mlp" and "gmm"; None for "linear"."""
+    hidden_bias: Tensor | None
+    """[G], for "mlp"; None for the others."""
+    gate_weight: Segments
+    """[E, G] rows of the experts ("linear": [E, D]), or segments. Centroids of "gmm" have length exp(temperature)."""
+    k: int
+    """Experts per token."""
+    order: str
+    """"softmax_topk" or "topk_softmax"."""
+    norm_weight: Tensor
+    """[D]."""
+    norm_bias: Tensor
+    """[D]."""
+    norm_epsilon: float
+    """Added to the variance."""
 
 
 # Named tuples are pytrees by themselves; only an exported program that is saved needs to know them by name.

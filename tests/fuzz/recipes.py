@@ -13,6 +13,7 @@ from torch import Tensor
 from moduleformer_ext import ops, reference
 from moduleformer_ext.quantised import BITS, quantise
 from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS, GATED
+from moduleformer_ext.types import NormedRouter
 
 RAW = torch.ops.moduleformer_ext
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -264,21 +265,22 @@ def layer_input(m: Maker, experts: int, dim: int) -> list[Any]:
     """What both ops of a layer's step take first."""
     # At least 2 hidden features, as in router().
     gate, hidden = m.random.choice(("linear", "mlp", "gmm")), m.size(least=2)
-    return [
-        m.normal(m.random.randint(0, 3), m.random.choice((0, 1, 1, 2, 5)), dim),
-        gate,
-        None if gate == "linear" else m.normal(hidden, dim),
-        m.normal(hidden) if gate == "mlp" else None,
-        m.segments(experts, dim if gate == "linear" else hidden),
-        m.random.randint(1, min(4, experts)),
-        m.random.choice(("softmax_topk", "topk_softmax")),
-        m.normal(dim),
-        m.normal(dim),
-        1e-5,
-    ]
+    x = m.normal(m.random.randint(0, 3), m.random.choice((0, 1, 1, 2, 5)), dim)
+    router = NormedRouter(
+        gate=gate,
+        hidden_weight=None if gate == "linear" else m.normal(hidden, dim),
+        hidden_bias=m.normal(hidden) if gate == "mlp" else None,
+        gate_weight=m.segments(experts, dim if gate == "linear" else hidden),
+        k=m.random.randint(1, min(4, experts)),
+        order=m.random.choice(("softmax_topk", "topk_softmax")),
+        norm_weight=m.normal(dim),
+        norm_bias=m.normal(dim),
+        norm_epsilon=1e-5,
+    )
+    return [x, router]
 
 
-CACHES = slice(16, 19)
+CACHES = slice(8, 11)
 """What attention_layer_decode writes to."""
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from moduleformer_ext.types import Segments
+from moduleformer_ext.types import NormedRouter, Segments
 
 GATES = ("linear", "mlp", "gmm")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -32,18 +33,19 @@ class Maker:
         """What both ops take first."""
         inner = FEATURES if gate == "linear" else HIDDEN
         rows = self.normal(EXPERTS, inner, scale=3 * inner**-0.5)
-        return {
-            "x": self.normal(batch, new, FEATURES),
-            "gate": gate,
-            "hidden_weight": None if gate == "linear" else self.normal(HIDDEN, FEATURES, scale=FEATURES**-0.5),
-            "hidden_bias": self.normal(HIDDEN) if gate == "mlp" else None,
-            "gate_weight": rows if segments == 1 else list(rows.tensor_split(segments)),
-            "k": k,
-            "order": order,
-            "norm_weight": 1 + self.normal(FEATURES, scale=0.1),
-            "norm_bias": self.normal(FEATURES, scale=0.1),
-            "norm_epsilon": 1e-5,
-        }
+        x = self.normal(batch, new, FEATURES)
+        router = NormedRouter(
+            gate=gate,
+            hidden_weight=None if gate == "linear" else self.normal(HIDDEN, FEATURES, scale=FEATURES**-0.5),
+            hidden_bias=self.normal(HIDDEN) if gate == "mlp" else None,
+            gate_weight=rows if segments == 1 else list(rows.tensor_split(segments)),
+            k=k,
+            order=order,
+            norm_weight=1 + self.normal(FEATURES, scale=0.1),
+            norm_bias=self.normal(FEATURES, scale=0.1),
+            norm_epsilon=1e-5,
+        )
+        return {"x": x, "router": router}
 
 
 def attention_case(
@@ -103,23 +105,18 @@ def ffn_case(
     }
 
 
-def mapped(arguments: dict[str, Any], function: Any) -> dict[str, Any]:
-    """The arguments with function(tensor) for every tensor."""
-    return {
-        name: function(value)
-        if isinstance(value, Tensor)
-        else [function(part) for part in value]
-        if isinstance(value, list)
-        else value
-        for name, value in arguments.items()
-    }
+def changed(arguments: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """With other arguments, or other fields of the router."""
+    fields = {name: value for name, value in changes.items() if name in NormedRouter._fields}
+    others = {name: value for name, value in changes.items() if name not in fields}
+    return {**arguments, "router": arguments["router"]._replace(**fields), **others}
 
 
 def copied(arguments: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
     """For a call that changes its caches."""
-    return mapped(arguments, lambda t: t.clone().to(device))
+    return pytree.tree_map_only(Tensor, lambda t: t.clone().to(device), arguments)
 
 
 def widened(arguments: dict[str, Any]) -> dict[str, Any]:
     """In float64."""
-    return mapped(arguments, lambda t: t.double() if t.is_floating_point() else t.clone())
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t.clone(), arguments)

@@ -21,6 +21,7 @@ from moduleformer_ext.ops import (
     stick_attention_decode,
 )
 from moduleformer_ext.quantised import quantise
+from moduleformer_ext.types import NormedRouter
 
 RAW = torch.ops.moduleformer_ext
 LAYOUT = reference.expert_layout(torch.tensor([[0, 1], [2, 1], [0, 2], [1, 0]], dtype=torch.int32), 3)
@@ -58,14 +59,14 @@ LAYER = [(1, 1, 8), (3, 8), (8,), (8,)]  # x, the rows of the experts, and the n
 DECODING = {
     "attention_layer_decode": (
         lambda x, rows, scale, shift, q, o: attention_layer_decode(
-            *(x, "linear", None, None, rows, 2, "softmax_topk", scale, shift, 1e-5, q, o, None, None, None, None),
-            *(torch.zeros(1, 5, 1, 8), None, torch.tensor([2], dtype=torch.int32)),
+            *(x, NormedRouter("linear", None, None, rows, 2, "softmax_topk", scale, shift, 1e-5), q, o),
+            *(None, None, None, None, torch.zeros(1, 5, 1, 8), None, torch.tensor([2], dtype=torch.int32)),
         ),
         [*LAYER, (3, 8, 8), (3, 8, 8)],
     ),
     "ffn_layer_decode": (
         lambda x, rows, scale, shift, up, down: ffn_layer_decode(
-            x, "linear", None, None, rows, 2, "softmax_topk", scale, shift, 1e-5, up, down
+            x, NormedRouter("linear", None, None, rows, 2, "softmax_topk", scale, shift, 1e-5), up, down
         ),
         [*LAYER, (3, 8, 6), (3, 6, 8)],
     ),

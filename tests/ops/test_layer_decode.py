@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import on_cuda
-from layer_cases import DTYPES, EXPERTS, FEATURES, GATES, attention_case, copied, ffn_case, widened
+from layer_cases import DTYPES, EXPERTS, FEATURES, GATES, attention_case, changed, copied, ffn_case, widened
 
 from moduleformer_ext import ops, reference
 from moduleformer_ext.ops import attention_layer_decode, ffn_layer_decode
@@ -115,13 +115,12 @@ def test_twins_agree():
 
 def routed(arguments):
     """Normed tokens [T, D], their route and layout, by the ops one by one."""
-    normed = F.layer_norm(
-        arguments["x"], (FEATURES,), arguments["norm_weight"], arguments["norm_bias"], arguments["norm_epsilon"]
-    )
+    router = arguments["router"]
+    normed = F.layer_norm(arguments["x"], (FEATURES,), router.norm_weight, router.norm_bias, router.norm_epsilon)
     tokens = normed.flatten(0, 1)
-    hidden = [arguments[name] for name in ("hidden_weight", "hidden_bias") if arguments[name] is not None]
-    gate = ops.route_topk_mlp if arguments["gate"] == "mlp" else ops.route_topk_linear
-    route = gate(tokens, *hidden, arguments["gate_weight"], arguments["k"], order=arguments["order"])
+    hidden = [part for part in (router.hidden_weight, router.hidden_bias) if part is not None]
+    gate = ops.route_topk_mlp if router.gate == "mlp" else ops.route_topk_linear
+    route = gate(tokens, *hidden, router.gate_weight, router.k, order=router.order)
     return normed, tokens, route, ops.expert_layout(route.expert_ids, EXPERTS)
 
 
@@ -211,8 +210,10 @@ OP = torch.ops.moduleformer_ext
 
 def raw(arguments, *rest):
     """Positional arguments of the raw op."""
+    flat = {"x": arguments["x"], **arguments["router"]._asdict(), **arguments}
+    del flat["router"]
     lists = ("gate_weight", "query_weight", "output_weight", "up", "down")
-    return [[v] if name in lists and torch.is_tensor(v) else v for name, v in arguments.items()] + list(rest)
+    return [[v] if name in lists and torch.is_tensor(v) else v for name, v in flat.items()] + list(rest)
 
 
 @pytest.mark.parametrize("overload", ["default", "with_route"])
@@ -254,12 +255,13 @@ def test_compiled():
         ({"order": "top"}, "order must be 'softmax_topk' or 'topk_softmax', got 'top'"),
         ({"norm_weight": torch.ones(31)}, r"norm_weight must have shape \[32\], got shape \[31\]"),
         ({"norm_bias": torch.ones(FEATURES).half()}, "norm_bias must be Float, got Half"),
+        ({"router": ("mlp", None)}, "router must be a NormedRouter, got tuple"),
     ],
 )
 def test_errors_of_both(change, message):
     for function, arguments in ((attention_layer_decode, attention_case()), (ffn_layer_decode, ffn_case())):
         with pytest.raises(ValueError, match=f"^{function.__name__}: {message}"):
-            function(**{**arguments, **change})
+            function(**changed(arguments, change))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_errors_of_both(change, message):
 )
 def test_errors_of_attention(change, message):
     with pytest.raises(ValueError, match=f"^attention_layer_decode: {message}"):
-        attention_layer_decode(**{**attention_case(), **change})
+        attention_layer_decode(**changed(attention_case(), change))
 
 
 @pytest.mark.parametrize(
@@ -313,16 +315,17 @@ def test_errors_of_attention(change, message):
 )
 def test_errors_of_ffn(change, message):
     with pytest.raises(ValueError, match=f"^ffn_layer_decode: {message}"):
-        ffn_layer_decode(**{**ffn_case(), **change})
+        ffn_layer_decode(**changed(ffn_case(), change))
 
 
 @pytest.mark.parametrize("function", [attention_layer_decode, ffn_layer_decode])
 def test_gradients_are_refused(function):
     arguments = attention_case() if function is attention_layer_decode else ffn_case()
-    for name, value in arguments.items():
+    named = {**arguments, **arguments["router"]._asdict()}
+    for name, value in named.items():
         if torch.is_tensor(value) and value.is_floating_point():
-            changed = {**arguments, name: value.clone().requires_grad_()}
+            wanting = changed(arguments, {name: value.clone().requires_grad_()})
             with pytest.raises(ValueError, match=f"^{function.__name__}: {name} must not require grad"):
-                function(**changed)
+                function(**wanting)
             with torch.no_grad():
-                function(**copied(changed))
+                function(**copied(wanting))

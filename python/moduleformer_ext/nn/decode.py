@@ -24,7 +24,7 @@ from moduleformer_ext.nn.linear import MOST_ROWS, Linear
 from moduleformer_ext.nn.plain import Untouched, is_untouched
 from moduleformer_ext.nn.router import GateWeights, Router
 from moduleformer_ext.ops.route_topk import centroid_rows
-from moduleformer_ext.types import RouteTopK, Segments
+from moduleformer_ext.types import NormedRouter, RouteTopK, Segments
 
 if TYPE_CHECKING:
     from moduleformer_ext.nn.block import Block
@@ -59,7 +59,7 @@ def decode(
     present, lengths = (past, past.lengths) if isinstance(past, StaticLayerCache) else past.reserve(length)
     x = attention_step(
         x,
-        *attention.input.arguments(x.dtype),
+        attention.input.router_of(x.dtype),
         *attention.matrices,
         present.keys,
         present.values,
@@ -69,11 +69,11 @@ def decode(
         return_route=output_routes,
     )
     if not output_routes:
-        y = ffn_step(x, *ffn.input.arguments(x.dtype), *ffn.matrices, activation=ffn.module.activation)
+        y = ffn_step(x, ffn.input.router_of(x.dtype), *ffn.matrices, activation=ffn.module.activation)
         return y, None, present
     x, attention_route = x
     y, ffn_route = ffn_step(
-        x, *ffn.input.arguments(x.dtype), *ffn.matrices, activation=ffn.module.activation, return_route=True
+        x, ffn.input.router_of(x.dtype), *ffn.matrices, activation=ffn.module.activation, return_route=True
     )
     return y, (attention_route, ffn_route), present
 
@@ -87,13 +87,13 @@ class _Input(NamedTuple):
     router: Router
     gate: GateWeights
 
-    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """As the ops take them beside x of this type."""
+    def router_of(self, dtype: torch.dtype) -> NormedRouter:
+        """As the ops take it for x of this type."""
         kind, hidden_weight, hidden_bias, rows, temperature = self.gate
         if temperature is not None:
             rows = centroid_rows(rows, temperature, torch.float64 if dtype == torch.float64 else torch.float32)
-        router = self.router
-        return kind, hidden_weight, hidden_bias, rows, router.k, router.order, self.weight, self.bias, self.norm.eps
+        k, order = self.router.k, self.router.order
+        return NormedRouter(kind, hidden_weight, hidden_bias, rows, k, order, self.weight, self.bias, self.norm.eps)
 
 
 class _Layer(NamedTuple):

@@ -24,13 +24,13 @@ _ROW_STD = 0.02
 
 
 class GateWeights(NamedTuple):
-    """The weights of a gate network, under the names of :func:`moduleformer_ext.ops.attention_layer_decode`."""
+    """The weights of a gate network, under the names of :class:`moduleformer_ext.types.NormedRouter`."""
 
     gate: GateType
     hidden_weight: Tensor | None
     hidden_bias: Tensor | None
-    rows: Segments
-    """Of the experts; centroids where there is a temperature."""
+    gate_weight: Segments
+    """The rows of the experts; centroids where there is a temperature."""
     temperature: Tensor | None = None
 
 
@@ -201,7 +201,7 @@ class LinearRouter(Router):
         weights = self._gate_weights()
         if weights is None:
             return None
-        return ops.route_topk_linear(x, weights.rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
+        return ops.route_topk_linear(x, weights.gate_weight, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
 
     def _hidden(self, x: Tensor) -> Tensor:
         return x
@@ -250,7 +250,7 @@ class MLPRouter(Router):
             return None
         hidden_weight, hidden_bias = cast(Tensor, weights.hidden_weight), cast(Tensor, weights.hidden_bias)
         return ops.route_topk_mlp(
-            x, hidden_weight, hidden_bias, weights.rows, self.k, order=self.order, noise=noise, num_sampled=num_sampled
+            x, hidden_weight, hidden_bias, weights.gate_weight, self.k, order=self.order, noise=noise, num_sampled=num_sampled
         )
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ class GMMRouter(Router):
         return ops.route_topk_gmm(
             x,
             cast(Tensor, weights.hidden_weight),
-            weights.rows,
+            weights.gate_weight,
             cast(Tensor, weights.temperature),
             self.k,
             order=self.order,

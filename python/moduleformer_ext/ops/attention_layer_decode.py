@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from moduleformer_ext.ops._layer_decode import layer_decode
 from moduleformer_ext.ops._segments import segments
-from moduleformer_ext.types import RouteTopK, Segments
+from moduleformer_ext.types import NormedRouter, RouteTopK, Segments
 
 _OP = "attention_layer_decode"
 
 
 def attention_layer_decode(
     x: Tensor,
-    gate: str,
-    hidden_weight: Tensor | None,
-    hidden_bias: Tensor | None,
-    gate_weight: Segments,
-    k: int,
-    order: str,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    norm_epsilon: float,
+    router: NormedRouter,
     query_weight: Segments,
     output_weight: Segments,
     k_weight: Tensor | None,
@@ -49,15 +41,7 @@ def attention_layer_decode(
 
     Args:
         x: ``[B, T, D]`` float32, float64, bfloat16 or float16.
-        gate: the router's kind, ``"linear"``, ``"mlp"`` or ``"gmm"``.
-        hidden_weight: ``[G, D]``, for ``"mlp"`` and ``"gmm"``; None for ``"linear"``.
-        hidden_bias: ``[G]``, for ``"mlp"``; None for the others.
-        gate_weight: the rows of the E experts, ``[E, G]`` (``"linear"``: ``[E, D]``) or segments. For ``"gmm"``
-            centroids of length exp(temperature).
-        k: experts per token.
-        order: ``"softmax_topk"`` or ``"topk_softmax"``.
-        norm_weight, norm_bias: ``[D]`` of x's dtype.
-        norm_epsilon: added to the variance.
+        router: the norm and the router, of x's dtype, in one :class:`~moduleformer_ext.types.NormedRouter`.
         query_weight: ``[E, D, H * D_h]`` of x's dtype, or segments.
         output_weight: ``[E, H * D_h, D]`` of x's dtype, or segments.
         k_weight, v_weight: ``[H * D_h, D]`` of x's dtype, contiguous; both None: keys and values are the normed tokens.
@@ -79,18 +63,10 @@ def attention_layer_decode(
             requires grad. On a CPU, with nothing written, for tokens that do not fit into the cache; elsewhere lengths
             are not read, and such tokens overwrite the last place.
     """
-    op = torch.ops.moduleformer_ext.attention_layer_decode
-    results = (op.with_route if return_route else op.default)(
+    return layer_decode(
+        _OP,
         x,
-        gate,
-        hidden_weight,
-        hidden_bias,
-        segments(_OP, "gate_weight", gate_weight),
-        k,
-        order,
-        norm_weight,
-        norm_bias,
-        norm_epsilon,
+        router,
         segments(_OP, "query_weight", query_weight),
         segments(_OP, "output_weight", output_weight),
         k_weight,
@@ -102,5 +78,5 @@ def attention_layer_decode(
         cache_lengths,
         key_padding_mask,
         stick_epsilon,
+        return_route=return_route,
     )
-    return (results[0], RouteTopK(*results[1:])) if return_route else results

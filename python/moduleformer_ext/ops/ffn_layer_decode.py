@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from moduleformer_ext.ops._layer_decode import layer_decode
 from moduleformer_ext.ops._segments import segments
-from moduleformer_ext.types import RouteTopK, Segments
+from moduleformer_ext.types import NormedRouter, RouteTopK, Segments
 
 _OP = "ffn_layer_decode"
 
 
 def ffn_layer_decode(
     x: Tensor,
-    gate: str,
-    hidden_weight: Tensor | None,
-    hidden_bias: Tensor | None,
-    gate_weight: Segments,
-    k: int,
-    order: str,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    norm_epsilon: float,
+    router: NormedRouter,
     up: Segments,
     down: Segments,
     *,
@@ -36,8 +28,7 @@ def ffn_layer_decode(
 
     Args:
         x: ``[B, T, D]`` float32, float64, bfloat16 or float16.
-        gate, hidden_weight, hidden_bias, gate_weight, k, order, norm_weight, norm_bias, norm_epsilon: as in
-            :func:`~moduleformer_ext.ops.attention_layer_decode`.
+        router: the norm and the router, of x's dtype, in one :class:`~moduleformer_ext.types.NormedRouter`.
         up: ``[E, D, F]`` (``[E, D, 2F]`` for a gated activation) of x's dtype, or segments.
         down: ``[E, F, D]`` of x's dtype, or segments.
         activation: as in :func:`~moduleformer_ext.ops.expert_ffn`.
@@ -51,20 +42,12 @@ def ffn_layer_decode(
         ValueError: naming the argument, for another shape, dtype or device, and in grad mode for an input that
             requires grad.
     """
-    op = torch.ops.moduleformer_ext.ffn_layer_decode
-    results = (op.with_route if return_route else op.default)(
+    return layer_decode(
+        _OP,
         x,
-        gate,
-        hidden_weight,
-        hidden_bias,
-        segments(_OP, "gate_weight", gate_weight),
-        k,
-        order,
-        norm_weight,
-        norm_bias,
-        norm_epsilon,
+        router,
         segments(_OP, "up", up),
         segments(_OP, "down", down),
         activation,
+        return_route=return_route,
     )
-    return (results[0], RouteTopK(*results[1:])) if return_route else results

@@ -14,25 +14,18 @@ from moduleformer_ext.reference.grouped_gemm import expert_ffn, grouped_gemm
 from moduleformer_ext.reference.linear_decode import linear_decode
 from moduleformer_ext.reference.route_topk import route_topk, route_topk_linear, route_topk_mlp
 from moduleformer_ext.reference.stick_attention import stick_attention_decode
-from moduleformer_ext.types import RouteTopK, Segments
+from moduleformer_ext.types import NormedRouter, RouteTopK, Segments
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+def _norm(x: Tensor, router: NormedRouter) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
-    return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), epsilon).to(x.dtype)
+    weight, bias = router.norm_weight.to(dtype), router.norm_bias.to(dtype)
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, router.norm_epsilon).to(x.dtype)
 
 
-def _route(
-    op: str,
-    tokens: Tensor,
-    gate: str,
-    hidden_weight: Tensor | None,
-    hidden_bias: Tensor | None,
-    gate_weight: Segments,
-    k: int,
-    order: str,
-) -> RouteTopK:
+def _route(op: str, tokens: Tensor, router: NormedRouter) -> RouteTopK:
     """Which experts the normed tokens [T, D] go to."""
+    gate, hidden_weight, hidden_bias, gate_weight, k, order = router[:6]
     if gate == "linear":
         return route_topk_linear(tokens, gate_weight, k, order=order)
     if gate == "mlp" and hidden_weight is not None and hidden_bias is not None:
@@ -47,15 +40,7 @@ def _route(
 @without_autocast
 def attention_layer_decode(
     x: Tensor,
-    gate: str,
-    hidden_weight: Tensor | None,
-    hidden_bias: Tensor | None,
-    gate_weight: Segments,
-    k: int,
-    order: str,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    norm_epsilon: float,
+    router: NormedRouter,
     query_weight: Segments,
     output_weight: Segments,
     k_weight: Tensor | None,
@@ -78,9 +63,9 @@ def attention_layer_decode(
     """
     batch, length, _ = x.shape
     heads, head_dim = k_cache.shape[2:]
-    normed = _norm(x, norm_weight, norm_bias, norm_epsilon)
+    normed = _norm(x, router)
     tokens = normed.flatten(0, 1)
-    route = _route("attention_layer_decode", tokens, gate, hidden_weight, hidden_bias, gate_weight, k, order)
+    route = _route("attention_layer_decode", tokens, router)
     layout = expert_layout(route.expert_ids, route.counts.shape[0])
 
     positions = cache_lengths.long()[:, None] + torch.arange(length, device=x.device)
@@ -92,9 +77,9 @@ def attention_layer_decode(
     cache_lengths += length
 
     q = grouped_gemm(tokens, query_weight, layout, out_order="slot")
-    q = q.view(batch, length, k, heads, head_dim).transpose(2, 3)
+    q = q.view(batch, length, router.k, heads, head_dim).transpose(2, 3)
     attended = stick_attention_decode(q, k_cache, v_cache, cache_lengths, key_padding_mask=key_padding_mask)
-    attended = cast(Tensor, attended).transpose(2, 3).reshape(batch * length, k, heads * head_dim)
+    attended = cast(Tensor, attended).transpose(2, 3).reshape(batch * length, router.k, heads * head_dim)
     back = grouped_gemm(attended, output_weight, layout, x_order="slot", out_order="token", gates=route.gates)
     y = x + back.view_as(x)
     return (y, route) if return_route else y
@@ -103,15 +88,7 @@ def attention_layer_decode(
 @without_autocast
 def ffn_layer_decode(
     x: Tensor,
-    gate: str,
-    hidden_weight: Tensor | None,
-    hidden_bias: Tensor | None,
-    gate_weight: Segments,
-    k: int,
-    order: str,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    norm_epsilon: float,
+    router: NormedRouter,
     up: Segments,
     down: Segments,
     *,
@@ -119,8 +96,8 @@ def ffn_layer_decode(
     return_route: bool = False,
 ) -> Tensor | tuple[Tensor, RouteTopK]:
     """y = x + ffn(norm(x)) for x [B, T, D], with the experts up [E, D, F] and down [E, F, D]."""
-    tokens = _norm(x, norm_weight, norm_bias, norm_epsilon).flatten(0, 1)
-    route = _route("ffn_layer_decode", tokens, gate, hidden_weight, hidden_bias, gate_weight, k, order)
+    tokens = _norm(x, router).flatten(0, 1)
+    route = _route("ffn_layer_decode", tokens, router)
     layout = expert_layout(route.expert_ids, route.counts.shape[0])
     y = x + expert_ffn(tokens, up, down, layout, route.gates, activation=activation).view_as(x)
     return (y, route) if return_route else y
