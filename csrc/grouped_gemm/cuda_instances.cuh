@@ -1,11 +1,10 @@
-// MFX_GROUPED_INSTANCES(type, Op) defines the product kernels of one operand type (tile/operand.cuh), and the table of
-// them; one file each, so that they compile side by side.
+// The product kernels for sm_80 and later. Hopper's own are in hopper/instances.cuh.
 #pragma once
 
+#include "grouped_gemm/product_table.cuh"
 #include "grouped_gemm/row_product_kernel.cuh"
 #include "grouped_gemm/weight_grad_kernel.cuh"
 
-// X(name of the kernel, its class). Hopper's are in hopper/instances.cuh.
 #define MFX_GROUPED_TILES(X, name, Op, product, transposed)                              \
   X(grouped_##name##_64x128_sm80, RowProduct<Op, MediumTile, product, transposed, true>) \
   X(grouped_##name##_128x128_sm80, RowProduct<Op, LargeTile, product, transposed, true>) \
@@ -23,23 +22,7 @@
   X(grouped_weight_grad_##type##_128x128_sm80, WeightGrad<Op, LargeTile, true>)                               \
   X(grouped_weight_grad_##type##_64x128_unaligned_sm80, WeightGrad<Op, MediumTile, false>)
 
-#define MFX_GROUPED_KERNEL(name, ...)                                                                                \
-  using name##_product = __VA_ARGS__;                                                                                \
-  extern "C" __global__ void __launch_bounds__(name##_product::Shape::kThreads, name##_product::Shape::kBlocksPerSm) \
-      name(const __grid_constant__ name##_product::Params params) {                                                  \
-    name##_product::run(params);                                                                                     \
-  }
-
-#define MFX_GROUPED_ROW(name, ...) describe<__VA_ARGS__>(#name, name),
-
-#define MFX_GROUPED_INSTANCES(type, Op)                                                       \
-  namespace mfx::grouped {                                                                    \
-  MFX_GROUPED_PRODUCTS(MFX_GROUPED_KERNEL, type, Op)                                          \
-  Instances product_instances_##type() {                                                      \
-    static const ProductInstance table[] = {MFX_GROUPED_PRODUCTS(MFX_GROUPED_ROW, type, Op)}; \
-    return {table, sizeof(table) / sizeof(table[0])};                                         \
-  }                                                                                           \
-  }
+#define MFX_GROUPED_INSTANCES(type, Op) MFX_PRODUCT_INSTANCES(MFX_GROUPED_PRODUCTS, type, type, Op)
 
 namespace mfx::grouped {
 
@@ -47,23 +30,5 @@ using LargeTile = device::BlockShape<128, 128, 2, 2, 1, 64, 4, 2>;
 using MediumTile = device::BlockShape<64, 128, 1, 4, 1, 128, 3, 2>;
 // Few rows per expert: the matrix streams through, and its depth is all there is to divide between the warps.
 using SmallTile = device::BlockShape<16, 32, 1, 1, 4, 256, 4, 4>;
-
-template <typename P, typename Kernel>
-ProductInstance describe(const char* name, Kernel* kernel) {
-  using Shape = typename P::Shape;
-  return {name,
-          reinterpret_cast<const void*>(kernel),
-          P::kProduct,
-          P::kTransposed,
-          Shape::kRows,
-          Shape::kColumns,
-          Shape::kColumnsPerWarp,
-          P::kAligned,
-          80,
-          false,
-          Shape::kThreads,
-          P::kSharedBytes,
-          Shape::kBlocksPerSm};
-}
 
 }  // namespace mfx::grouped

@@ -12,11 +12,11 @@ struct ProductInstance {
   const char* name;
   const void* kernel;
   Product product;
-  bool transposed;                      // memory holds the rows of the matrices' transposes
-  int rows, columns, columns_per_warp;  // of its tiles
-  bool aligned;                         // operands, and rows on the way out, lie at multiples of 16 bytes
-  int arch;                             // 10 times the compute capability it was written for: the first it runs on,
-  bool exact;                           // or the only one
+  bool transposed;                     // memory holds the rows of the matrices' transposes
+  int rows, columns, columns_per_dot;  // of its tiles, and of a partial sum over a row
+  bool aligned;                        // operands, and rows on the way out, lie at multiples of 16 bytes
+  int arch;                            // 10 times the compute capability it was written for: the first it runs on,
+  bool exact;                          // or the only one
   int threads, shared_bytes, blocks_per_sm;
 };
 

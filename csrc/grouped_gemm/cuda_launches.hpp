@@ -51,12 +51,11 @@ class Launches {
  private:
   RowMap map(const RoutedRows& rows, std::int64_t element_bytes);
   RowMap map(void* data, RowOrder order, std::int64_t columns, std::int64_t element_bytes);
-  // Whether what is read and written 16 bytes at a time lies at multiples of them: every row of a tensor, contiguous
-  // rows of so many columns at any such place, and there.
-  bool aligned(const RowMap& map) const;
-  bool aligned(const ExpertMatrices& matrices) const;
-  bool aligned(std::int64_t columns) const;
-  bool aligned(const void* data, std::int64_t columns) const;
+  // Whether 16 bytes at a time can be read and written, because all lies at multiples of them:
+  bool aligned(const RowMap& map) const;                       // every row
+  bool aligned(const ExpertMatrices& matrices) const;          // every row of every matrix
+  bool aligned(std::int64_t columns) const;                    // contiguous rows, if the first one does
+  bool aligned(const void* data, std::int64_t columns) const;  // contiguous rows from here on
   // `mapped`: TMA can be told where the product's matrices lie.
   const ProductInstance& choose(Product product, bool transposed, bool aligned, bool mapped);
   void launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params);

@@ -218,7 +218,7 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
     launch_product(instance, blocks, &mapped);
   }
   if (grad_gates == nullptr || !status_.ok()) return;
-  const auto groups = static_cast<std::int32_t>(ceil_div(params.columns, instance.columns_per_warp));
+  const auto groups = static_cast<std::int32_t>(ceil_div(params.columns, instance.columns_per_dot));
   status_ = launch(sum_gate_grads, pointwise_blocks(ceil_div(slots, 32)), kPointwiseThreads, 0, stream_,
                    {bias_dots, params.dots, layout_.slot_order, static_cast<float*>(grad_gates), groups, params.slots});
 }

@@ -59,7 +59,8 @@ class RowProduct {
   using Params = RowProductParams;
   using Shape = Shape_;
   static constexpr Product kProduct = kProduct_;
-  static constexpr bool kTransposed = kTransposed_, kAligned = kAligned_;
+  static constexpr bool kTransposed = kTransposed_, kAligned = kAligned_, kExactArch = false;
+  static constexpr int kArch = 80, kBlockThreads = Shape::kThreads, kColumnsPerDot = Shape::kColumnsPerWarp;
 
  private:
   using T = typename Storage<Op>::Type;
@@ -162,7 +163,7 @@ class RowProduct {
     const int column = tile_column + Out::template column<false>();
     const OutputOp output_op(p, tile, column);
     float* const dots =
-        p.dots != nullptr ? p.dots + std::int64_t{column / Shape::kColumnsPerWarp} * p.slots + tile.first : nullptr;
+        p.dots != nullptr ? p.dots + std::int64_t{column / kColumnsPerDot} * p.slots + tile.first : nullptr;
     Out::template visit<false>(acc, device::shared_address(shared), rows, [&](int row, const float4& y, const float4&) {
       const bool present = output_op.left > 0 && row < tile.rows;
       float dot = present ? output_op(row, y, table) : 0.0f;

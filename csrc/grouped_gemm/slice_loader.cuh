@@ -10,16 +10,13 @@
 namespace mfx::grouped {
 
 using device::AccTile;
+using device::copy_chunk;
 using device::Major;
+using device::Partial;
 using device::SharedAddress;
 using device::SmemTile;
 using device::Storage;
 using device::WarpGemm;
-
-template <typename T, bool kAligned>
-__device__ void copy_chunk(SharedAddress to, const char* from, int bytes) {
-  device::copy_chunk<T, device::Partial::kMaybe>(to, from, bytes, std::bool_constant<kAligned>());
-}
 
 __device__ inline int bytes_of_chunk(int bytes_left) {
   return min(max(bytes_left, 0), 16);
@@ -59,8 +56,8 @@ class RowLoader {
     const int bytes = bytes_of_chunk(bytes_left_);
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      copy_chunk<T, kAligned>(slice + to_ + i * kRowsPerPass * S::kRowBytes, from_[i] + read_,
-                              kWhole ? bytes_[i] : min(bytes, bytes_[i]));
+      copy_chunk<T, Partial::kMaybe>(slice + to_ + i * kRowsPerPass * S::kRowBytes, from_[i] + read_,
+                                     kWhole ? bytes_[i] : min(bytes, bytes_[i]), std::bool_constant<kAligned>());
     }
     read_ += Shape::kDepthBytes;
     bytes_left_ -= Shape::kDepthBytes;
@@ -109,8 +106,8 @@ class DepthRows {
   __device__ void copy(SharedAddress slice, int pass, std::int64_t offset, bool present) const {
 #pragma unroll
     for (int c = 0; c < kChunkPasses; ++c) {
-      copy_chunk<T, kAligned>(slice + to_ + pass * kRowsPerPass * S::kRowPitch + c * S::kGroupPitch, from_[c] + offset,
-                              present ? bytes_[c] : 0);
+      copy_chunk<T, Partial::kMaybe>(slice + to_ + pass * kRowsPerPass * S::kRowPitch + c * S::kGroupPitch,
+                                     from_[c] + offset, present ? bytes_[c] : 0, std::bool_constant<kAligned>());
     }
   }
 

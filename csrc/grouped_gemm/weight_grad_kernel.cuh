@@ -71,7 +71,8 @@ class WeightGrad {
   using Params = WeightGradParams;
   using Shape = Shape_;
   static constexpr Product kProduct = Product::kWeightGrad;
-  static constexpr bool kTransposed = false, kAligned = kAligned_;
+  static constexpr bool kTransposed = false, kAligned = kAligned_, kExactArch = false;
+  static constexpr int kArch = 80, kBlockThreads = Shape::kThreads, kColumnsPerDot = Shape::kColumnsPerWarp;
   static constexpr int kSharedBytes = std::max(Shape::kPipelineBytes, Epilogue<Shape>::kSharedBytes);
 
  private:

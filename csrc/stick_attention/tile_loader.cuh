@@ -9,16 +9,14 @@
 
 namespace mfx::stick {
 
+using device::copy_chunk;
 using device::load_unaligned_chunk;
 using device::pin_if_16bit;
 using device::Storage;
 using device::store_unaligned_chunk;
 
 // A head's columns are whole chunks, so that one has 16 bytes or, beyond the head or where there is no row, 0.
-template <typename T, int kOffset = 0>
-__device__ inline void copy_chunk(device::SharedAddress to, const T* from, std::uint32_t bytes, bool aligned) {
-  device::copy_chunk<T, device::Partial::kNever, kOffset>(to, from, bytes, aligned);
-}
+inline constexpr device::Partial kWholeChunks = device::Partial::kNever;
 
 // Copies rows of a problem's tensors into swizzled tiles with all kThreads threads of the block, or of a warp, each
 // thread one column of chunks. Columns from head_dim on are filled with zeros, and so are rows that are not there.
@@ -54,7 +52,7 @@ struct TileLoader {
         kRow % 8 == 0 ? tile + offset
                       : tile + device::swizzled_offset<kRowBytes>(kRow % 8 + row, threadIdx.x % kChunks);
     constexpr int kBehind = kRow / 8 * 8 * kRowBytes;
-    copy_chunk<T, kOffset + kBehind>(to, from, size, aligned);
+    copy_chunk<T, kWholeChunks, kOffset + kBehind>(to, from, size, aligned);
   }
 
   // This thread's chunk of the first round of a tile, and bytes from round to round; 0 where rows must be found one by
@@ -92,8 +90,8 @@ struct TileLoader {
     for (int in_tile = row; in_tile < kRows; in_tile += kRowsAtOnce) {
       const int at = index * kRows + in_tile;
       const bool there = at < all.count;
-      copy_chunk(tile + device::swizzled_offset<kRowBytes>(in_tile, threadIdx.x % kChunks),
-                 all.at(there ? at : 0) + column, there ? bytes : 0, aligned);
+      copy_chunk<T, kWholeChunks>(tile + device::swizzled_offset<kRowBytes>(in_tile, threadIdx.x % kChunks),
+                                  all.at(there ? at : 0) + column, there ? bytes : 0, aligned);
     }
   }
   template <int kRows, typename Rows = QRows<const T>>
@@ -138,7 +136,7 @@ struct TileLoader {
                        bool aligned) const {
     if (keys >= kKeys && aligned) return whole_keys<kKeys, kOffset>(tile, newest, step);
     each_key<kKeys>(tile, newest, step, [&](auto key, device::SharedAddress to, const T* from) {
-      copy_chunk<T, kOffset + key * kRowBytes>(to, from, row + key < keys ? bytes : 0, aligned);
+      copy_chunk<T, kWholeChunks, kOffset + key * kRowBytes>(to, from, row + key < keys ? bytes : 0, aligned);
     });
   }
 };

@@ -5,6 +5,7 @@
 
 namespace mfx::device {
 
+// At most kMost pieces: kernel parameters are few kilobytes. Launchers refuse more before they append.
 template <int kMost_>
 struct Segments {
   static constexpr int kMost = kMost_;

@@ -23,7 +23,8 @@ class HopperRowProduct {
   using Params = HopperRowProductParams;
   using Shape = device::WarpgroupShape;
   static constexpr Product kProduct = kProduct_;
-  static constexpr bool kTransposed = kTransposed_;
+  static constexpr bool kTransposed = kTransposed_, kAligned = true, kExactArch = true;
+  static constexpr int kArch = 90, kBlockThreads = Shape::kBlockThreads;
 
  private:
   using T = typename Storage<Op>::Type;

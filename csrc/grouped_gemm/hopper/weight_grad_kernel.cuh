@@ -15,7 +15,8 @@ class HopperWeightGrad {
   using Params = WeightGradParams;
   using Shape = device::WarpgroupShape;
   static constexpr Product kProduct = Product::kWeightGrad;
-  static constexpr bool kTransposed = false;
+  static constexpr bool kTransposed = false, kAligned = true, kExactArch = true;
+  static constexpr int kArch = 90, kBlockThreads = Shape::kBlockThreads;
 
  private:
   using T = typename Storage<Op>::Type;
@@ -49,6 +50,7 @@ class HopperWeightGrad {
 
  public:
   static constexpr int kSharedBytes = sizeof(Shared);
+  static constexpr int kColumnsPerDot = Out::kColumnsPerPart;
 
   static __device__ void run(const Params& p) {
     extern __shared__ __align__(1024) unsigned char raw[];
