@@ -30,21 +30,6 @@ struct PanelReader {
   static std::int64_t group(std::int64_t depth) { return kBits == 8 ? depth : kQuantisedGroup; }
 };
 
-// A vector's lanes of bytes as integers.
-inline VecI32 load_bytes(const std::int8_t* bytes) {
-#if defined(MFX_ISA_AVX512)
-  return reinterpret_cast<VecI32>(_mm512_cvtepi8_epi32(load_raw<__m128i>(bytes)));
-#elif defined(MFX_ISA_AVX2)
-  return reinterpret_cast<VecI32>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
-#elif defined(__SSE2__)  // gcc would take the lanes one by one
-  const __m128i four = _mm_cvtsi32_si128(load_raw<int>(bytes));
-  const __m128i twice = _mm_unpacklo_epi8(four, four);
-  return reinterpret_cast<VecI32>(_mm_unpacklo_epi16(twice, twice)) >> 24;
-#else
-  typedef std::int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
-  return __builtin_convertvector(load_raw<Bytes>(bytes), VecI32);
-#endif
-}
 inline VecF to_floats(VecI32 v) {
   return __builtin_convertvector(v, VecF);
 }

@@ -1,5 +1,7 @@
 // The primitives of csrc/core as C functions, once per instruction set; test_primitives.py calls them.
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 
 #include "core/brgemm.hpp"
 #include "core/gelu.hpp"
@@ -70,6 +72,13 @@ MFX_EXPORT(widen_bf16)(const BFloat16* in, float* out, int64_t n) {
 }
 MFX_EXPORT(widen_f16)(const Float16* in, float* out, int64_t n) {
   map(in, out, n, same<float>);
+}
+// n must be a multiple of a vector.
+MFX_EXPORT(widen_bytes)(const std::int8_t* in, std::int32_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth<float>) {
+    const VecI32 wide = load_bytes(in + i);
+    std::memcpy(out + i, &wide, sizeof(wide));
+  }
 }
 MFX_EXPORT(widen_pairs_bf16)(const BFloat16* in, float* out, int64_t n) {
   map_pairs(in, out, n);

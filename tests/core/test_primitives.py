@@ -117,6 +117,16 @@ def test_widening_every_16_bit_value(call, stem, kind) -> None:
     _assert_same(apply(call, f"{stem}_{kind}", bits, np.float32), _widened(bits, kind))
 
 
+def test_widening_every_byte(call) -> None:
+    numbers = np.roll(np.arange(-128, 128, dtype=np.int8), 3)
+    np.testing.assert_array_equal(apply(call, "widen_bytes", numbers, np.int32), numbers)
+    odd = np.zeros(257, np.int8)[1:]
+    odd[:] = numbers
+    out = np.empty(256, np.int32)
+    call("widen_bytes", odd, out, 256)
+    np.testing.assert_array_equal(out, numbers)
+
+
 def _between(kind: str) -> Array:
     """Every 16-bit value, the middle between it and its successor, and the floats next to that middle."""
     low = _widened(_all_bits(), kind)
