@@ -80,7 +80,9 @@ def _word(name: str, value: object) -> str:
     """An argument of a case as a part of its name, by which `-k` selects."""
     if name == "threads":
         return {0: "gpu", 1: "1thread"}.get(value, f"{value}threads")
-    return f"T{value}" if name == "tokens" else str(value)
+    if name == "tokens":
+        return f"T{value}"
+    return f"{value}{name}" if type(value) is int else str(value)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -60,6 +60,12 @@ class Cell:
         threads = {0: "GPU", 1: "1 (CPU time)"}.get(self.info["threads"], str(self.info["threads"]))
         return threads if self.isa == NATIVE else f"{threads}, {self.isa}"
 
+    @property
+    def label(self) -> str:
+        """In a picture."""
+        threads = {0: "GPU", 1: "1 thread"}.get(self.info["threads"], f"{self.info['threads']} threads")
+        return ", ".join([self.info["case"], threads, *([] if self.isa == NATIVE else [self.isa])])
+
     def median(self, name: str) -> float | None:
         return self.rows[name]["stats"]["median"] if name in self.rows else None
 
@@ -310,7 +316,7 @@ def draw(cells: list[Cell], title: str, path: Path) -> None:
     low, high = axes.get_xlim()
     axes.xaxis.set_major_formatter(FuncFormatter(times))
     axes.xaxis.set_minor_formatter(FuncFormatter(times) if high < 10 * low else NullFormatter())
-    axes.set_yticks(range(len(cells)), [f"{cell.info['case']}, {cell.threads}" for cell in cells], fontsize=7.5)
+    axes.set_yticks(range(len(cells)), [cell.label for cell in cells], fontsize=7.5)
     axes.invert_yaxis()
     axes.grid(axis="x", which="both", color="0.9", linewidth=0.6)
     axes.set_xlabel("time over ours (log scale); right of 1x ours is faster; bars: goals")
