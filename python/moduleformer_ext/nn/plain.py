@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 from operator import eq, is_
-from typing import cast
+from typing import TypeGuard, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ __all__ = [
 ]
 
 
+_Kind = TypeVar("_Kind", bound=nn.Module)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
     """Whether calling the module would do what ``kind.forward`` does with its weights, and nothing else."""
     return is_untouched(module, kind) and not _has_any_global_hook()
 
@@ -100,7 +101,6 @@ def is_readable(weight: Tensor) -> bool:
 def call_in_dtype_of_input(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) computed in the dtype of x where the module is a plain linear layer; any other is called in its own."""
     if is_plain(module, nn.Linear):
-        module = cast(nn.Linear, module)
         bias = module.bias
         return F.linear(x, module.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)

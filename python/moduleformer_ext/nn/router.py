@@ -201,7 +201,9 @@ class LinearRouter(Router):
         weights = self._gate_weights()
         if weights is None:
             return None
-        return ops.route_topk_linear(x, weights.gate_weight, self.k, order=self.order, noise=noise, num_sampled=num_sampled)
+        return ops.route_topk_linear(
+            x, weights.gate_weight, self.k, order=self.order, noise=noise, num_sampled=num_sampled
+        )
 
     def _hidden(self, x: Tensor) -> Tensor:
         return x
@@ -250,7 +252,14 @@ class MLPRouter(Router):
             return None
         hidden_weight, hidden_bias = cast(Tensor, weights.hidden_weight), cast(Tensor, weights.hidden_bias)
         return ops.route_topk_mlp(
-            x, hidden_weight, hidden_bias, weights.gate_weight, self.k, order=self.order, noise=noise, num_sampled=num_sampled
+            x,
+            hidden_weight,
+            hidden_bias,
+            weights.gate_weight,
+            self.k,
+            order=self.order,
+            noise=noise,
+            num_sampled=num_sampled,
         )
 
     def _hidden(self, x: Tensor) -> Tensor:
