@@ -20,7 +20,7 @@ from routed import (
 from strides import spaced
 from torch import Tensor
 
-from moduleformer_ext.ops import expert_ffn, expert_layout, grouped_gemm
+from moduleformer_ext.ops import expert_ffn, grouped_gemm
 from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS
 
 ORDERS = ("token", "slot", "expert")
@@ -365,24 +365,6 @@ def test_autocast_lowers_biases(device):
     assert torch.equal(out, expert_ffn(*low, layout, gates, **biases))
     out.sum().backward()
     assert {t.grad.dtype for t in (x, up, down, gates, up_bias, down_bias)} == {torch.float32}
-
-
-def test_exports_with_a_transposed_parameter():
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.randn(3, 5, 8))
-            self.bias = torch.nn.Parameter(torch.randn(3, 5))
-
-        def forward(self, x, ids):
-            layout = expert_layout(ids, 3)
-            return grouped_gemm(x, self.weight.transpose(1, 2), layout, out_order="slot", bias=self.bias)
-
-    layer, tokens = Layer(), torch.export.Dim("tokens", min=2)
-    ids = torch.rand(7, 3).argsort(1)[:, :2].int()
-    program = torch.export.export(layer, (torch.randn(7, 8), ids), dynamic_shapes=({0: tokens}, {0: tokens}))
-    x, ids = torch.randn(4, 8), ids[:4]
-    assert torch.equal(program.module()(x, ids), layer(x, ids))
 
 
 LAYOUT = random_layout(4, 3, 2)

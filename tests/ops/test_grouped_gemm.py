@@ -328,14 +328,18 @@ def test_compiles_to_one_graph_for_any_number_of_tokens():
             assert torch.equal(a, b)
 
 
-def test_exports():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_exports(transposed):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.randn(3, 8, 5))
+            self.weight = torch.nn.Parameter(torch.randn(3, 5, 8) if transposed else torch.randn(3, 8, 5))
+            self.bias = torch.nn.Parameter(torch.randn(3, 5))
 
         def forward(self, x, ids):
-            return grouped_gemm(x, self.weight, expert_layout(ids, 3), out_order="slot", activation="relu")
+            weight = self.weight.transpose(1, 2) if transposed else self.weight
+            layout = expert_layout(ids, 3)
+            return grouped_gemm(x, weight, layout, out_order="slot", activation="relu", bias=self.bias)
 
     layer, tokens = Layer(), torch.export.Dim("tokens", min=2)
     ids = torch.rand(7, 3).argsort(1)[:, :2].int()

@@ -115,11 +115,14 @@ def test_no_sizes() -> None:
         choose_size((), lambda size: 1.0, lambda *_: 1.0)
 
 
-def test_a_run_gets_its_size(
-    tiny_config: ConfigMaker, tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moduleformer_ext.train.session.CLOSING_SECONDS", 0.5)
-    monkeypatch.setattr("moduleformer_ext.train.plan.CLOSING_SECONDS", 0.5)
+@pytest.fixture
+def closes_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("session", "plan"):
+        monkeypatch.setattr(f"moduleformer_ext.train.{module}.CLOSING_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("closes_soon")
+def test_a_run_gets_its_size(tiny_config: ConfigMaker, tmp_path: Path, corpus: list[str]) -> None:
     config = tiny_config(text=corpus, steps=0, minutes=0.1, checkpoint_every=10_000)
     sizes = (Size("endless", {}, 10**9), Size("short", {"segment_length": 6}, 10))
     run, said = RunDirectory.create(tmp_path / "run", config), []
@@ -148,11 +151,8 @@ def test_tokens_of_the_same_library_are_kept(tiny_config: ConfigMaker, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_a_machine_that_is_too_slow_is_told(
-    tiny_config: ConfigMaker, tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moduleformer_ext.train.session.CLOSING_SECONDS", 0.5)
-    monkeypatch.setattr("moduleformer_ext.train.plan.CLOSING_SECONDS", 0.5)
+@pytest.mark.usefixtures("closes_soon")
+def test_a_machine_that_is_too_slow_is_told(tiny_config: ConfigMaker, tmp_path: Path, corpus: list[str]) -> None:
     config = tiny_config(text=corpus, steps=0, minutes=0.1, checkpoint_every=10_000)
     said: list[str] = []
     assert run_session(
