@@ -18,6 +18,7 @@ OPTIONS = (
     "MFX_CUTLASS_DIR",
     "MFX_CPU_ISAS",
     "MFX_NATIVE",
+    "MFX_LINEINFO",
     "MFX_SANITIZE",
     "MFX_WERROR",
 )

@@ -57,7 +57,7 @@ add_library(mfx_cuda_flags INTERFACE)
 target_include_directories(mfx_cuda_flags INTERFACE "${CMAKE_SOURCE_DIR}/include" "${CMAKE_SOURCE_DIR}/csrc")
 # -DNDEBUG whatever the build type: assert() calls make ptxas serialise wgmma.
 target_compile_definitions(mfx_cuda_flags INTERFACE NDEBUG MFX_CUDA_ARCHS="${MFX_CUDA_ARCH_NAMES}")
-target_compile_options(mfx_cuda_flags INTERFACE -O3 --expt-relaxed-constexpr)
+target_compile_options(mfx_cuda_flags INTERFACE -O3 --expt-relaxed-constexpr $<$<BOOL:${MFX_LINEINFO}>:-lineinfo>)
 
 add_library(moduleformer_ext_cuda SHARED ${MFX_CUDA_SOURCES})
 target_link_libraries(moduleformer_ext_cuda PRIVATE mfx_cuda_flags)

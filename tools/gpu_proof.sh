@@ -48,7 +48,7 @@ case ${MFX_PROOF_DEVICE:-cuda} in
   cuda)
     # Models need packages of their own, and are no part of this.
     jobs=$("$python" -c 'import importlib.util as i, os; print(min(8, os.cpu_count()) if i.find_spec("xdist") else 0)')
-    MFX_NATIVE=${MFX_NATIVE-1} MFX_CUDA=ON stage build 180 tools/build_flavour.sh "$python" "$build"
+    MFX_NATIVE=${MFX_NATIVE-1} MFX_LINEINFO=${MFX_LINEINFO-1} MFX_CUDA=ON stage build 180 tools/build_flavour.sh "$python" "$build"
     [ $failed -eq 0 ] || exit 1
     export PYTHONPATH="$build/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     OMP_NUM_THREADS=2 stage tests 150 "$python" -m pytest -p no:cacheprovider @tests/cuda_tests.args \

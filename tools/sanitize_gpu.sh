@@ -1,7 +1,8 @@
 #!/bin/sh
 # Runs the tests of the CUDA kernels on this machine's GPU under compute-sanitizer: tools/sanitize_gpu.sh PYTHON [pytest
 # arguments], or one call of every op in a minute: tools/sanitize_gpu.sh PYTHON --once. Wrong accesses, races in shared
-# memory, misused barriers, reads of what was never written: each is a tool of its own and a run of its own.
+# memory, misused barriers, reads of what was never written: each is a tool of its own and a run of its own. With
+# MFX_LINEINFO=1 (docs/build.md) it names source lines.
 set -eu
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 shift
