@@ -114,9 +114,9 @@ gpu-proof: $(STAMP)
 check-torch:
 	tools/check_torch.sh
 
-# A model of the least time of the CUDA kernels, docs/cuda_roofline.md, from counts on the emulated device.
+# A model of the steady state of the CUDA kernels' main loops, docs/cuda_roofline.md, from SASS and the emulated device.
 cuda-roofline: build
-	tools/emulated.sh $(PY) --run tools/cuda_roofline.py
+	$(PY) tools/cuda_roofline.py
 
 check-cuda: build
 	tools/check_cuda.sh $(PY)

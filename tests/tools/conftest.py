@@ -34,10 +34,5 @@ def report() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def roofline() -> ModuleType:
-    return load_tool("cuda_roofline")
-
-
-@pytest.fixture(scope="session")
 def hub() -> ModuleType:
     return load_tool("hub_build_toml")
