@@ -24,12 +24,22 @@ using at::Tensor;
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ResultsAndHidden = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// How the gates follow from the chosen logits; all that backward has to know of the choice.
+struct Gates {
+  std::string order;
+  double scale;
+};
+struct Ranking {
+  OptionalTensor selection_bias;
+  int64_t num_groups, top_groups, scored_per_group;
+};
 struct Args {
   Network network;
   int64_t k;
-  std::string order;
+  Gates gates;
   OptionalTensor noise;
   int64_t num_sampled;
+  Ranking ranking;
 };
 struct ForwardArgs {
   Args args;
@@ -41,18 +51,42 @@ struct Saved {
 struct BackwardArgs {
   OptionalTensor grad_gates, grad_prob_sum, grad_plogp_sum, grad_logsumexp_sq_sum, grad_logits;
   Network network;
-  std::string order;
+  Gates gates;
   Saved saved;
   c10::List<bool> wanted;  // a flag for x, hidden_weight, hidden_bias and each segment of weight
 };
 
+void check_ranking(const Network& network, int64_t k, const c10::SymInt& num_experts, const Ranking& ranking) {
+  const char* op = network.op();
+  const auto& [bias, num_groups, top_groups, scored_per_group] = ranking;
+  if (bias.has_value()) {
+    check_dim(op, "selection_bias", *bias, 1);
+    check_float_dtype(op, "selection_bias", *bias);
+    check_same_device(op, "selection_bias", *bias, "x", network.x);
+    MFX_CHECK_ARG(bias->sym_size(0) == num_experts, op, "selection_bias",
+                  c10::str("have shape [E] = [", num_experts, "]"), "shape ", bias->sym_sizes());
+  }
+  MFX_CHECK_ARG(num_groups >= 1 && num_experts % num_groups == 0, op, "num_groups",
+                c10::str("divide the ", num_experts, " experts"), num_groups);
+  MFX_CHECK_ARG(top_groups >= 1 && top_groups <= num_groups, op, "top_groups",
+                c10::str("be in [1, ", num_groups, "] (num_groups)"), top_groups);
+  MFX_CHECK_ARG(num_experts / num_groups * top_groups >= k, op, "top_groups",
+                c10::str("leave at least k = ", k, " experts, of groups of ", num_experts / num_groups), top_groups);
+  MFX_CHECK_ARG(scored_per_group == 1 || scored_per_group == 2, op, "scored_per_group", "be 1 or 2", scored_per_group);
+}
+
 void check_arguments(const Args& a) {
-  const auto& [network, k, order, noise, num_sampled] = a;
+  const auto& [network, k, gates, noise, num_sampled, ranking] = a;
   network.check();
   const char* op = network.op();
   const auto num_experts = network.num_experts();
   check_k(op, k, num_experts);
-  parse_router_order(op, order);
+  const RouterOrder order = parse_router_order(op, gates.order);
+  check_ranking(network, k, num_experts, ranking);
+  const bool samples_softmax =
+      !scores_are_sigmoids(order) && !ranking.selection_bias.has_value() && ranking.top_groups == ranking.num_groups;
+  MFX_CHECK_ARG(samples_softmax || num_sampled == 0, op, "num_sampled",
+                "be 0 with sigmoids, selection_bias or groups left out", num_sampled);
   MFX_CHECK_ARG(num_sampled >= 0 && num_sampled <= k, op, "num_sampled", c10::str("be in [0, ", k, "] (k)"),
                 num_sampled);
   MFX_CHECK_ARG(noise.has_value() == (num_sampled > 0), op, "noise",
@@ -80,7 +114,7 @@ ResultsAndHidden allocate(const Network& network, int64_t k, bool save_hidden) {
 template <bool kMeta>
 ResultsAndHidden forward(const ForwardArgs& f) {
   const auto& [args, save_hidden] = f;
-  const auto& [network, k, order, noise, num_sampled] = args;
+  const auto& [network, k, choice, noise, num_sampled, ranking] = args;
   check_arguments(args);
   if constexpr (kMeta) return allocate(network, k, save_hidden);
   const Tensor& x = network.x;
@@ -90,12 +124,19 @@ ResultsAndHidden forward(const ForwardArgs& f) {
                 "have fewer than 2^31 slots (tokens times k)", "shape ", x.sizes());
   const NetworkParams network_params(network);
   const Tensor noise_values = noise.has_value() ? noise->to(result_type(x)).contiguous() : Tensor();
+  const OptionalTensor& bias = ranking.selection_bias;
+  const Tensor bias_values = bias.has_value() ? bias->to(result_type(x)).contiguous() : Tensor();
   ResultsAndHidden results = allocate(network, k, save_hidden);
   auto& [gates, expert_ids, prob_sum, plogp_sum, logsumexp_sq_sum, counts, logits, hidden] = results;
   const RouteTopKParams params = {
       .network = network_params.get(),
       .k = k,
-      .order = parse_router_order(op, order),
+      .order = parse_router_order(op, choice.order),
+      .ranking = {.bias = bias.has_value() ? bias_values.const_data_ptr() : nullptr,
+                  .num_groups = ranking.num_groups,
+                  .top_groups = ranking.top_groups,
+                  .scored_per_group = ranking.scored_per_group},
+      .scale = choice.scale,
       .num_sampled = num_sampled,
       .noise = noise.has_value() ? noise_values.const_data_ptr() : nullptr,
       .gates = gates.mutable_data_ptr(),
@@ -149,7 +190,7 @@ void check_backward(const BackwardArgs& b) {
   check_result("grad_plogp_sum", b.grad_plogp_sum, {});
   check_result("grad_logsumexp_sq_sum", b.grad_logsumexp_sq_sum, {});
   check_result("grad_logits", b.grad_logits, {tokens, experts});
-  parse_router_order(op, b.order);
+  parse_router_order(op, b.gates.order);
 }
 
 // What may require grad, in the order of `wanted`; undefined tensors for what the gate does not have.
@@ -205,7 +246,8 @@ std::vector<Tensor> backward(const BackwardArgs& b) {
   const RouteTopKBackwardParams params = {
       .network = network_params.get(),
       .k = saved.expert_ids.size(1),
-      .order = parse_router_order(network.op(), b.order),
+      .order = parse_router_order(network.op(), b.gates.order),
+      .scale = b.gates.scale,
       .logits = pointer(saved.logits),
       .hidden = pointer(saved.hidden),
       .expert_ids = copies.emplace_back(saved.expert_ids.contiguous()).const_data_ptr<int32_t>(),
@@ -232,17 +274,17 @@ struct RouteTopK : torch::autograd::Function<RouteTopK> {
         call<"route_topk_forward", &mfx::forward<false>>({a, /*save_hidden=*/true});
     ctx->mark_non_differentiable({expert_ids, counts});
     ctx->set_materialize_grads(false);
-    save_args(ctx, a.network, a.order, Saved{expert_ids, logits, hidden});
+    save_args(ctx, a.network, a.gates, Saved{expert_ids, logits, hidden});
     return {gates, expert_ids, prob_sum, plogp_sum, logsumexp_sq_sum, counts, logits};
   }
 
   static std::vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const std::vector<Tensor>& grads) {
-    const auto [network, order, saved] = saved_args<Network, std::string, Saved>(ctx);
+    const auto [network, gates, saved] = saved_args<Network, Gates, Saved>(ctx);
     const std::vector<Tensor> inputs = differentiable(network);
     const c10::List<bool> wanted = needed_gradients(ctx, inputs);
     const std::vector<Tensor> gradients = call<"route_topk_backward", &mfx::backward<false>>(
         {if_defined(grads[0]), if_defined(grads[2]), if_defined(grads[3]), if_defined(grads[4]), if_defined(grads[6]),
-         network, order, saved, wanted});
+         network, gates, saved, wanted});
     auto next = gradients.begin();
     std::vector<Tensor> all(inputs.size());
     for (std::size_t i = 0; i < all.size(); ++i) {
@@ -254,7 +296,7 @@ struct RouteTopK : torch::autograd::Function<RouteTopK> {
 
 Results autograd(const Args& a) {
   const std::vector<Tensor> inputs = differentiable(a.network);
-  refuse_forward_mode(a.network.op(), at::TensorList(inputs), a.noise);
+  refuse_forward_mode(a.network.op(), at::TensorList(inputs), a.noise, a.ranking.selection_bias);
   if (!records_grad(at::TensorList(inputs))) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return call<"route_topk", &autograd>(a);
@@ -269,7 +311,9 @@ Results autograd(const Args& a) {
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
   using enum c10::DispatchKey;
   const std::string network = "Tensor x, str gate, Tensor? hidden_weight, Tensor? hidden_bias, Tensor[] weight, ";
-  const std::string args = network + "int k, str order, Tensor? noise, int num_sampled";
+  const std::string args = network +
+                           "int k, str order, float scale, Tensor? noise, int num_sampled, Tensor? selection_bias, "
+                           "int num_groups, int top_groups, int scored_per_group";
   const std::string results =
       "Tensor gates, Tensor expert_ids, Tensor prob_sum, Tensor plogp_sum, Tensor logsumexp_sq_sum, Tensor counts, "
       "Tensor logits";
@@ -284,7 +328,8 @@ TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
   Definition(m,
              "route_topk_backward(Tensor? grad_gates, Tensor? grad_prob_sum, Tensor? grad_plogp_sum, Tensor? "
              "grad_logsumexp_sq_sum, Tensor? grad_logits, " +
-                 network + "str order, Tensor expert_ids, Tensor logits, Tensor hidden, bool[] wanted) -> Tensor[]")
+                 network +
+                 "str order, float scale, Tensor expert_ids, Tensor logits, Tensor hidden, bool[] wanted) -> Tensor[]")
       .kernel<&backward<false>>({CPU, CUDA})
       .kernel<&backward<true>>({Meta})
       .kernel(Autograd, not_differentiable());

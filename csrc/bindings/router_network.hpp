@@ -30,7 +30,10 @@ inline const char* op_name(RouterGate gate) {
 inline RouterOrder parse_router_order(const char* op, std::string_view order) {
   if (order == "softmax_topk") return RouterOrder::kSoftmaxTopK;
   if (order == "topk_softmax") return RouterOrder::kTopKSoftmax;
-  MFX_CHECK_ARG(false, op, "order", "be 'softmax_topk' or 'topk_softmax'", "'", order, "'");
+  if (order == "sigmoid_topk") return RouterOrder::kSigmoidTopK;
+  if (order == "sigmoid_topk_renormalised") return RouterOrder::kSigmoidTopKRenormalised;
+  MFX_CHECK_ARG(false, op, "order", "be 'softmax_topk', 'topk_softmax', 'sigmoid_topk' or 'sigmoid_topk_renormalised'",
+                "'", order, "'");
 }
 
 inline void check_k(const char* op, int64_t k, const c10::SymInt& num_experts) {

@@ -37,6 +37,7 @@ class LogitGradient {
         grad_(experts_),
         extra_(experts_),
         gates_(p.k),
+        slopes_(p.k),
         ids_(p.k * w) {}
 
   // Valid until the next call.
@@ -70,33 +71,36 @@ class LogitGradient {
     }
   }
 
-  // Into grad_ where the gate is p itself, into extra_ where it is a softmax of its own.
+  // Into grad_ where the gate is p itself, into extra_ where it has a derivative of its own.
   void add_gates(std::int64_t token, int present) {
     const A* grad_gates = static_cast<const A*>(p_.grad_gates) + token * p_.k;
     const std::int32_t* expert_ids = p_.expert_ids + token * p_.k;
+    const A scale = static_cast<A>(p_.scale);
     std::fill_n(ids_.data(), p_.k * w, 0);
     for (int i = 0; i < present; ++i) {
       for (std::int64_t j = 0; j < p_.k; ++j) ids_[j * w + i] = expert_ids[i * p_.k + j];
     }
     if (p_.order == RouterOrder::kSoftmaxTopK) {
       for (int i = 0; i < present; ++i) {
-        for (std::int64_t j = 0; j < p_.k; ++j) grad_[ids_[j * w + i]][i] += grad_gates[i * p_.k + j];
+        for (std::int64_t j = 0; j < p_.k; ++j) grad_[ids_[j * w + i]][i] += scale * grad_gates[i * p_.k + j];
       }
       return;
     }
-    softmax_choices<A>(logits_.data(), p_.k, ids_.data(), gates_.data());
+    ChosenGates<A>{gates_.data(), slopes_.data()}.compute(p_.order, logits_.data(), probs_.data(), p_.k, ids_.data());
     for (int i = 0; i < present; ++i) {
       A mean = 0;
-      for (std::int64_t j = 0; j < p_.k; ++j) mean += gates_[j][i] * grad_gates[i * p_.k + j];
+      for (std::int64_t j = 0; p_.order != RouterOrder::kSigmoidTopK && j < p_.k; ++j) {
+        mean += gates_[j][i] * grad_gates[i * p_.k + j];
+      }
       for (std::int64_t j = 0; j < p_.k; ++j) {
-        extra_[ids_[j * w + i]][i] += gates_[j][i] * (grad_gates[i * p_.k + j] - mean);
+        extra_[ids_[j * w + i]][i] += scale * slopes_[j][i] * (grad_gates[i * p_.k + j] - mean);
       }
     }
   }
 
   const RouteTopKBackwardParams& p_;
   std::int64_t experts_;
-  AlignedBuffer<Vec<A>> logits_, probs_, grad_, extra_, gates_;
+  AlignedBuffer<Vec<A>> logits_, probs_, grad_, extra_, gates_, slopes_;
   AlignedBuffer<std::int32_t> ids_;
 };
 

@@ -45,6 +45,7 @@ __device__ void logit_gradient(const Backward& p, std::int64_t token) {
       n.num_experts,
       p.k,
       p.order,
+      static_cast<float>(p.scale),
   };
   gradient.compute([&](std::int64_t e, float value) {
     if (n.gate == RouterGate::kLogits) {

@@ -57,9 +57,12 @@ class Selector {
         logits_(experts_),
         probs_(experts_),
         noise_(p.num_sampled > 0 ? experts_ : 0),
+        scores_(p.ranking.by_score() ? experts_ : 0),
         prob_sums_(experts_),
         keys_(experts_),
+        groups_(p.ranking, experts_),
         gates_(p.k),
+        slopes_(p.k),
         ids_(p.k * w) {}
 
   // rows [count][>= E] of logits, of the tokens from `first` on.
@@ -96,7 +99,11 @@ class Selector {
 
   void choose(std::int64_t token, int present) {
     const std::int64_t best = p_.k - p_.num_sampled;
-    for (std::int64_t e = 0; e < experts_; ++e) keys_[e] = rank_key<A>(logits_[e]);
+    if (p_.ranking.by_score()) {
+      rank_scores();
+    } else {
+      for (std::int64_t e = 0; e < experts_; ++e) keys_[e] = rank_key<A>(logits_[e]);
+    }
     if (best > 0) largest_keys<A>(experts_, keys_.data(), best, ids_.data());
     if (p_.num_sampled > 0) {
       const A* noise = static_cast<const A*>(p_.noise) + token * experts_;
@@ -109,11 +116,18 @@ class Selector {
       }
       largest_keys<A>(experts_, keys_.data(), p_.num_sampled, ids_.data() + best * w);
     }
-    if (p_.order == RouterOrder::kTopKSoftmax) {
-      softmax_choices<A>(logits_.data(), p_.k, ids_.data(), gates_.data());
-    } else {
-      for (std::int64_t j = 0; j < p_.k; ++j) gates_[j] = gather_choice<A>(probs_.data(), ids_.data() + j * w);
+    ChosenGates<A>{gates_.data(), slopes_.data()}.compute(p_.order, logits_.data(), probs_.data(), p_.k, ids_.data());
+    for (std::int64_t j = 0; j < p_.k; ++j) gates_[j] *= static_cast<A>(p_.scale);
+  }
+
+  void rank_scores() {
+    const A* bias = static_cast<const A*>(p_.ranking.bias);
+    for (std::int64_t e = 0; e < experts_; ++e) {
+      scores_[e] = scores_are_sigmoids(p_.order) ? sigmoid_lanes<A>(logits_[e]).value : probs_[e];
+      if (bias != nullptr) scores_[e] += bias[e];
+      keys_[e] = rank_key<A>(scores_[e]);
     }
+    groups_.apply(scores_.data(), keys_.data());
   }
 
   void write(std::int64_t token, int present, std::int32_t* counts) {
@@ -130,9 +144,10 @@ class Selector {
 
   const RouteTopKParams& p_;
   std::int64_t experts_;
-  AlignedBuffer<Vec<A>> logits_, probs_, noise_, prob_sums_;
+  AlignedBuffer<Vec<A>> logits_, probs_, noise_, scores_, prob_sums_;
   AlignedBuffer<Vec<KeyOf<A>>> keys_;
-  AlignedBuffer<Vec<A>> gates_;
+  GroupFilter<A> groups_;
+  AlignedBuffer<Vec<A>> gates_, slopes_;
   AlignedBuffer<std::int32_t> ids_;
 };
 

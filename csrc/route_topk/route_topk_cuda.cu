@@ -15,8 +15,10 @@ inline constexpr int kForwardBlocks = Shape::kBlocksPerSm + 1;  // per multiproc
 struct Forward : RouteTopKParams {
   ExpertRows experts;
   std::int64_t num_tiles;
-  float* z;       // [T, G]
-  float* scales;  // [T], kGmm alone
+  float* z;                  // [T, G]
+  float* scales;             // [T], kGmm alone
+  float* scores;             // [T, E], where experts are ranked by score
+  std::int64_t* group_keys;  // [T, groups], where some are left out
   // Per tile: sums of p per expert, of p log p and of logsumexp^2; slots per expert.
   float* tile_sums;           // [tiles, E + 2]
   std::int32_t* tile_counts;  // [tiles, E]
@@ -72,13 +74,20 @@ __device__ TokenSums route_token(const Forward& p, std::int64_t token) {
   const float* logits = floats(p.logits) + token * experts;
   std::int32_t* ids = p.expert_ids + token * p.k;
   const Softmax all = softmax(experts, [&](std::int64_t e) { return logits[e]; });
-  choose(logits, experts, all, p.noise == nullptr ? nullptr : floats(p.noise) + token * experts, p.k, p.num_sampled,
-         ids);
+  const RouterRanking& ranking = p.ranking;
+  const float* ranked = logits;
+  std::int64_t* group_keys = ranking.leaves_groups_out() ? p.group_keys + token * ranking.num_groups : nullptr;
+  if (ranking.by_score()) {
+    float* scores = p.scores + token * experts;
+    rank_scores(ranking, p.order, logits, experts, all, scores, group_keys);
+    ranked = scores;
+  }
+  choose(ranked, group_keys, experts / ranking.num_groups, logits, experts, all,
+         p.noise == nullptr ? nullptr : floats(p.noise) + token * experts, p.k, p.num_sampled, ids);
 
-  const auto chosen_logit = [&](std::int64_t j) { return logits[ids[j]]; };
-  const Softmax of_gates = p.order == RouterOrder::kSoftmaxTopK ? all : softmax(p.k, chosen_logit);
+  const ChosenGates chosen = chosen_gates(p.order, all, logits, ids, p.k);
   for (std::int64_t j = lane_id(); j < p.k; j += device::kWarp) {
-    floats(p.gates)[token * p.k + j] = of_gates.prob(chosen_logit(j));
+    floats(p.gates)[token * p.k + j] = chosen.gate(logits[ids[j]]) * static_cast<float>(p.scale);
   }
   float plogp = 0.0f;
   for (std::int64_t e = lane_id(); e < experts; e += device::kWarp) {
@@ -154,6 +163,9 @@ Placed place(const RouteTopKParams& p) {
   Workspace workspace(p.workspace);
   forward.z = p.hidden != nullptr ? floats(p.hidden) : workspace.take<float>(n.num_tokens * n.hidden_dim);
   forward.scales = workspace.take<float>(n.gate == RouterGate::kGmm ? n.num_tokens : 0);
+  forward.scores = workspace.take<float>(p.ranking.by_score() ? n.num_tokens * n.num_experts : 0);
+  forward.group_keys =
+      workspace.take<std::int64_t>(p.ranking.leaves_groups_out() ? n.num_tokens * p.ranking.num_groups : 0);
   forward.tile_sums = workspace.take<float>(num_tiles(n) * (n.num_experts + 2));
   forward.tile_counts = workspace.take<std::int32_t>(num_tiles(n) * n.num_experts);
   return {forward, workspace.bytes()};

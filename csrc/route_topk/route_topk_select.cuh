@@ -62,11 +62,72 @@ __device__ void largest_keys(std::int64_t num_experts, std::int64_t count, std::
   __syncwarp();
 }
 
-// The k experts of a token: the best by logit, then those sampled from the rest.
-__device__ inline void choose(const float* logits, std::int64_t num_experts, const Softmax& p, const float* noise,
+struct Sigmoid {
+  float value, slope;
+};
+
+// No digits are lost in either tail.
+__device__ inline Sigmoid sigmoid(float x) {
+  const float small = expf(-fabsf(x)), share = 1.0f / (1.0f + small);
+  return {(x < 0.0f ? small : 1.0f) * share, small * share * share};
+}
+
+// What experts are ranked by where that is not the logit: scores [E] of a token, and group_keys [num_groups], those of
+// the groups that are left out being 0.
+__device__ inline void rank_scores(const RouterRanking& ranking, RouterOrder order, const float* logits,
+                                   std::int64_t num_experts, const Softmax& p, float* scores,
+                                   std::int64_t* group_keys) {
+  const auto* bias = static_cast<const float*>(ranking.bias);
+  for (std::int64_t e = lane_id(); e < num_experts; e += device::kWarp) {
+    const float score = scores_are_sigmoids(order) ? sigmoid(logits[e]).value : p.prob(logits[e]);
+    scores[e] = bias == nullptr ? score : score + bias[e];
+  }
+  __syncwarp();
+  if (!ranking.leaves_groups_out()) return;
+  const std::int64_t size = num_experts / ranking.num_groups;
+  for (std::int64_t g = lane_id(); g < ranking.num_groups; g += device::kWarp) {
+    const float* of_group = scores + g * size;
+    std::int64_t best = rank_key(of_group[0], 0), second = 0;
+    float sum = of_group[0], second_score = 0.0f;
+    for (std::int64_t e = 1; e < size; ++e) {
+      const std::int64_t key = rank_key(of_group[e], e);
+      if (key > best) {
+        second = best;
+        second_score = sum;
+        best = key;
+        sum = of_group[e];
+      } else if (key > second) {
+        second = key;
+        second_score = of_group[e];
+      }
+    }
+    if (ranking.scored_per_group == 2) sum += second_score;
+    group_keys[g] = rank_key(sum, g);
+  }
+  __syncwarp();
+  std::int64_t bound = INT64_MAX;  // becomes the key of the last group that is left
+  for (std::int64_t j = 0; j < ranking.top_groups; ++j) {
+    std::int64_t best = 0;
+    for (std::int64_t g = lane_id(); g < ranking.num_groups; g += device::kWarp) {
+      if (group_keys[g] < bound) best = max(best, group_keys[g]);
+    }
+    bound = lanes_max(best);
+  }
+  for (std::int64_t g = lane_id(); g < ranking.num_groups; g += device::kWarp) {
+    if (group_keys[g] < bound) group_keys[g] = 0;
+  }
+  __syncwarp();
+}
+
+// The k experts of a token: the best by what they are ranked by, then those sampled from the rest. group_keys: null, or
+// of size experts each, 0 where they are not to be chosen.
+__device__ inline void choose(const float* ranked, const std::int64_t* group_keys, std::int64_t size,
+                              const float* logits, std::int64_t num_experts, const Softmax& p, const float* noise,
                               std::int64_t k, std::int64_t num_sampled, std::int32_t* ids) {
   const std::int64_t num_best = k - num_sampled;
-  largest_keys(num_experts, num_best, ids, [&](std::int64_t e) { return rank_key(logits[e], e); });
+  largest_keys(num_experts, num_best, ids, [&](std::int64_t e) {
+    return group_keys != nullptr && group_keys[e / size] == 0 ? std::int64_t{0} : rank_key(ranked[e], e);
+  });
   if (num_sampled == 0) return;
   largest_keys(num_experts, num_sampled, ids + num_best, [&](std::int64_t e) {
     for (std::int64_t j = 0; j < num_best; ++j) {
@@ -74,6 +135,34 @@ __device__ inline void choose(const float* logits, std::int64_t num_experts, con
     }
     return rank_key((p.prob(logits[e]) + static_cast<float>(kRouterSamplingFloor)) / noise[e], e);
   });
+}
+
+// The gates of a token's choices, before they are scaled.
+struct ChosenGates {
+  RouterOrder order;
+  Softmax softmax;           // over all experts, or over the choices
+  float inverse_sum = 1.0f;  // of sigmoids
+
+  __device__ float gate(float logit) const {
+    return scores_are_sigmoids(order) ? sigmoid(logit).value * inverse_sum : softmax.prob(logit);
+  }
+  // How much a gate grows with its own logit where the sum that it shares with others stays; of kSoftmaxTopK unused.
+  __device__ float slope(float logit) const {
+    return scores_are_sigmoids(order) ? sigmoid(logit).slope * inverse_sum : softmax.prob(logit);
+  }
+};
+
+__device__ inline ChosenGates chosen_gates(RouterOrder order, const Softmax& all, const float* logits,
+                                           const std::int32_t* ids, std::int64_t k) {
+  ChosenGates gates = {order, all};
+  if (order == RouterOrder::kTopKSoftmax) {
+    gates.softmax = softmax(k, [&](std::int64_t j) { return logits[ids[j]]; });
+  } else if (order == RouterOrder::kSigmoidTopKRenormalised) {
+    float sum = 0.0f;
+    for (std::int64_t j = lane_id(); j < k; j += device::kWarp) sum += sigmoid(logits[ids[j]]).value;
+    gates.inverse_sum = 1.0f / (device::lanes_sum(sum) + static_cast<float>(kRouterSumFloor));
+  }
+  return gates;
 }
 
 // d loss / d logits of a token; write(e, value) for every expert.
@@ -86,22 +175,25 @@ struct LogitGradient {
   float plogp, square;  // d plogp_sum, d logsumexp_sq_sum
   std::int64_t num_experts, k;
   RouterOrder order;
+  float scale;
 
   template <typename Write>
   __device__ void compute(Write write) const {
     const Softmax all = softmax(num_experts, [&](std::int64_t e) { return logits[e]; });
     const bool gates_are_p = order == RouterOrder::kSoftmaxTopK;
-    const auto chosen_logit = [&](std::int64_t j) { return logits[ids[j]]; };
-    // Gates that are a softmax of their own add p' (d gate - sum p' d gate) to their experts' logits.
-    Softmax chosen = {};
+    // Other gates have a derivative of their own: slope (d gate - sum over the choices of gate d gate).
+    ChosenGates chosen = {};
     float chosen_mean = 0.0f;
     if (grad_gates != nullptr && !gates_are_p) {
-      chosen = softmax(k, chosen_logit);
-      for (std::int64_t j = 0; j < k; ++j) chosen_mean += chosen.prob(chosen_logit(j)) * grad_gates[j];
+      chosen = chosen_gates(order, all, logits, ids, k);
+      for (std::int64_t j = 0; order != RouterOrder::kSigmoidTopK && j < k; ++j) {
+        chosen_mean += chosen.gate(logits[ids[j]]) * grad_gates[j];
+      }
     }
     const auto grad_gate = [&](std::int64_t e) {
       for (std::int64_t j = 0; grad_gates != nullptr && j < k; ++j) {
-        if (ids[j] == e) return gates_are_p ? grad_gates[j] : chosen.prob(logits[e]) * (grad_gates[j] - chosen_mean);
+        if (ids[j] != e) continue;
+        return scale * (gates_are_p ? grad_gates[j] : chosen.slope(logits[e]) * (grad_gates[j] - chosen_mean));
       }
       return 0.0f;
     };

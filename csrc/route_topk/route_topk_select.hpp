@@ -8,7 +8,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/aligned_buffer.hpp"
 #include "core/simd.hpp"
+#include "moduleformer_ext/route_topk.hpp"
 
 namespace mfx::MFX_ISA {
 
@@ -133,16 +135,111 @@ inline Vec<A> gather_choice(const Vec<A>* values, const std::int32_t* ids) {
   return chosen;
 }
 
-// gates[j] = softmax over the k choices of their logits, ids [k][lanes].
 template <typename A>
-inline void softmax_choices(const Vec<A>* logits, std::int64_t k, const std::int32_t* ids, Vec<A>* gates) {
-  Vec<A> largest = gather_choice<A>(logits, ids), sum = {};
-  for (std::int64_t j = 1; j < k; ++j) largest = max(gather_choice<A>(logits, ids + j * kWidth<A>), largest);
-  for (std::int64_t j = 0; j < k; ++j) {
-    gates[j] = exp(gather_choice<A>(logits, ids + j * kWidth<A>) - largest);
-    sum += gates[j];
-  }
-  for (std::int64_t j = 0; j < k; ++j) gates[j] /= sum;
+struct Sigmoid {
+  Vec<A> value, slope;
+};
+
+// No digits are lost in either tail.
+template <typename A>
+inline Sigmoid<A> sigmoid_lanes(Vec<A> x) {
+  const Vec<A> small = exp(x < 0 ? x : -x), share = 1 / (1 + small);
+  return {(x < 0 ? small : broadcast(A{1})) * share, small * share * share};
 }
+
+// What the gates of k choices are made of, before they are scaled: gates [k][lanes], and by how much gate j grows with
+// its own logit, slopes [k][lanes]. Where gates share a sum (all but kSigmoidTopK), what a logit does to them all is
+// slope (d gate - sum over the choices of gate d gate).
+template <typename A>
+struct ChosenGates {
+  Vec<A>*gates, *slopes;
+
+  // ids [k][lanes]. Of kSoftmaxTopK, gates are probs.
+  void compute(RouterOrder order, const Vec<A>* logits, const Vec<A>* probs, std::int64_t k, const std::int32_t* ids) {
+    const auto chosen = [&](const Vec<A>* values, std::int64_t j) {
+      return gather_choice<A>(values, ids + j * kWidth<A>);
+    };
+    if (order == RouterOrder::kSoftmaxTopK) {
+      for (std::int64_t j = 0; j < k; ++j) gates[j] = chosen(probs, j);
+      return;
+    }
+    Vec<A> sum = {};
+    if (order == RouterOrder::kTopKSoftmax) {
+      Vec<A> largest = chosen(logits, 0);
+      for (std::int64_t j = 1; j < k; ++j) largest = max(chosen(logits, j), largest);
+      for (std::int64_t j = 0; j < k; ++j) {
+        gates[j] = slopes[j] = exp(chosen(logits, j) - largest);
+        sum += gates[j];
+      }
+    } else {
+      for (std::int64_t j = 0; j < k; ++j) {
+        const Sigmoid<A> sigmoid = sigmoid_lanes<A>(chosen(logits, j));
+        gates[j] = sigmoid.value;
+        slopes[j] = sigmoid.slope;
+        sum += gates[j];
+      }
+      if (order == RouterOrder::kSigmoidTopK) return;
+      sum += static_cast<A>(kRouterSumFloor);
+    }
+    for (std::int64_t j = 0; j < k; ++j) {
+      gates[j] /= sum;
+      slopes[j] /= sum;
+    }
+  }
+};
+
+// Keys of the experts outside the best groups become the least integer: they are not chosen.
+template <typename A>
+class GroupFilter {
+  using Key = KeyOf<A>;
+  static constexpr int w = kWidth<A>;
+
+ public:
+  GroupFilter(const RouterRanking& ranking, std::int64_t num_experts)
+      : ranking_(ranking),
+        groups_(ranking.leaves_groups_out() ? ranking.num_groups : 0),
+        size_(num_experts / ranking.num_groups),
+        keys_(groups_),
+        kept_(groups_),
+        ids_(groups_ == 0 ? 0 : ranking.top_groups * w) {}
+
+  // keys[e] = rank_key(values[e])
+  void apply(const Vec<A>* values, Vec<Key>* keys) {
+    if (groups_ == 0) return;
+    for (std::int64_t g = 0; g < groups_; ++g) {
+      keys_[g] = rank_key<A>(score(values + g * size_, keys + g * size_));
+      kept_[g] = Vec<Key>{};
+    }
+    largest_keys<A>(groups_, keys_.data(), ranking_.top_groups, ids_.data());
+    for (std::int64_t j = 0; j < ranking_.top_groups; ++j) {
+      for (int i = 0; i < w; ++i) kept_[ids_[j * w + i]][i] = -1;
+    }
+    for (std::int64_t g = 0; g < groups_; ++g) {
+      for (std::int64_t e = g * size_; e < (g + 1) * size_; ++e) {
+        keys[e] = kept_[g] ? keys[e] : Vec<Key>{} + std::numeric_limits<Key>::min();
+      }
+    }
+  }
+
+ private:
+  // The sum of the one or two largest values of a group.
+  Vec<A> score(const Vec<A>* values, const Vec<Key>* keys) const {
+    Vec<A> best = values[0], second = {};
+    Vec<Key> best_key = keys[0], second_key = Vec<Key>{} + std::numeric_limits<Key>::min();
+    for (std::int64_t e = 1; e < size_; ++e) {
+      const Vec<Key> first = keys[e] > best_key, next = keys[e] > second_key;
+      second = first ? best : (next ? values[e] : second);
+      second_key = first ? best_key : (next ? keys[e] : second_key);
+      best = first ? values[e] : best;
+      best_key = first ? keys[e] : best_key;
+    }
+    return ranking_.scored_per_group == 1 ? best : best + second;
+  }
+
+  const RouterRanking& ranking_;
+  std::int64_t groups_, size_;
+  AlignedBuffer<Vec<Key>> keys_, kept_;
+  AlignedBuffer<std::int32_t> ids_;
+};
 
 }  // namespace mfx::MFX_ISA

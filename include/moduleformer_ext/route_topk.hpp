@@ -21,10 +21,30 @@ constexpr bool has_hidden_layer(RouterGate gate) {
 
 inline constexpr double kRouterNormFloor = 1e-12;     // of |x V^T|, as torch.nn.functional.normalize
 inline constexpr double kRouterSamplingFloor = 1e-6;  // added to p where experts are sampled
+inline constexpr double kRouterSumFloor = 1e-20;      // added to the sum of sigmoids that gates are divided by
 
 enum class RouterOrder : std::uint8_t {
-  kSoftmaxTopK,  // gates are the chosen experts' share of the softmax over all experts, not renormalised
-  kTopKSoftmax,  // gates are the softmax over the chosen experts' logits
+  kSoftmaxTopK,              // gates are the chosen experts' share of the softmax over all experts, not renormalised
+  kTopKSoftmax,              // gates are the softmax over the chosen experts' logits
+  kSigmoidTopK,              // gates are the sigmoids of the chosen experts' logits
+  kSigmoidTopKRenormalised,  // the same, divided by their sum (+ kRouterSumFloor)
+};
+
+// Whether an expert's score is the sigmoid of its logit; else it is its share of the softmax over all experts.
+constexpr bool scores_are_sigmoids(RouterOrder order) {
+  return order == RouterOrder::kSigmoidTopK || order == RouterOrder::kSigmoidTopKRenormalised;
+}
+
+// Which experts a token may have, and by what they are ranked.
+struct RouterRanking {
+  // [E] result type: experts are ranked by score + bias, where there is one or some groups are left out; else by logit.
+  const void* bias = nullptr;
+  // Consecutive groups of E / num_groups experts. Those of the top_groups best are left, a group being as good as the
+  // sum of its scored_per_group (1 or 2) largest score + bias.
+  std::int64_t num_groups = 1, top_groups = 1, scored_per_group = 1;
+
+  constexpr bool leaves_groups_out() const { return top_groups < num_groups; }
+  constexpr bool by_score() const { return bias != nullptr || leaves_groups_out(); }
 };
 
 // The gate network and its input. Double goes with double only; the other types may be mixed.
@@ -49,11 +69,13 @@ struct RouteTopKParams {
   RouterGateParams network;
   std::int64_t k;
   RouterOrder order;
+  RouterRanking ranking;
+  double scale = 1;  // of the gates
   // Of the k, this many come last and are sampled: those of the remaining experts with the largest
   // (p + floor) / noise, which for noise drawn from Exp(1) is sampling without replacement in proportion to p + floor.
   std::int64_t num_sampled;
   const void* noise;  // [T, E], result type
-  // Results. Experts are ranked by logit, NaN first and the lower index first among equals.
+  // Results. Experts are ranked with NaN first and the lower index first among equals, groups likewise.
   void* gates;                // [T, k]
   std::int32_t* expert_ids;   // [T, k]
   void* prob_sum;             // [E] sum over t of p
@@ -69,6 +91,7 @@ struct RouteTopKBackwardParams {
   RouterGateParams network;
   std::int64_t k;
   RouterOrder order;
+  double scale = 1;
   const void* logits;  // of the forward pass, as the next two
   const void* hidden;
   const std::int32_t* expert_ids;  // checked on the CPU: an error, with nothing written, outside [0, num_experts)

@@ -79,10 +79,10 @@ def _route(gate: str, **options: Any) -> Callable[..., Sequence[Tensor]]:
     function = getattr(ops, gate)
 
     def run(**values: Tensor) -> RouteTopK:
-        noise = values.pop("noise", None)
+        chooses = {name: values.pop(name) for name in ("noise", "selection_bias") if name in values}
         if "old" in values:
             values["weight"] = [values.pop("old"), values.pop("new")]
-        return function(*values.values(), k=2, noise=noise, **options)
+        return function(*values.values(), k=2, **chooses, **options)
 
     return run
 
@@ -154,6 +154,10 @@ CALLS: Mapping[str, Call] = {
         _heads((4, 2, 1, 4, 16), (4, 9, 1, 16), v=False, cache_lengths=_LENGTHS, key_padding_mask=_MASK), _decode
     ),
     "route_topk": Call(_rows((7, EXPERTS)), _route("route_topk")),
+    "route_topk by score": Call(
+        _rows((7, EXPERTS), selection_bias=_rand(EXPERTS)),
+        _route("route_topk", order="sigmoid_topk_renormalised", num_groups=EXPERTS, top_groups=3, scale=2.0),
+    ),
     "route_topk_linear": Call(
         _rows((7, 6), (EXPERTS, 6), noise=_rand(7, EXPERTS)), _route("route_topk_linear", num_sampled=1)
     ),

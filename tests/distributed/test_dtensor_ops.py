@@ -35,6 +35,7 @@ NATURAL = [
     ("decode where k is v", {"q": "S0", "k": "S0", "cache_lengths": "S0", "key_padding_mask": "S0"}, "S0 S0", {}),
     ("route_topk", {"x": "S0"}, ROUTE, {"x": "S0"}),
     ("route_topk", {}, "R R R R R R R", {}),
+    ("route_topk by score", {"x": "S0"}, ROUTE, {"x": "S0"}),
     ("route_topk_linear", {"x": "S0", "noise": "S0"}, ROUTE, {"x": "S0", "w0": "P"}),
     ("route_topk_mlp", {"x": "S0"}, ROUTE, {"x": "S0", "w0": "P", "w1": "P", "old": "P", "new": "P"}),
     ("expert_layout", {}, "R R R R", {}),

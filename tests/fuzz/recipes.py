@@ -126,7 +126,17 @@ def router(m: Maker, gate: str) -> Call:
     tokens, dim, hidden, experts = m.size(), m.size(least=1), m.size(least=2), m.size(least=1)
     k = m.random.randint(1, min(4, experts))
     sampled = m.random.choice((0, 0, m.random.randint(0, k)))
-    options = {"order": m.random.choice(("softmax_topk", "topk_softmax")), "num_sampled": sampled}
+    softmax = ("softmax_topk", "topk_softmax")
+    sigmoid = () if sampled else ("sigmoid_topk", "sigmoid_topk_renormalised")
+    options = {"order": m.random.choice((*softmax, *sigmoid)), "num_sampled": sampled}
+    options["scale"] = m.random.choice((1.0, 2.5))
+    if not sampled and m.chance():
+        options["selection_bias"] = m.normal(experts)
+    if not sampled and m.chance():
+        options["num_groups"] = m.random.choice([n for n in range(1, experts + 1) if experts % n == 0])
+        least = -(-k * options["num_groups"] // experts)
+        options["top_groups"] = m.random.randint(least, options["num_groups"])
+        options["scored_per_group"] = m.random.randint(1, 2)
     if sampled:
         options["noise"] = m.strided(torch.empty(tokens, experts).exponential_(generator=m.generator) + 1e-3)
     if gate == "logits":

@@ -13,7 +13,8 @@ from moduleformer_ext import ops, reference
 from moduleformer_ext.types import RouteTopK
 
 GATES = ("logits", "linear", "mlp", "gmm")
-ORDERS = ("softmax_topk", "topk_softmax")
+ORDERS = ("softmax_topk", "topk_softmax", "sigmoid_topk", "sigmoid_topk_renormalised")
+SOFTMAX_ORDERS = ORDERS[:2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIFFERENTIABLE = ("gates", "prob_sum", "plogp_sum", "logsumexp_sq_sum", "logits")
 # Relative to the largest entry. Results are computed in float32 from whatever is stored, so they do not care about
@@ -118,11 +119,11 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) 
     assert error <= tolerance, f"{what}: relative error {error}"
 
 
-def check(router: Router, k: int, *, noise: Tensor | None = None, **options: Any) -> None:
+def check(router: Router, k: int, **options: Any) -> None:
     """Results and, for a random weighting of them, the gradients of all inputs."""
     dtype, device, exact = router.x.dtype, router.x.device, router.require_grad().double()
-    route = router(ops, k, noise=None if noise is None else noise.to(device), **options)
-    expected = exact(reference, k, noise=noise, **options)
+    there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    route, expected = router(ops, k, **there), exact(reference, k, **options)
     assert torch.equal(route.expert_ids.cpu(), expected.expert_ids)
     assert torch.equal(route.counts.cpu(), expected.counts)
     assert route.expert_ids.dtype == route.counts.dtype == torch.int32

@@ -160,7 +160,9 @@ def raw_calls():
     tiles = torch.zeros(1, 5, 2, dtype=torch.int32)
     return {
         "route_topk_forward": (
-            lambda x, w: RAW.route_topk_forward(x, "linear", None, None, [w], 1, "softmax_topk", None, 0, True)[0],
+            lambda x, w: RAW.route_topk_forward(
+                x, "linear", None, None, [w], 1, "softmax_topk", 1.0, None, 0, None, 1, 1, 2, True
+            )[0],
             [X, (3, 8)],
         ),
         "grouped_gemm_forward": (
@@ -184,6 +186,7 @@ def raw_calls():
                 None,
                 [w],
                 "softmax_topk",
+                1.0,
                 ids,
                 logits,
                 torch.empty(0),

@@ -53,7 +53,7 @@ def check_attention(device, arguments, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("order", ["softmax_topk", "topk_softmax"])
+@pytest.mark.parametrize("order", ["softmax_topk", "topk_softmax", "sigmoid_topk_renormalised"])
 def test_attention_against_the_oracle(dtype, gate, order, device):
     check_attention(device, attention_case(dtype=dtype, gate=gate, order=order))
 
@@ -252,7 +252,10 @@ def test_compiled():
         ({"hidden_bias": None}, "hidden_bias must be given with the mlp gate alone, got none"),
         ({"gate_weight": torch.ones(5, 23)}, r"gate_weight must have G = 24 columns, got shape \[5, 23\]"),
         ({"k": 6}, r"k must be in \[1, 5\] \(the number of experts\), got 6"),
-        ({"order": "top"}, "order must be 'softmax_topk' or 'topk_softmax', got 'top'"),
+        (
+            {"order": "top"},
+            "order must be 'softmax_topk', 'topk_softmax', 'sigmoid_topk' or 'sigmoid_topk_renormalised', got 'top'",
+        ),
         ({"norm_weight": torch.ones(31)}, r"norm_weight must have shape \[32\], got shape \[31\]"),
         ({"norm_bias": torch.ones(FEATURES).half()}, "norm_bias must be Float, got Half"),
         ({"router": ("mlp", None)}, "router must be a NormedRouter, got tuple"),

@@ -11,7 +11,9 @@ RAW = torch.ops.moduleformer_ext
 
 def router_backward(**changes):
     x, weight = torch.randn(5, 8), torch.randn(4, 8)
-    route = RAW.route_topk_forward(x, "linear", None, None, [weight], 2, "softmax_topk", None, 0, True)
+    route = RAW.route_topk_forward(
+        x, "linear", None, None, [weight], 2, "softmax_topk", 1.0, None, 0, None, 1, 1, 2, True
+    )
     arguments = {
         "grad_gates": torch.randn(5, 2),
         "grad_prob_sum": torch.randn(4),
@@ -24,6 +26,7 @@ def router_backward(**changes):
         "hidden_bias": None,
         "weight": [weight],
         "order": "softmax_topk",
+        "scale": 1.0,
         "expert_ids": route[1],
         "logits": route[6],
         "hidden": route[7],
@@ -54,7 +57,10 @@ def router_backward(**changes):
         ({"grad_plogp_sum": torch.randn(1)}, r"grad_plogp_sum must have shape \[\]"),
         ({"grad_logsumexp_sq_sum": torch.randn(2)}, r"grad_logsumexp_sq_sum must have shape \[\]"),
         ({"grad_logits": torch.randn(4, 5)}, r"grad_logits must have shape \[5, 4\]"),
-        ({"order": "first"}, "order must be 'softmax_topk' or 'topk_softmax', got 'first'"),
+        (
+            {"order": "first"},
+            "order must be 'softmax_topk', 'topk_softmax', 'sigmoid_topk' or 'sigmoid_topk_renormalised', got 'first'",
+        ),
         ({"wanted": [True]}, "wanted must have 4 flags, got 1"),
         (
             {"wanted": [True, True, False, True]},

@@ -16,6 +16,7 @@ from router_cases import (
     DTYPES,
     GATES,
     ORDERS,
+    SOFTMAX_ORDERS,
     Router,
     assert_close,
     check,
@@ -26,7 +27,12 @@ from router_cases import (
 from moduleformer_ext import ops, reference
 
 # tokens, num_experts, k, order, num_sampled
-SIZES = [(1, 1, 1, "softmax_topk", 0), (37, 9, 3, "topk_softmax", 0), (65, 40, 2, "softmax_topk", 1)]
+SIZES = [
+    (1, 1, 1, "softmax_topk", 0),
+    (37, 9, 3, "topk_softmax", 0),
+    (65, 40, 2, "softmax_topk", 1),
+    (37, 40, 3, "sigmoid_topk_renormalised", 0),
+]
 MORE_SIZES = [
     (tokens, num_experts, k, order, num_sampled)
     for tokens, num_experts, k, num_sampled in [
@@ -37,7 +43,7 @@ MORE_SIZES = [
         (3, 1, 1, 0),
         (2, 5, 3, 3),
     ]
-    for order in ORDERS
+    for order in (SOFTMAX_ORDERS if num_sampled else ORDERS)
 ]
 
 
@@ -151,7 +157,7 @@ def test_masked_experts():
     assert (logits.grad[:, [1, 4]] == 0).all()
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", SOFTMAX_ORDERS)
 @pytest.mark.parametrize("num_sampled", [0, 1, 2])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_nan_stays_with_its_token(order, num_sampled, bad, device):
@@ -184,7 +190,7 @@ def test_nan_stays_with_its_token(order, num_sampled, bad, device):
 )
 def test_properties(tokens, num_experts, data, order, scale, seed):
     k = data.draw(st.integers(1, num_experts))
-    num_sampled = data.draw(st.integers(0, k))
+    num_sampled = data.draw(st.integers(0, k)) if order in SOFTMAX_ORDERS else 0
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(tokens, num_experts, generator=generator) * scale).round(decimals=1)
     noise = torch.empty(tokens, num_experts).exponential_(generator=generator) if num_sampled else None
@@ -203,8 +209,13 @@ def test_properties(tokens, num_experts, data, order, scale, seed):
     if order == "topk_softmax":
         torch.testing.assert_close(route.gates.sum(-1), torch.ones(tokens))
         torch.testing.assert_close(route.gates, chosen.softmax(-1), rtol=1e-5, atol=1e-7)
-    else:
+    elif order == "softmax_topk":
         torch.testing.assert_close(route.gates, logits.softmax(-1).gather(1, ids), rtol=2e-5, atol=1e-7)
+    else:
+        gates = chosen.double().sigmoid()
+        if order == "sigmoid_topk_renormalised":
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        torch.testing.assert_close(route.gates, gates.float(), rtol=1e-5, atol=1e-7)
 
 
 def test_sampling_follows_the_probabilities():

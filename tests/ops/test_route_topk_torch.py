@@ -12,7 +12,15 @@ from moduleformer_ext import ops, reference
 OP = torch.ops.moduleformer_ext.route_topk.default
 
 
-def op_arguments(router: Router, k: int, order: str = "softmax_topk", noise=None, num_sampled: int = 0) -> tuple:
+def op_arguments(
+    router: Router,
+    k: int,
+    order: str = "softmax_topk",
+    noise=None,
+    num_sampled: int = 0,
+    selection_bias=None,
+    groups: tuple[int, int, int] = (1, 1, 2),
+) -> tuple:
     """What the Python function passes to the op."""
     parameters = router.parameters
     weight = []
@@ -26,8 +34,11 @@ def op_arguments(router: Router, k: int, order: str = "softmax_topk", noise=None
         [segment.detach().clone().requires_grad_(router.x.requires_grad) for segment in weight],
         k,
         order,
+        1.5,
         noise,
         num_sampled,
+        selection_bias,
+        *groups,
     )
 
 
@@ -41,6 +52,12 @@ def test_opcheck(gate, dtype, grad):
             router.require_grad()
         noise = torch.empty(7, 5).exponential_() if num_sampled else None
         torch.library.opcheck(OP, op_arguments(router, 2, order, noise, num_sampled))
+    router = Router.random(gate, 7, 5, dtype=dtype)
+    if grad:
+        router.require_grad()
+    for order in ("sigmoid_topk", "sigmoid_topk_renormalised"):
+        torch.library.opcheck(OP, op_arguments(router, 2, order, selection_bias=torch.randn(5)))
+        torch.library.opcheck(OP, op_arguments(router, 2, order, groups=(5, 3, 1)))
 
 
 def test_opcheck_of_the_halves():
@@ -50,7 +67,7 @@ def test_opcheck_of_the_halves():
     route = torch.ops.moduleformer_ext.route_topk_forward(*arguments, True)
     ids, logits, hidden = route[1], route[6], route[7]
     gradients = (torch.randn(7, 2), torch.randn(5), torch.randn(()), None, torch.randn(7, 5))
-    x, gate, hidden_weight, hidden_bias, weight, _, order, _, _ = arguments
+    x, gate, hidden_weight, hidden_bias, weight, _, order, scale, *_ = arguments
     torch.library.opcheck(
         torch.ops.moduleformer_ext.route_topk_backward.default,
         (
@@ -61,6 +78,7 @@ def test_opcheck_of_the_halves():
             hidden_bias,
             weight,
             order,
+            scale,
             ids,
             logits,
             hidden,
@@ -175,7 +193,8 @@ def quantized(tensor):
         (lambda: ops.route_topk(L, 6), r"route_topk: k must be in \[1, 5\] \(the number of experts\), got 6"),
         (
             lambda: ops.route_topk(L, 2, order="top"),
-            "route_topk: order must be 'softmax_topk' or 'topk_softmax', got 'top'",
+            "route_topk: order must be 'softmax_topk', 'topk_softmax', 'sigmoid_topk' or 'sigmoid_topk_renormalised', "
+            "got 'top'",
         ),
         (
             lambda: ops.route_topk(L, 2, num_sampled=3, noise=L),
@@ -189,6 +208,51 @@ def quantized(tensor):
             r"noise must have shape \[T, E\] = \[4, 5\], got shape \[3, 5\]",
         ),
         (lambda: ops.route_topk(L, 2, noise=L.int(), num_sampled=1), "noise must be float32, .* got Int"),
+        (
+            lambda: ops.route_topk(L, 2, order="sigmoid_topk", noise=L, num_sampled=1),
+            "route_topk: num_sampled must be 0 with sigmoids, selection_bias or groups left out, got 1",
+        ),
+        (
+            lambda: ops.route_topk(L, 2, selection_bias=L[0], noise=L, num_sampled=2),
+            "num_sampled must be 0 with .*, got 2",
+        ),
+        (
+            lambda: ops.route_topk(L, 2, num_groups=5, top_groups=4, noise=L, num_sampled=2),
+            "num_sampled must be 0 with .*, got 2",
+        ),
+        (lambda: ops.route_topk(L, 2, selection_bias=L), r"selection_bias must have 1 dimensions?, got shape \[4, 5\]"),
+        (
+            lambda: ops.route_topk(L, 2, selection_bias=L[0, 1:]),
+            r"selection_bias must have shape \[E\] = \[5\], got .*4",
+        ),
+        (lambda: ops.route_topk(L, 2, selection_bias=L[0].int()), "selection_bias must be float32, .* got Int"),
+        (
+            lambda: ops.route_topk(L, 2, selection_bias=L[0].to("meta")),
+            r"selection_bias must be on the device of x \(cpu\), got meta",
+        ),
+        (
+            lambda: ops.route_topk(L, 2, selection_bias=L[0].to_sparse()),
+            "route_topk: selection_bias must be a dense .*, got layout Sparse",
+        ),
+        (lambda: ops.route_topk(L, 2, num_groups=2), "route_topk: num_groups must divide the 5 experts, got 2"),
+        (lambda: ops.route_topk(L, 2, num_groups=0), "route_topk: num_groups must divide the 5 experts, got 0"),
+        (lambda: ops.route_topk(L, 2, num_groups=-5), "route_topk: num_groups must divide the 5 experts, got -5"),
+        (
+            lambda: ops.route_topk(L, 2, num_groups=5, top_groups=6),
+            r"top_groups must be in \[1, 5\] \(num_groups\), got 6",
+        ),
+        (
+            lambda: ops.route_topk(L, 2, num_groups=5, top_groups=0),
+            r"top_groups must be in \[1, 5\] \(num_groups\), got 0",
+        ),
+        (
+            lambda: ops.route_topk(L, 2, num_groups=5, top_groups=1),
+            "top_groups must leave at least k = 2 experts, of groups of 1, got 1",
+        ),
+        (
+            lambda: ops.route_topk(L, 2, num_groups=5, top_groups=3, scored_per_group=3),
+            "scored_per_group must be 1 or 2, got 3",
+        ),
         (
             lambda: ops.route_topk_linear(X, W, 1),
             r"route_topk_linear: weight must have D = 8 columns, got shape \[5, 6\]",
@@ -275,10 +339,15 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3, to
 print(build_info()["cpu_isa"], build_info()["brgemm_f32"])
 for gate in GATES:
     for dtype, tolerance in TOLERANCES.items():
-        for order, tokens, experts, k in (("softmax_topk", 83, 21, 2), ("topk_softmax", 5, 40, 19)):
+        for order, tokens, experts, k, groups in (
+            ("softmax_topk", 83, 21, 2, 1),
+            ("topk_softmax", 5, 40, 19, 1),
+            ("sigmoid_topk_renormalised", 83, 40, 3, 8),
+        ):
             router = Router.random(gate, tokens, experts, dim=50, hidden=35, dtype=dtype).require_grad()
             exact = router.double()
-            route, expected = router(ops, k, order=order), exact(reference, k, order=order)
+            options = {"order": order, "num_groups": groups, "top_groups": (groups + 1) // 2}
+            route, expected = router(ops, k, **options), exact(reference, k, **options)
             assert torch.equal(route.expert_ids, expected.expert_ids)
             torch.testing.assert_close(route.gates.double(), expected.gates, rtol=1e-4, atol=1e-6)
             cotangents = random_cotangents(route)
