@@ -39,6 +39,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     seen: list[str] = []
-    for name in ("expert_ffn", "grouped_gemm", "route_topk"):
+    for name in ("expert_ffn", "grouped_gemm", "route_topk", "route_topk_linear"):
         monkeypatch.setattr(ops, name, recorded(getattr(ops, name)))
     return seen

@@ -40,6 +40,7 @@ DEEPSEEK = MOE | {
     "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
+GLM4 = MOE | {"n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 0, "head_dim": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": QWEN,
@@ -48,12 +49,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": DEEPSEEK | {"topk_method": "greedy"},
     "deepseek_v3": DEEPSEEK,
+    "glm4_moe": GLM4,
+    "minimax_m2": MOE | {"num_local_experts": 6, "head_dim": 8},
     "gpt_oss": COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "jamba": COMMON
     | {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
     | {"expert_layer_period": 2, "expert_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 4},
 }
-ROUTERS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
+ROUTED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")},
+    "deepseek_v2": ("deepseek_v2", {"routed_scaling_factor": 1.5}),
+    "deepseek_v2, by the best of a group": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+    ),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3, groups": ("deepseek_v3", {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 0.7}),
+    "glm4_moe": ("glm4_moe", {"n_group": 2, "topk_group": 1, "norm_topk_prob": True}),
+    "minimax_m2": ("minimax_m2", {}),
+}
+"""Models whose routers can be replaced, too."""
 
 
 def make(family: str, experts_implementation: str = "eager", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import itertools
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,51 +16,114 @@ import torch
 
 pytest.importorskip("transformers")
 
-from moe_models import ROUTERS, STEP3P7, alone, assert_same, make, outcome, run, tokens
+from moe_models import ROUTED, STEP3P7, alone, assert_same, make, outcome, run, tokens
 from torch import Tensor, nn
 from transformers.integrations import moe
 
 from moduleformer_ext.hf import experts as hf_experts
+from moduleformer_ext.hf._routers import _FAMILIES, is_router
 
 MODELS = Path(moe.__file__).parents[1] / "models"
 
 
-@pytest.mark.parametrize("family", ROUTERS)
-def test_patched_with_routers(family: str, calls: list[str]) -> None:
-    model = make(family)
+@pytest.mark.parametrize("name", ROUTED)
+def test_patched_with_routers(name: str, calls: list[str]) -> None:
+    family, changes = ROUTED[name]
+    model = make(family, **changes)
+    for buffer in (b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")):
+        buffer.copy_(torch.linspace(-0.5, 0.5, len(buffer)))
     expected = outcome(model)
     assert hf_experts.patch(model, routers=True) is model
     calls.clear()  # of the comparisons with what was there
     assert_same(outcome(model), expected)
-    assert calls.count("route_topk") == 2
+    assert sum(name.startswith("route_topk") for name in calls) == len(hf_routers(model))
+
+
+def hf_routers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_router(module)]
 
 
 def router_of(family: str, **config: Any) -> nn.Module:
     """A router of transformers that is ours to replace, whichever file it is in."""
-    name = f"{family}TopKRouter"
-    text = f"class {name}("
-    file = next((f for f in MODELS.glob("*/modeling_*.py") if text in f.read_text(encoding="utf-8")), None)
+    pattern = re.compile(rf"^class ({family}Top[kK]Router)\(", re.MULTILINE)
+    found = ((f, pattern.search(f.read_text(encoding="utf-8"))) for f in MODELS.glob("*/modeling_*.py"))
+    file, name = next(((f, match[1]) for f, match in found if match), (None, ""))
     if file is None:
-        pytest.skip(f"this transformers has no {name}")
+        pytest.skip(f"this transformers has no router of {family}")
     module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
-    fields = {"num_experts_per_tok": 3, "num_experts": 7, "num_local_experts": 7, "hidden_size": 16}
-    return getattr(module, name)(SimpleNamespace(**(fields | config)))
+    return getattr(module, name)(SimpleNamespace(**(ROUTER | config)))
 
 
-@pytest.mark.parametrize("norm_topk_prob", [False, True])
-@pytest.mark.parametrize("family", hf_experts._ORDERS)
-def test_the_rules_of_routers(family: str, norm_topk_prob: bool) -> None:
+ROUTER = {
+    "hidden_size": 16,
+    "moe_num_experts": 8,
+    "moe_topk": 3,
+    "n_group": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_local_experts": 8,
+    "routed_scaling_factor": 2.5,
+    "router_scaling_factor": 1.5,
+    "topk_group": 2,
+    "topk_method": "group_limited_greedy",
+}
+
+
+@pytest.mark.parametrize(
+    "config", [{"norm_topk_prob": False}, {"norm_topk_prob": True, "topk_method": "greedy"}], ids=str
+)
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_the_rules_of_routers(family: str, config: dict[str, Any]) -> None:
+    """A token's choices may come in any order from routers that do not sort them."""
     torch.manual_seed(8)
     block = nn.Module()
-    block.router = router_of(family, norm_topk_prob=norm_topk_prob)
+    block.router = router_of(family, **config)
     block.experts = alone(STEP3P7)
-    for parameter in block.router.parameters():
-        nn.init.normal_(parameter)
-    x = torch.randn(20, 16)
-    expected = block.router(x)
+    for tensor in (*block.router.parameters(), *block.router.buffers()):
+        nn.init.normal_(tensor)
+    arguments = [torch.randn(20, 16, requires_grad=True)]
+    if "e_score_correction_bias" in inspect.signature(block.router.forward).parameters:
+        arguments.append(torch.randn(8))
+    expected = results_by_id(block.router(*arguments))
     hf_experts.patch(block, routers=True)
-    for a, b in zip(block.router(x), expected, strict=True):
+    cotangent, gradients = torch.randn(20, 3), []
+    for results in (expected, results_by_id(block.router(*arguments))):
+        for a, b in zip(results, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        gradients.append(torch.autograd.grad((results[1] * cotangent).sum(), [arguments[0], block.router.weight]))
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def results_by_id(results: tuple[Tensor, ...]) -> list[Tensor]:
+    """Logits, weights and ids, in the order of these."""
+    logits = next(r for r in results if r.shape[-1] == 8)
+    ids = next(r for r in results if not r.is_floating_point())
+    (weights,) = (r for r in results if r is not logits and r is not ids)
+    order = ids.argsort(-1)
+    return [logits, weights.gather(-1, order), ids.gather(-1, order)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3", "MiniMaxM2"])
+def test_routers_of_16_bits(family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(8)
+    block = nn.ModuleList([Experts(), router_of(family, norm_topk_prob=True)])
+    nn.init.normal_(block[1].weight)
+    hf_experts.patch(block.to(dtype), routers=True)
+    assert "forward" in vars(block[1])
+
+
+def test_a_bias_chooses_and_does_not_weigh() -> None:
+    router = router_of("DeepseekV3", norm_topk_prob=False, n_group=1, topk_group=1)
+    nn.init.normal_(router.weight)
+    hf_experts.patch(nn.ModuleList([Experts(), router]), routers=True)
+    x = torch.randn(9, 16)
+    router.e_score_correction_bias.fill_(0)
+    router.e_score_correction_bias[[1, 4, 6]] = 10.0  # as training without a balancing loss changes it, after patching
+    logits, weights, ids = router(x)
+    assert ids.sort(-1).values.tolist() == [[1, 4, 6]] * 9
+    torch.testing.assert_close(weights, 2.5 * logits.gather(-1, ids).sigmoid())
 
 
 class MixtralTopKRouter(nn.Module):
@@ -126,7 +191,7 @@ class OlmoeTopKRouter(nn.Module):
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({}, "AttributeError: .*norm_topk_prob"),
+        ({}, "TypeError: .*mask"),
         ({"norm_topk_prob": True}, "TypeError: .*mask"),
         ({"norm_topk_prob": True, "forward": lambda x: None}, "TypeError: 'NoneType' object is not iterable"),
         ({"norm_topk_prob": True, "forward": lambda x: (None, x, x)}, "others"),
@@ -173,10 +238,11 @@ def test_a_patched_model_is_pickled(tmp_path: Path) -> None:
 def test_patch_refuses_what_it_does_not_serve() -> None:
     with pytest.raises(ValueError, match=r"^patch: model must have experts stored as gate_up_proj .*, got Linear"):
         hf_experts.patch(nn.Linear(2, 2))
-    model = make("deepseek_v3")
-    with pytest.raises(ValueError, match=r"^patch: routers must be those of .*Mixtral.*, got DeepseekV3TopkRouter"):
+    model = make("mixtral")
+    model.model.layers[1].mlp.gate.__class__ = type("OwnTopKRouter", (type(model.model.layers[1].mlp.gate),), {})
+    with pytest.raises(ValueError, match=r"^patch: routers must be those of .*Mixtral.*, got OwnTopKRouter"):
         hf_experts.patch(model, routers=True)
-    assert_same(outcome(model), outcome(make("deepseek_v3")), 1e-9)  # nothing was changed
+    assert_same(outcome(model), outcome(make("mixtral")), 1e-9)  # nothing was changed
     module = nn.Module()
     module.gate_up_proj, module.down_proj = nn.Parameter(torch.zeros(3, 8, 5)), nn.Parameter(torch.zeros(3, 5, 3))
     with pytest.raises(ValueError, match=r"^patch: Module must store gate_up_proj .* got shapes \[3, 8, 5\]"):

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import permutations
 from types import MethodType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -25,7 +23,7 @@ from transformers import activations
 from transformers.integrations import moe
 
 from moduleformer_ext import ops
-from moduleformer_ext.nn.router import RouterOrder
+from moduleformer_ext.hf._routers import PROBES, in_a_line, is_router, route, rule_of
 
 __all__ = ["NAME", "experts_forward", "patch"]
 
@@ -95,7 +93,7 @@ def patch(model: Model, *, routers: bool = False) -> Model:
         model: with experts modules whose `forward` takes hidden states, expert ids and weights, and whose matrices
             are `down_proj` and `gate_up_proj` [E, 2F, D] (or [E, D, 2F]), or `up_proj` where transformers says how it
             lies.
-        routers: replace the routers beside them, too: softmax and top-k by :func:`moduleformer_ext.ops.route_topk`,
+        routers: replace the routers beside them, too: scores and top-k by :func:`moduleformer_ext.ops.route_topk`,
             with float32 weights.
 
     Returns:
@@ -112,12 +110,12 @@ def patch(model: Model, *, routers: bool = False) -> Model:
             "patch: model must have experts stored as gate_up_proj (or up_proj) and down_proj [E, out, in], got "
             f"{type(model).__name__}, which has none"
         )
-    found: list[Any] = [module for module in model.modules() if routers and _is_router(module)]
+    found: list[Any] = [module for module in model.modules() if routers and is_router(module)]
     if routers and not found:
         raise ValueError(
             f"patch: model must have routers of a class ...TopKRouter, got {type(model).__name__}, which has none"
         )
-    rules = [_rule(router) for router in found]  # all are known before anything changes
+    rules = [rule_of(router) for router in found]  # all are known before anything changes
     transposed = [getattr(module, "is_transposed", None) for module in experts]
     try:
         for module in experts:
@@ -132,7 +130,7 @@ def patch(model: Model, *, routers: bool = False) -> Model:
     for module in experts:
         module.forward = partial(experts_forward, module)  # a bound method could not be pickled
     for router, rule in zip(found, rules, strict=True):
-        router.forward = partial(_route, router, rule)
+        router.forward = partial(route, router, rule)
     return model
 
 
@@ -213,8 +211,8 @@ def _check_experts(module: Any) -> None:
         return
     experts, features, _ = weight.shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(_PROBES), features, generator=generator) * torch.tensor(_PROBES)[:, None]
-    ids = torch.arange(len(_PROBES)) % experts
+    x = torch.randn(len(PROBES), features, generator=generator) * torch.tensor(PROBES)[:, None]
+    ids = torch.arange(len(PROBES)) % experts
     arguments = x.to(weight), ids[:, None].to(weight.device), torch.full_like(x[:, :1], 0.5).to(weight)
     with torch.no_grad():
         try:
@@ -222,7 +220,7 @@ def _check_experts(module: Any) -> None:
         except Exception as error:
             raise ValueError(
                 f"patch: {name} must make [T, D] of hidden states [T, D], expert ids [T, K] and weights [T, K], got "
-                f"{_in_a_line(error)}"
+                f"{in_a_line(error)}"
             ) from error
         tolerance = max(1e-3, 8 * torch.finfo(weight.dtype).eps)
         finite = own.isfinite().all(-1)
@@ -233,106 +231,6 @@ def _check_experts(module: Any) -> None:
                 f"patch: {name} must compute the sum of w · down(gate(up x)) over a token's experts, got {others} "
                 "from its own forward"
             )
-
-
-def _in_a_line(error: Exception) -> str:
-    name, message = type(error).__name__, str(error).strip()
-    return f"{name}: {message.splitlines()[0]}" if message else name
-
-
-_PROBES = (1.0, 1.0, 64.0, 64.0)
-"""How large the tokens are: gates that clamp show it to large ones."""
-
-
-# ---- Routers ----
-
-# A softmax over all experts that is renormalised over the chosen ones is a softmax over their logits.
-_ORDERS: dict[str, RouterOrder | None] = {
-    "Mixtral": "topk_softmax",
-    "MiniMax": "topk_softmax",
-    "GptOss": "topk_softmax",
-    "GraniteMoe": "topk_softmax",
-    "GraniteMoeHybrid": "topk_softmax",
-    "GraniteMoeShared": "topk_softmax",
-    "GraniteMoeSWA": "topk_softmax",
-    "Qwen3VLMoeText": "topk_softmax",
-    "Qwen3_5Moe": "topk_softmax",
-    "Jamba": "softmax_topk",
-    "FlexOlmo": None,
-    "Mellum": None,
-    "Olmoe": None,
-    "Qwen2Moe": None,
-    "Qwen3Moe": None,
-    "Qwen3Next": None,
-}
-"""What comes before TopKRouter in the names of routers: the order of their softmax and top-k; None: the router's
-`norm_topk_prob` decides."""
-
-
-def _is_router(module: nn.Module) -> bool:
-    return type(module).__name__.lower().endswith("topkrouter")
-
-
-class _Rule(NamedTuple):
-    """What a router does."""
-
-    order: RouterOrder
-    returns: tuple[int, ...]
-    """Which of logits, weights and ids (0, 1, 2) it returns in each place: releases of transformers differ."""
-
-
-def _rule(router: Any) -> _Rule:
-    name = type(router).__name__
-    family = name[: -len("TopKRouter")]
-    if family not in _ORDERS:
-        raise ValueError(
-            f"patch: routers must be those of {', '.join(_ORDERS)}, got {name}, whose rule route_topk "
-            "does not have; without routers=True the experts alone are replaced"
-        )
-    try:
-        order = _ORDERS[family] or ("topk_softmax" if router.norm_topk_prob else "softmax_topk")
-        width = router.weight.shape[1]
-        x = torch.randn(len(_PROBES), width, generator=torch.Generator().manual_seed(0)).to(router.weight)
-        with torch.no_grad():
-            own, ours = tuple(router.forward(x)), _routed(router, order, x)
-    except Exception as error:
-        raise ValueError(
-            f"patch: {name} must make logits, weights and ids of hidden states [T, D] alone, got {_in_a_line(error)}"
-        ) from error
-    for returns in permutations(range(len(ours))):
-        if len(own) == len(ours) and all(
-            _alike(result, ours[which], logits=ours[0]) for result, which in zip(own, returns, strict=True)
-        ):
-            return _Rule(order, returns)
-    raise ValueError(f"patch: {name} must return logits, weights and ids as route_topk chooses them, got others")
-
-
-def _alike(own: Any, ours: Tensor, logits: Tensor) -> bool:
-    """Whether a router's result is ours; of ids, whether they are those of the same logits: either of two equal ones
-    may be chosen.
-    """
-    if not isinstance(own, Tensor) or own.shape != ours.shape or own.is_floating_point() != ours.is_floating_point():
-        return False
-    if own.is_meta:
-        return True
-    if not own.is_floating_point():
-        if not ((own >= 0) & (own < logits.shape[-1])).all():
-            return False
-        own, ours = logits.gather(-1, own.long()), logits.gather(-1, ours)
-    tolerance = max(1e-4, 8 * torch.finfo(own.dtype).eps)
-    return torch.allclose(own.float(), ours.float(), rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-def _routed(router: Any, order: RouterOrder, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    logits = F.linear(x, router.weight, getattr(router, "bias", None))
-    route = ops.route_topk(logits, router.top_k, order=order)
-    return logits, route.gates, route.expert_ids.long()
-
-
-def _route(router: Any, rule: _Rule, hidden_states: Tensor) -> tuple[Tensor, ...]:
-    results = _routed(router, rule.order, hidden_states)
-    return tuple(results[which] for which in rule.returns)
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
