@@ -16,6 +16,7 @@ from moduleformer_ext.data import (
     Document,
     build_dataset,
     encode_texts,
+    load_tokenizer,
     stream,
     text_files,
     texts,
@@ -30,6 +31,22 @@ _PARTS = ["word", " two", "\n", "\n\n", "\n ", "\r\n", "'s", "12", "(", ".", "\t
 
 def _text(seed: int, parts: int = 400) -> str:
     return "".join(random.Random(seed).choices(_PARTS, k=parts))
+
+
+def test_a_tokenizer_that_cuts_and_fills_up_texts_is_ours_without_that(tmp_path: Path) -> None:
+    text = _text(3)
+    plain = train_tokenizer([text], 300)
+    expected = encode_texts(plain, [text, "a"])
+    for setting in ("truncation", "padding"):
+        tokenizer = Tokenizer.from_str(plain.to_str())
+        if setting == "truncation":
+            tokenizer.enable_truncation(max_length=5)
+        else:
+            tokenizer.enable_padding(length=7)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        assert encode_texts(load_tokenizer(tmp_path), [text, "a"]) == expected
+        with pytest.raises(ValueError, match=rf"^tokenizer: must have no {setting}, .* got .*length"):
+            encode_texts(tokenizer, [text])
 
 
 def test_texts_come_back_from_the_store() -> None:

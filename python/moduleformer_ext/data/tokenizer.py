@@ -55,7 +55,7 @@ def find_tokenizer(directory: Path) -> Path:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a `tokenizer.json`, or a directory with one or with the `vocab.json` and `merges.txt` of a byte-level BPE,
-    to which `added_tokens.json` may add.
+    to which `added_tokens.json` may add. What it says of cutting and filling up texts is for batches of others.
     """
     if path.is_dir() and (path := find_tokenizer(path)).is_dir():
         return _load_bpe(path)
@@ -66,9 +66,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         )
     text = read_text(path)
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"tokenizer: '{path}' is not a tokenizer.json: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _load_bpe(directory: Path) -> Tokenizer:
@@ -121,6 +124,9 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Return the token ids of each text. A look-alike of `END_OF_TEXT` in a text is plain bytes."""
+    for name, setting in (("truncation", tokenizer.truncation), ("padding", tokenizer.padding)):
+        if setting is not None:
+            raise ValueError(f"tokenizer: must have no {name}, which would change texts (no_{name}()), got {setting}")
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:
