@@ -95,7 +95,7 @@ class NormedRouter(NamedTuple):
     k: int
     """Experts per token."""
     order: str
-    """"softmax_topk" or "topk_softmax"."""
+    """As in :func:`moduleformer_ext.ops.route_topk`."""
     norm_weight: Tensor
     """[D]."""
     norm_bias: Tensor
