@@ -5,12 +5,11 @@
 
 #include "grouped_gemm/cuda_instances.hpp"
 
-#define MFX_PRODUCT_KERNEL(name, ...)                                                         \
-  using name##_product = __VA_ARGS__;                                                         \
-  extern "C" __global__ void __launch_bounds__(name##_product::kBlockThreads,                 \
-                                               name##_product::Shape::kBlocksPerSm)           \
-      name(const __grid_constant__ name##_product::Params params) {                           \
-    name##_product::run(params);                                                              \
+#define MFX_PRODUCT_KERNEL(name, ...)                                                                              \
+  using name##_product = __VA_ARGS__;                                                                              \
+  extern "C" __global__ void __launch_bounds__(name##_product::kBlockThreads, name##_product::Shape::kBlocksPerSm) \
+      name(const __grid_constant__ name##_product::Params params) {                                                \
+    name##_product::run(params);                                                                                   \
   }
 
 #define MFX_PRODUCT_ROW(name, ...) describe<__VA_ARGS__>(#name, name),
