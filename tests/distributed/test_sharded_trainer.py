@@ -185,6 +185,7 @@ def _saved_and_whole(folder: Path) -> dict[str, Tensor]:
     return {}
 
 
+@pytest.mark.filterwarnings("error")
 def test_shards_are_read_as_a_model(pair: Ranks, tmp_path: Path) -> None:
     pair.run(_saved_and_whole, tmp_path / "checkpoints")
     model = MoLMForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step-00000001")
