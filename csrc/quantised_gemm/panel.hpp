@@ -67,10 +67,12 @@ static_assert(kQuantisedGroup % kRestRows == 0);
 struct PanelRows {
   const float* factors;  // [rows, stride], zeros beyond the depth
   std::int64_t stride;
-  const float* rests;  // 4 bits: [rows, stride / kRestRows], 8 x0 summed over so many rows of the matrix
+  const float* rests;              // 4 bits: [rows, stride / kRestRows], 8 x0 summed over so many rows of the matrix
+  const std::int32_t* slot_order;  // where several positions share a row; or null
+  std::int32_t slots_per_row;
 
-  PanelRows from(std::int64_t row) const {
-    return {factors + row * stride, stride, rests + row * (stride / kRestRows)};
+  std::int64_t row(std::int64_t position) const {
+    return slot_order == nullptr ? position : slot_order[position] / slots_per_row;
   }
 };
 
@@ -89,12 +91,20 @@ inline void make_factors(float* x, std::int64_t stride, float* rests) {
 
 inline constexpr std::int64_t kPanelBytesAhead = 8192;  // prefetched: two pages, of which hardware sees one at a time
 
-// y[r, c] = sum over l of x[r, l] W[l, c], for kRows rows and the panel's 64 columns.
+// y[r, c] = sum over l of x[r, l] W[l, c], for the rows at kRows positions and the panel's 64 columns.
 template <int kBits, int kRows>
-inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, const PanelRows& x, float* y) {
+inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, const PanelRows& x, std::int64_t position,
+                                float* y) {
   constexpr int w = kWidth<float>, kNumbers = PanelReader<kBits>::kNumbers;
   constexpr int kVectors = std::min(kPanel / w, kVectorRegisters / 2 / kRows);  // sums fill half of the registers
-  for (int r = 0; r < kRows; ++r) std::fill_n(y + r * kPanel, kPanel, 0.0f);
+  const float* factors[kRows];
+  const float* rests[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    std::fill_n(y + r * kPanel, kPanel, 0.0f);
+    const std::int64_t row = x.row(position + r);
+    factors[r] = x.factors + row * x.stride;
+    rests[r] = x.rests + row * (x.stride / kRestRows);
+  }
   const std::int64_t group = panel.group(depth);
   for (std::int64_t first = 0; first < depth; first += group) {
     const std::int64_t end = std::min(depth, first + group);
@@ -108,7 +118,7 @@ inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, co
           VecF terms[kNumbers];
           load_terms<kBits>(bytes + v * w, terms);
           for (int i = 0; i < kNumbers; ++i) {
-            for (int r = 0; r < kRows; ++r) sum[r][v] += x.factors[r * x.stride + l + i] * terms[i];
+            for (int r = 0; r < kRows; ++r) sum[r][v] += factors[r][l + i] * terms[i];
           }
         }
         bytes += kPanel;
@@ -118,7 +128,7 @@ inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, co
       } else {
         for (std::int64_t l = first; l < end; l += kRestRows) {
           for (int r = 0; r < kRows; ++r) {
-            const float rest = x.rests[(r * x.stride + l) / kRestRows];
+            const float rest = rests[r][l / kRestRows];
             for (int v = 0; v < kVectors; ++v) sum[r][v] -= rest;
           }
           for (std::int64_t i = l; i < l + kRestRows; i += kNumbers) add_row(i);
@@ -138,11 +148,11 @@ inline void multiply_panel_rows(PanelReader<kBits> panel, std::int64_t depth, co
 // The same for any number of rows, y [rows, kPanel].
 template <int kBits>
 inline void multiply_panel(PanelReader<kBits> panel, std::int64_t depth, std::int64_t rows, const PanelRows& x,
-                           float* y) {
+                           std::int64_t position, float* y) {
   std::int64_t r = 0;
   const auto multiply = [&]<int kRows>() {
     for (; r + kRows <= rows; r += kRows) {
-      multiply_panel_rows<kBits, kRows>(panel, depth, x.from(r), y + r * kPanel);
+      multiply_panel_rows<kBits, kRows>(panel, depth, x, position + r, y + r * kPanel);
     }
   };
   multiply.template operator()<4>();

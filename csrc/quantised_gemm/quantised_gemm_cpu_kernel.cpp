@@ -44,23 +44,28 @@ void multiply_few(const QuantisedGemmParams& p, Epilogue epilogue) {
   const QuantisedReader<kBits> weight(p);
   const std::int64_t columns = p.out_features / kParts, panels = (columns + kPanel - 1) / kPanel;
   const std::int64_t stride = round_up(p.in_features, kQuantisedGroup), num_rests = stride / kRestRows;
-  const Scratch<float> factors(p.layout.num_slots() * stride);
-  const Scratch<float> rests(kBits == 4 ? p.layout.num_slots() * num_rests : 0);
-  const RowReader<T> row(p.x, p.layout);
-  parallel_for(p.layout.num_slots(), 16, [&](std::int64_t begin, std::int64_t end) {
+  // Of a token once, whatever the number of its experts.
+  const bool by_token = p.x.order == RowOrder::kToken;
+  const std::int64_t rows = by_token ? p.layout.num_tokens : p.layout.num_slots();
+  const Scratch<float> factors(rows * stride);
+  const Scratch<float> rests(kBits == 4 ? rows * num_rests : 0);
+  const RowReader<T> at_position(p.x, p.layout);
+  parallel_for(rows, 16, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       float* const x = factors.data() + i * stride;
-      pack_row(row(i), p.in_features, stride, x);
+      const T* const row = by_token ? static_cast<const T*>(p.x.data) + i * p.x.stride : at_position(i);
+      pack_row(row, p.in_features, stride, x);
       if constexpr (kBits == 4) make_factors(x, stride, rests.data() + i * num_rests);
     }
   });
-  const PanelRows x = {factors.data(), stride, rests.data()};
+  const PanelRows x = {factors.data(), stride, rests.data(), by_token ? p.layout.slot_order : nullptr,
+                       static_cast<std::int32_t>(p.layout.num_choices)};
   for_panels(expert_blocks(p.layout, kFewRows), panels, [&](const ExpertBlock& block, std::int64_t panel) {
     float* const c = static_cast<float*>(thread_scratch(kParts * block.rows * kPanel * sizeof(float)));
     float* parts[2] = {};
     for (int part = 0; part < kParts; ++part) {
       parts[part] = c + part * block.rows * kPanel;
-      multiply_panel(weight.panel(block.expert, part * panels + panel), p.in_features, block.rows, x.from(block.begin),
+      multiply_panel(weight.panel(block.expert, part * panels + panel), p.in_features, block.rows, x, block.begin,
                      parts[part]);
     }
     const std::int64_t n = panel * kPanel;
