@@ -4,10 +4,10 @@
 
 #include <cstring>
 #include <optional>
-#include <vector>
 
 #include "bindings/attention.hpp"
 #include "bindings/autograd.hpp"
+#include "bindings/expert_weight.hpp"
 #include "bindings/layer_decode.hpp"
 #include "bindings/linear_decode.hpp"
 #include "bindings/op.hpp"
@@ -32,7 +32,7 @@ struct AttentionLayerDecode {
 
   struct Args {
     LayerInput input;
-    std::vector<at::Tensor> query_weight, output_weight;
+    ExpertWeight query_weight, output_weight;
     Projections project;
     Cache cache;
     OptionalTensor key_padding_mask;
@@ -42,8 +42,8 @@ struct AttentionLayerDecode {
   static void check(const Args& a);
   static void decode(const Args& a, LayerResults& results);
   static void refuse_gradients(const Args& a, const RefuseGradient& refuse) {
-    refuse("query_weight", a.query_weight);
-    refuse("output_weight", a.output_weight);
+    refuse("query_weight", a.query_weight.tensors);
+    refuse("output_weight", a.output_weight.tensors);
     refuse("k_weight", a.project.k_weight);
     refuse("k_bias", a.project.k_bias);
     refuse("v_weight", a.project.v_weight);
@@ -108,12 +108,13 @@ void AttentionLayerDecode::check(const Args& a) {
   const c10::SymInt width = k_cache.sym_size(2) * k_cache.sym_size(3), features = x.sym_size(2);
   const c10::SymInt experts = a.input.network.num_experts();
   check_projections(a, width);
-  const auto check_experts = [&](const char* name, at::TensorList weight, const c10::SymInt& in,
+  const auto check_experts = [&](const char* name, const ExpertWeight& weight, const c10::SymInt& in,
                                  const c10::SymInt& out) {
-    check_segments(kOp, name, weight, experts, "the gate", x);
-    MFX_CHECK_ARG(weight[0].sym_size(1) == in && weight[0].sym_size(2) == out, kOp, name,
-                  c10::str("have shape [num_experts, ", in, ", ", out, "] beside x and k_cache"), "shape ",
-                  weight[0].sym_sizes());
+    weight.check(kOp, name, experts, x);
+    const ExpertShape shape = weight.shape();
+    MFX_CHECK_ARG(shape.in == in && shape.out == out, kOp, name,
+                  c10::str("have shape [num_experts, ", in, ", ", out, "] beside x and k_cache"),
+                  "shape [num_experts, ", shape.in, ", ", shape.out, "]");
   };
   check_experts("query_weight", a.query_weight, features, width);
   check_experts("output_weight", a.output_weight, width, features);
@@ -182,30 +183,6 @@ struct Buffers {
   }
 };
 
-// Rows of all slots in one order multiplied by the matrices of their experts.
-void multiply(Backend backend, const Args& a, const RoutedLayout& layout, const RoutedRows& rows,
-              at::TensorList segments, RowOrder out_order, const void* gates, void* out) {
-  const MatrixOperand weight(segments);
-  const DType dtype = check_float_dtype(kOp, "x", a.input.x());
-  const GroupedGemmParams params = {
-      .dtype = dtype,
-      .layout = layout,
-      .activation = {},
-      .in_features = weight.rows(),
-      .out_features = weight.columns(),
-      .x = rows,
-      .weight = weight.view(),
-      .bias = nullptr,
-      .gates = gates,
-      .out_order = out_order,
-      .out = out,
-      .hidden = nullptr,
-      .allow_tf32 = allow_tf32(backend, dtype),
-  };
-  launch(kOp, backend, {a.input.x(), segments[0]}, params, grouped_gemm_cpu, MFX_CUDA_FUNCTION(mfx_grouped_gemm_cuda),
-         MFX_CUDA_FUNCTION(mfx_grouped_gemm_cuda_workspace));
-}
-
 // The k queries of a token are k query heads over each key head.
 void attend(Backend backend, const Args& a, const Buffers& buffers) {
   const at::Tensor& x = a.input.x();
@@ -247,6 +224,7 @@ void attend(Backend backend, const Args& a, const Buffers& buffers) {
 void AttentionLayerDecode::decode(const Args& a, LayerResults& results) {
   const at::Tensor& x = a.input.x();
   const Backend backend = backend_of(kOp, "x", x);
+  if (a.query_weight.is_quantised() || a.output_weight.is_quantised()) check_cpu(kOp, "x", x);
   const auto [buffers, memory] = buffers_beside<Buffers>(x, a, results.route);
   const int64_t features = x.size(2), width = a.cache.k_cache.size(2) * a.cache.k_cache.size(3);
 
@@ -254,11 +232,15 @@ void AttentionLayerDecode::decode(const Args& a, LayerResults& results) {
   append(backend, a.cache, project(backend, tokens, a.project.k_weight, a.project.k_bias),
          project(backend, tokens, a.project.v_weight, a.project.v_bias));
   const RoutedLayout layout = route(kOp, backend, a.input, tokens, buffers.routing);
-  multiply(backend, a, layout, {tokens.const_data_ptr(), RowOrder::kToken, features, 0}, a.query_weight,
-           RowOrder::kSlot, nullptr, buffers.q);
+  multiply(kOp, backend, x, layout, a.query_weight,
+           {{}, {tokens.const_data_ptr(), RowOrder::kToken, features, 0}, RowOrder::kSlot, nullptr, buffers.q});
   attend(backend, a, buffers);
-  multiply(backend, a, layout, {buffers.attended, RowOrder::kSlot, a.input.k * width, width}, a.output_weight,
-           RowOrder::kToken, buffers.routing.gates, results.y.mutable_data_ptr());
+  multiply(kOp, backend, x, layout, a.output_weight,
+           {{},
+            {buffers.attended, RowOrder::kSlot, a.input.k * width, width},
+            RowOrder::kToken,
+            buffers.routing.gates,
+            results.y.mutable_data_ptr()});
   results.y.add_(x);
 }
 
@@ -267,7 +249,8 @@ void AttentionLayerDecode::decode(const Args& a, LayerResults& results) {
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
   LayerDecode<AttentionLayerDecode>::define(
       m,
-      "Tensor[] query_weight, Tensor[] output_weight, Tensor? k_weight, Tensor? k_bias, Tensor? v_weight, Tensor? "
+      "Tensor[] query_weight, int[] query_format, Tensor[] output_weight, int[] output_format, Tensor? k_weight, "
+      "Tensor? k_bias, Tensor? v_weight, Tensor? "
       "v_bias, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor(c!) cache_lengths, Tensor? key_padding_mask, float? "
       "stick_epsilon");
 }

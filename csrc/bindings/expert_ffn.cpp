@@ -39,7 +39,8 @@ struct ExpertFfn {
     check_segments(kOp, "up", a.up, a.layout, a.x);
     check_segments(kOp, "down", a.down, a.layout, a.x);
     check_gates(kOp, a.gates, a.layout, a.x);
-    check_ffn(kOp, a.x, a.up[0], a.down[0], gated);
+    check_ffn(kOp, a.x, {a.up[0].sym_size(1), a.up[0].sym_size(2)}, {a.down[0].sym_size(1), a.down[0].sym_size(2)},
+              gated);
     const c10::SymInt features = a.up[0].sym_size(1), columns = a.up[0].sym_size(2);
     check_bias(kOp, "up_bias", a.up_bias, a.layout, columns, a.x);
     check_bias(kOp, "down_bias", a.down_bias, a.layout, features, a.x);

@@ -1,7 +1,7 @@
 // An op's arguments, written once: a struct with what its schema lists, in that order. Members are values: at::Tensor,
-// OptionalTensor, std::vector<at::Tensor>, std::string, numbers, optionals of these, c10::List<bool>, or a struct of
-// such members, which stand in its place. The op's kernels for every dispatch key take this struct; from its members
-// this file makes the functions that torch registers and calls, and what autograd saves for backward.
+// OptionalTensor, vectors of at::Tensor or int64_t, std::string, numbers, optionals of these, c10::List<bool>, or a
+// struct of such members, which stand in its place. The op's kernels for every dispatch key take this struct; from its
+// members this file makes the functions that torch registers and calls, and what autograd saves for backward.
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -94,6 +94,11 @@ template <>
 struct Passed<std::vector<at::Tensor>> {
   using Type = at::TensorList;
   static std::vector<at::Tensor> take(at::TensorList list) { return list.vec(); }
+};
+template <>
+struct Passed<std::vector<int64_t>> {
+  using Type = at::IntArrayRef;
+  static std::vector<int64_t> take(at::IntArrayRef list) { return list.vec(); }
 };
 
 // The kernel as a function of the members, one by one.

@@ -9,23 +9,17 @@
 #include "bindings/checks.hpp"
 #include "bindings/launch.hpp"
 #include "bindings/op.hpp"
+#include "bindings/quantised.hpp"
 #include "bindings/routed.hpp"
-#include "core/divide.hpp"
 
 namespace mfx {
 namespace {
 
 constexpr const char* kOp = "quantised_gemm";
 
-// The arguments that stand for QuantisedMatrices in the schema.
-struct Weight {
-  at::Tensor values, scales;
-  int64_t bits, in_features, out_features;
-};
-
 struct Args {
   at::Tensor x;
-  Weight weight;
+  QuantisedWeight weight;
   LayoutTensors layout;
   std::string x_order, out_order;
   OptionalTensor gates;
@@ -36,37 +30,15 @@ ActivationSpec activation(const Args& a) {
   return a.activation ? parse_activation(kOp, *a.activation) : ActivationSpec{};
 }
 
-// The shapes that QuantisedMatrices describes.
-void check_weight(const Args& a) {
-  const auto& [values, scales, bits, in_features, out_features] = a.weight;
-  MFX_CHECK_ARG(bits == 8 || bits == 4, kOp, "weight.bits", "be 8 or 4", bits);
-  MFX_CHECK_ARG(in_features >= 1, kOp, "weight.in_features", "be at least 1", in_features);
-  MFX_CHECK_ARG(out_features >= 1, kOp, "weight.out_features", "be at least 1", out_features);
-  MFX_CHECK_ARG(a.x.sym_size(-1) == in_features, kOp, "x",
-                c10::str("have as many features as weight has rows (", in_features, ")"), a.x.sym_size(-1));
-  const c10::SymInt experts = a.layout.num_experts();
-  const int64_t panels = ceil_div(out_features, kQuantisedPanel);
-  const int64_t groups = bits == 8 ? 1 : ceil_div(in_features, kQuantisedGroup);
-  const int64_t rows = bits == 8 ? in_features : groups * (kQuantisedGroup / 2);
-  check_tensor(kOp, "weight.values", values, {experts, panels, rows, kQuantisedPanel}, at::kChar, "x", a.x);
-  check_tensor(kOp, "weight.scales", scales, {experts, panels, groups, kQuantisedPanel},
-               bits == 8 ? at::kFloat : at::kHalf, "x", a.x);
-  for (const auto& [name, tensor] : {std::pair("weight.values", values), {"weight.scales", scales}}) {
-    MFX_CHECK_ARG(tensor.is_contiguous(), kOp, name, "be contiguous", "strides ", tensor.sym_strides());
-  }
-}
-
 void check_arguments(const Args& a) {
   const RowOrder x_order = parse_order(kOp, "x_order", a.x_order),
                  out_order = parse_order(kOp, "out_order", a.out_order);
-  MFX_CHECK_ARG(check_float_dtype(kOp, "x", a.x) != DType::kFloat64, kOp, "x", "be float32, bfloat16 or float16",
-                a.x.scalar_type());
   check_layout(kOp, a.layout, a.x);
   check_rows(kOp, "x", a.x, a.layout, x_order);
-  check_weight(a);
-  constexpr int64_t kPair = 2 * kQuantisedPanel;
-  MFX_CHECK_ARG(!activation(a).gated || a.weight.out_features % kPair == 0, kOp, "weight.out_features",
-                c10::str("be a multiple of ", kPair, " for a gated activation"), a.weight.out_features);
+  a.weight.check(kOp, "weight", a.layout.num_experts(), a.x);
+  MFX_CHECK_ARG(a.x.sym_size(-1) == a.weight.in_features, kOp, "x",
+                c10::str("have as many features as weight has rows (", a.weight.in_features, ")"), a.x.sym_size(-1));
+  if (activation(a).gated) a.weight.check_gated(kOp, "weight");
   if (!a.gates) return;
   check_gates(kOp, *a.gates, a.layout, a.x);
   MFX_CHECK_ARG(out_order == RowOrder::kToken, kOp, "out_order", "be 'token' where gates are given", "'", a.out_order,
@@ -89,8 +61,7 @@ at::Tensor quantised_gemm(const Args& a) {
       .in_features = a.weight.in_features,
       .out_features = a.weight.out_features,
       .x = view_rows(x, parse_order(kOp, "x_order", a.x_order)),
-      .weight = {a.weight.values.const_data_ptr<int8_t>(), a.weight.scales.const_data_ptr(),
-                 static_cast<int>(a.weight.bits)},
+      .weight = a.weight.view(),
       .gates = const_data_or_null(gates),
       .out_order = out_order,
       .out = out.mutable_data_ptr(),

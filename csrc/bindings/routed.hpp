@@ -138,16 +138,21 @@ inline void check_segments(const char* op, const char* argument, at::TensorList 
   check_segments(op, argument, segments, layout.num_experts(), "the layout", x);
 }
 
-// Segments of both projections of an expert's feed-forward network beside x [..., features].
-inline void check_ffn(const char* op, const at::Tensor& x, const at::Tensor& up, const at::Tensor& down, bool gated) {
-  const c10::SymInt features = up.sym_size(1), columns = up.sym_size(2);
+// Rows and columns of an expert's matrix.
+struct ExpertShape {
+  c10::SymInt in, out;
+};
+
+// Both projections of an expert's feed-forward network beside x [..., features].
+inline void check_ffn(const char* op, const at::Tensor& x, const ExpertShape& up, const ExpertShape& down, bool gated) {
+  const auto& [features, columns] = up;
   MFX_CHECK_ARG(x.sym_size(-1) == features, op, "x", c10::str("have as many features as up has rows (", features, ")"),
                 x.sym_size(-1));
   MFX_CHECK_ARG(!gated || columns % 2 == 0, op, "up", "have an even number of columns for a gated activation", columns);
   const c10::SymInt hidden = gated ? columns / 2 : columns;
-  MFX_CHECK_ARG(down.sym_size(1) == hidden && down.sym_size(2) == features, op, "down",
-                c10::str("have shape [num_experts, ", hidden, ", ", features, "] beside this up"), "shape ",
-                down.sym_sizes());
+  MFX_CHECK_ARG(down.in == hidden && down.out == features, op, "down",
+                c10::str("have shape [num_experts, ", hidden, ", ", features, "] beside this up"),
+                "shape [num_experts, ", down.in, ", ", down.out, "]");
 }
 
 inline void check_gates(const char* op, const at::Tensor& gates, const LayoutTensors& layout, const at::Tensor& x) {

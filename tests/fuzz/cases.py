@@ -37,7 +37,7 @@ UNCLEAR = re.compile(
 )
 # What never reaches an op.
 TORCHS_OWN = re.compile("Expected a value of type|Could not run 'moduleformer_ext")
-OURS = re.compile(r"^\w+: ((layout|weight)\.)?\w+ (must|is) ", re.DOTALL)
+OURS = re.compile(r"^\w+: ((layout|(query_|output_)?weight|up|down)\.)?\w+ (must|is) ", re.DOTALL)
 
 
 class WrongError(AssertionError):

@@ -290,6 +290,13 @@ def layer_input(m: Maker, experts: int, dim: int) -> list[Any]:
     return [x, router]
 
 
+def layer_matrices(m: Maker, experts: int, rows: int, columns: int, *, gated: bool = False) -> Any:
+    """As both of these ops take them, quantised ones too."""
+    if gated or m.dtype == torch.float64 or m.chance(0.6):
+        return m.matrices(experts, rows, columns)
+    return quantise(torch.randn(experts, rows, columns, generator=m.generator), m.random.choice(BITS))
+
+
 CACHES = slice(8, 11)
 """What attention_layer_decode writes to."""
 
@@ -318,8 +325,8 @@ def attention_layer_decode(m: Maker) -> Call:
     weights = [None if shared else m.normal(width, dim, strided=False) for _ in range(2)]
     args = [
         *first,
-        m.matrices(experts, dim, width),
-        m.matrices(experts, width, dim),
+        layer_matrices(m, experts, dim, width),
+        layer_matrices(m, experts, width, dim),
         weights[0],
         biases[0],
         weights[1],
@@ -339,7 +346,11 @@ def ffn_layer_decode(m: Maker) -> Call:
     experts, dim, hidden = m.size(least=1), m.size(least=1), m.size(least=1)
     activation = m.random.choice(ACTIVATIONS)
     columns = 2 * hidden if activation in GATED else hidden
-    args = [*layer_input(m, experts, dim), m.matrices(experts, dim, columns), m.matrices(experts, hidden, dim)]
+    args = [
+        *layer_input(m, experts, dim),
+        layer_matrices(m, experts, dim, columns, gated=activation in GATED),
+        layer_matrices(m, experts, hidden, dim),
+    ]
     function, twin = (both_overloads(of.ffn_layer_decode) for of in (ops, reference))
     return Call("ffn_layer_decode", function, args, {"activation": activation}, twin)
 

@@ -14,9 +14,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from moduleformer_ext import ops
-from moduleformer_ext.nn import Block, LayerCache, MixtureOfAttention, MixtureOfFFN, StaticLayerCache, make_router
+from moduleformer_ext.nn import (
+    Block,
+    LayerCache,
+    MixtureOfAttention,
+    MixtureOfFFN,
+    QuantisedExpertLinear,
+    StaticLayerCache,
+    make_router,
+)
 from moduleformer_ext.nn import block as block_module
 from moduleformer_ext.nn.segments import split_parameter
+from moduleformer_ext.quantised import BITS, quantise
 
 D, E = 32, 4
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -91,6 +100,61 @@ def test_the_bits_of_the_modules(
             assert_same(steps(block, cache, batch, length), results)
             assert calls == ["attention_layer_decode", "ffn_layer_decode"] * 3
             calls.clear()
+
+
+def scaled(value: Tensor) -> Tensor:
+    return value / 2 if value.is_floating_point() else value.clone()
+
+
+def with_quantised_experts(block: Block, bits: int) -> Block:
+    for parent in (block.attn.q_proj, block.mlpf):
+        for name in ("experts", "output_experts"):
+            matrices = quantise(getattr(parent, name).weight, bits)
+            experts = QuantisedExpertLinear(E, matrices.in_features, matrices.out_features, bits)
+            experts.values.copy_(matrices.values)
+            experts.scales.copy_(matrices.scales)
+            setattr(parent, name, experts)
+    return block.eval()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", TYPES[1:])
+@pytest.mark.parametrize("n_head", [1, 2], ids=["identity", "linear"])
+def test_the_bits_of_modules_with_quantised_experts(
+    n_head: int, dtype: torch.dtype, bits: int, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = with_quantised_experts(build(n_head=n_head, dtype=dtype), bits)
+    past = past_of(block)
+    with module_by_module(monkeypatch):
+        expected = steps(block, past.select(torch.arange(2)))
+    assert not calls
+    assert_same(steps(block, past), expected)
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_changed_quantised_experts_are_seen(bits: int, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    block, other = (with_quantised_experts(build(), bits) for _ in range(2))
+    past = past_of(block)
+    for parent in (other.attn.q_proj, other.mlpf):
+        for experts in (parent.experts, parent.output_experts):
+            experts.scales.mul_(2)
+    changes: list[Callable[[], Any]] = [
+        lambda: block.load_state_dict(other.state_dict()),
+        lambda: block.load_state_dict({name: scaled(value) for name, value in block.state_dict().items()}, assign=True),
+        lambda: setattr(block.mlpf.experts, "scales", block.mlpf.experts.scales * 2),
+        lambda: setattr(block.mlpf, "experts", other.mlpf.experts),
+        lambda: setattr(block.mlpf, "experts", build().mlpf.experts),
+    ]
+    with torch.no_grad():
+        for change in changes:
+            steps(block, past)
+            change()
+            with module_by_module(monkeypatch):
+                expected = steps(block, past.select(torch.arange(2)))
+            calls.clear()
+            assert_same(steps(block, past.select(torch.arange(2))), expected)
+            assert len(calls) == 6
 
 
 def test_routes_are_made_where_they_are_wanted() -> None:

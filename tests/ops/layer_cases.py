@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from moduleformer_ext.quantised import QuantisedMatrices, quantise
 from moduleformer_ext.types import NormedRouter, Segments
 
 GATES = ("linear", "mlp", "gmm")
@@ -105,6 +106,14 @@ def ffn_case(
     }
 
 
+MATRICES = ("query_weight", "output_weight", "up", "down")
+
+
+def quantised(arguments: dict[str, Any], bits: int) -> dict[str, Any]:
+    """With quantised matrices of experts."""
+    return {key: quantise(value, bits) if key in MATRICES else value for key, value in arguments.items()}
+
+
 def changed(arguments: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """With other arguments, or other fields of the router."""
     fields = {name: value for name, value in changes.items() if name in NormedRouter._fields}
@@ -118,5 +127,12 @@ def copied(arguments: dict[str, Any], device: torch.device | str = "cpu") -> dic
 
 
 def widened(arguments: dict[str, Any]) -> dict[str, Any]:
-    """In float64."""
-    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t.clone(), arguments)
+    """In float64, quantised matrices as they are."""
+    return pytree.tree_map_only(
+        (Tensor, QuantisedMatrices),
+        lambda t: (
+            t.double() if torch.is_tensor(t) and t.is_floating_point() else pytree.tree_map_only(Tensor, torch.clone, t)
+        ),
+        arguments,
+        is_leaf=lambda t: isinstance(t, QuantisedMatrices),
+    )

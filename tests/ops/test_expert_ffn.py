@@ -169,7 +169,10 @@ X, UP, DOWN, GATES = ffn_values(LAYOUT, 8, 6, torch.float32)
         ({"x": X[:3]}, r"x must have shape \[4, features\] as the layout says, got shape \[3, 8\]"),
         ({"up": UP[:, :7]}, r"x must have as many features as up has rows \(7\), got 8"),
         ({"up": UP[:2]}, r"up must have as many experts as the layout \(3\), got 2"),
-        ({"down": DOWN[:, :5]}, r"down must have shape \[num_experts, 6, 8\] beside this up, got shape \[3, 5, 8\]"),
+        (
+            {"down": DOWN[:, :5]},
+            r"down must have shape \[num_experts, 6, 8\] beside this up, got shape \[num_experts, 5, 8\]",
+        ),
         ({"activation": "swiglu"}, r"down must have shape \[num_experts, 3, 8\] beside this up"),
         ({"activation": "none"}, "activation must be one of"),
         ({"gates": GATES[:, :1]}, r"gates must have shape \[4, 2\] as the layout says, got shape \[4, 1\]"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_cases import EXPERTS, FEATURES, HIDDEN, attention_case, ffn_case
+from layer_cases import EXPERTS, FEATURES, HIDDEN, attention_case, ffn_case, quantised
 from torch.utils.flop_counter import FlopCounterMode
 
 from moduleformer_ext import reference
@@ -21,7 +21,7 @@ from moduleformer_ext.ops import (
     stick_attention,
     stick_attention_decode,
 )
-from moduleformer_ext.quantised import quantise
+from moduleformer_ext.quantised import BITS, quantise
 
 T, D, G, E, K = 4, 8, 6, 3, 2
 S = T * K
@@ -142,3 +142,6 @@ def test_decoding_of_a_layer(shared, return_route):
     assert count(attention_layer_decode, **attention, return_route=return_route) == (total, 0)
     ffn = 2 * 6 * 2 * 2 * FEATURES * 40
     assert count(ffn_layer_decode, **ffn_case(new=3), return_route=return_route) == (gate + ffn, 0)
+    for bits in BITS:
+        few = quantised(ffn_case(new=3), bits)
+        assert count(ffn_layer_decode, **few, return_route=return_route) == (gate + ffn, 0)

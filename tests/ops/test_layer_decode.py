@@ -4,10 +4,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import on_cuda
-from layer_cases import DTYPES, EXPERTS, FEATURES, GATES, attention_case, changed, copied, ffn_case, widened
+from layer_cases import (
+    DTYPES,
+    EXPERTS,
+    FEATURES,
+    GATES,
+    MATRICES,
+    attention_case,
+    changed,
+    copied,
+    ffn_case,
+    quantised,
+    widened,
+)
 
 from moduleformer_ext import ops, reference
 from moduleformer_ext.ops import attention_layer_decode, ffn_layer_decode
+from moduleformer_ext.ops._layer_decode import expert_weight
+from moduleformer_ext.quantised import BITS, quantise
 from moduleformer_ext.types import RouteTopK
 
 # By norm: float32 to accumulated rounding; 16-bit results, and what the norm passes on, are rounded to half a unit of
@@ -126,10 +140,17 @@ def routed(arguments):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate", ["linear", "mlp"])
-def test_the_bits_of_the_ops_one_by_one(dtype, gate, device, set_threads):
+@pytest.mark.parametrize("bits", [None, *BITS])
+def test_the_bits_of_the_ops_one_by_one(dtype, gate, bits, device, set_threads):
+    if bits is not None and dtype == torch.float64:
+        pytest.skip("quantised matrices have float32 sums")
     if on_cuda(device):
         pytest.skip("a CPU's keys are linear_decode's")
-    arguments = attention_case(dtype=dtype, gate=gate, new=3)
+    arguments, ffn = attention_case(dtype=dtype, gate=gate, new=3), ffn_case(dtype=dtype, gate=gate, new=3)
+    product = ops.grouped_gemm
+    if bits is not None:
+        arguments, ffn = quantised(arguments, bits), quantised(ffn, bits)
+        product = ops.quantised_gemm
     normed, tokens, route, layout = routed(arguments)
     lengths = arguments["cache_lengths"] + 3
     caches = {name: arguments[f"{name}_cache"].clone() for name in "kv"}
@@ -137,18 +158,20 @@ def test_the_bits_of_the_ops_one_by_one(dtype, gate, device, set_threads):
         new = ops.linear_decode(normed, arguments[f"{name}_weight"], arguments[f"{name}_bias"])
         for b, length in enumerate(lengths.tolist()):
             cache[b, length - 3 : length] = new[b].view(3, 2, 16)
-    q = ops.grouped_gemm(tokens, arguments["query_weight"], layout, out_order="slot")
+    q = product(tokens, arguments["query_weight"], layout, out_order="slot")
     q = q.view(2, 3, 2, 2, 16).transpose(2, 3)
     attended = ops.stick_attention_decode(q, caches["k"], caches["v"], lengths).transpose(2, 3).reshape(6, 2, 32)
-    expected = arguments["x"] + ops.grouped_gemm(
+    expected = arguments["x"] + product(
         attended, arguments["output_weight"], layout, x_order="slot", out_order="token", gates=route.gates
     ).view(2, 3, FEATURES)
 
-    ffn = ffn_case(dtype=dtype, gate=gate, new=3)
     _, tokens, ffn_route, layout = routed(ffn)
-    ffn_expected = ffn["x"] + ops.expert_ffn(tokens, ffn["up"], ffn["down"], layout, ffn_route.gates).view(
-        2, 3, FEATURES
-    )
+    if bits is None:
+        transformed = ops.expert_ffn(tokens, ffn["up"], ffn["down"], layout, ffn_route.gates)
+    else:
+        hidden = product(tokens, ffn["up"], layout, activation="gelu_tanh")
+        transformed = product(hidden, ffn["down"], layout, x_order="expert", out_order="token", gates=ffn_route.gates)
+    ffn_expected = ffn["x"] + transformed.view(2, 3, FEATURES)
     for threads in (1, 2, 3):
         set_threads(threads)
         changed = copied(arguments)
@@ -159,6 +182,28 @@ def test_the_bits_of_the_ops_one_by_one(dtype, gate, device, set_threads):
         y, found = ffn_layer_decode(**ffn, return_route=True)
         assert torch.equal(y, ffn_expected)
         assert all(torch.equal(a, b) for a, b in zip(found, ffn_route, strict=True))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantised_against_the_oracle(bits, dtype):
+    check_attention("cpu", quantised(attention_case(dtype=dtype, new=2), bits))
+    check_attention("cpu", quantised(attention_case(dtype=dtype, new=1, heads=3, head_dim=24), bits))
+    for new in (1, 8):
+        arguments = quantised(ffn_case(dtype=dtype, new=new), bits)
+        assert_close(ffn_layer_decode(**arguments), reference.ffn_layer_decode(**widened(arguments)), dtype)
+    mixed = {**arguments, "down": ffn_case(dtype=dtype, new=8)["down"]}
+    assert_close(ffn_layer_decode(**mixed), reference.ffn_layer_decode(**widened(mixed)), dtype)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_quantised_and_gated(bits):
+    matrices = {
+        "up": quantise(torch.randn(EXPERTS, FEATURES, 128, generator=torch.Generator().manual_seed(1)), bits),
+        "down": quantise(torch.randn(EXPERTS, 64, FEATURES, generator=torch.Generator().manual_seed(2)), bits),
+    }
+    arguments = {**ffn_case(new=3, activation="swiglu"), **matrices}
+    assert_close(ffn_layer_decode(**arguments), reference.ffn_layer_decode(**widened(arguments)), torch.float32)
 
 
 def test_without_the_route(device):
@@ -212,8 +257,13 @@ def raw(arguments, *rest):
     """Positional arguments of the raw op."""
     flat = {"x": arguments["x"], **arguments["router"]._asdict(), **arguments}
     del flat["router"]
-    lists = ("gate_weight", "query_weight", "output_weight", "up", "down")
-    return [[v] if name in lists and torch.is_tensor(v) else v for name, v in flat.items()] + list(rest)
+    values = []
+    for name, value in flat.items():
+        if name in MATRICES:
+            values += expert_weight("raw", name, value)
+        else:
+            values.append([value] if name == "gate_weight" and torch.is_tensor(value) else value)
+    return values + list(rest)
 
 
 @pytest.mark.parametrize("overload", ["default", "with_route"])
@@ -226,6 +276,8 @@ def test_traced(overload):
         torch.library.opcheck(getattr(OP.attention_layer_decode, overload), raw(finite, None, None))
         torch.library.opcheck(getattr(OP.attention_layer_decode, overload), raw(shared, None, 0.0))
         torch.library.opcheck(getattr(OP.ffn_layer_decode, overload), raw(ffn_case()))
+        torch.library.opcheck(getattr(OP.attention_layer_decode, overload), raw(quantised(finite, 8), None, None))
+        torch.library.opcheck(getattr(OP.ffn_layer_decode, overload), raw(quantised(ffn_case(), 4)))
 
 
 def test_compiled():
@@ -319,6 +371,49 @@ def test_errors_of_attention(change, message):
 def test_errors_of_ffn(change, message):
     with pytest.raises(ValueError, match=f"^ffn_layer_decode: {message}"):
         ffn_layer_decode(**changed(ffn_case(), change))
+
+
+WEIGHT = quantise(torch.ones(EXPERTS, FEATURES, 40), 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up": WEIGHT._replace(bits=3)}, "up.bits must be 8 or 4, got 3"),
+        ({"up": WEIGHT._replace(in_features=31)}, r"up.values must have shape \[5, 1, 31, 64\], got shape"),
+        ({"up": WEIGHT._replace(scales=WEIGHT.scales.half())}, "up.scales must be Float, got Half"),
+        ({"up": quantise(torch.ones(4, FEATURES, 40), 8)}, r"up.values must have shape \[5, 1, 32, 64\], got shape"),
+        ({"up": quantise(torch.ones(5, 31, 40), 8)}, r"x must have as many features as up has rows \(31\), got 32"),
+        ({"down": WEIGHT}, r"down must have shape \[num_experts, 40, 32\] beside this up, got shape"),
+        (
+            {
+                "up": quantise(torch.ones(EXPERTS, FEATURES, 80), 8),
+                "down": quantise(torch.ones(EXPERTS, 40, FEATURES), 8),
+                "activation": "swiglu",
+            },
+            "up.out_features must be a multiple of 128 for a gated activation, got 80",
+        ),
+    ],
+)
+def test_errors_of_quantised_experts(change, message):
+    with pytest.raises(ValueError, match=f"^ffn_layer_decode: {message}"):
+        ffn_layer_decode(**changed(ffn_case(), change))
+
+
+def test_quantised_experts_of_another_kind():
+    wide = {**ffn_case(dtype=torch.float64), "up": WEIGHT}
+    with pytest.raises(ValueError, match=r"^ffn_layer_decode: x must be float32, bfloat16 or float16, got Double"):
+        ffn_layer_decode(**wide)
+    arguments = {**attention_case(), "query_weight": quantise(torch.ones(EXPERTS, FEATURES, 31), 4)}
+    with pytest.raises(
+        ValueError, match=r"query_weight must have shape \[num_experts, 32, 32\] beside x and k_cache, got"
+    ):
+        attention_layer_decode(**arguments)
+    values = raw(ffn_case())
+    place = next(i for i, value in enumerate(values) if value == [])
+    for format in ([8], [8, 32, 40]):
+        with pytest.raises(ValueError, match=r"^ffn_layer_decode: up must be numbers and scales beside bits, in_feat"):
+            OP.ffn_layer_decode(*values[:place], format, *values[place + 1 :])
 
 
 @pytest.mark.parametrize("function", [attention_layer_decode, ffn_layer_decode])

@@ -22,8 +22,10 @@ from moduleformer_ext.nn.cache import LayerCache, StaticLayerCache
 from moduleformer_ext.nn.experts import ExpertLinear, MixtureOfFFN
 from moduleformer_ext.nn.linear import MOST_ROWS, Linear
 from moduleformer_ext.nn.plain import Untouched, is_untouched
+from moduleformer_ext.nn.quantised import QuantisedExpertLinear
 from moduleformer_ext.nn.router import GateWeights, Router
 from moduleformer_ext.ops.route_topk import centroid_rows
+from moduleformer_ext.quantised import QuantisedMatrices
 from moduleformer_ext.types import NormedRouter, RouteTopK, Segments
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ class _Layer(NamedTuple):
 
     input: _Input
     module: Any
-    matrices: tuple[Segments | None, ...]
+    matrices: tuple[Segments | QuantisedMatrices | None, ...]
 
 
 class _Weights(NamedTuple):
@@ -170,7 +172,10 @@ def _input(norm: nn.Module, router: nn.Module) -> _Input | None:
     return _Input(norm, weight, bias, router, gate) if plain else None
 
 
-def _matrices(experts: nn.Module) -> Segments | None:
+def _matrices(experts: nn.Module) -> Segments | QuantisedMatrices | None:
+    if isinstance(experts, QuantisedExpertLinear):
+        plain = is_untouched(experts, QuantisedExpertLinear) and not experts._parameters
+        return experts.weight if plain and {type(buffer) for buffer in experts.buffers()} == {Tensor} else None
     if not is_untouched(experts, ExpertLinear):
         return None
     names = [name for name, parameter in experts._parameters.items() if parameter is not None]

@@ -30,6 +30,8 @@ __all__ = [
 _Kind = TypeVar("_Kind", bound=nn.Module)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+_TABLES = ("_modules", "_parameters", "_buffers")
+
 
 def is_plain(module: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
     """Whether calling the module would do what ``kind.forward`` does with its weights, and nothing else."""
@@ -38,7 +40,8 @@ def is_plain(module: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
 
 class Untouched:
     """Tells quickly whether the modules inside of one are still as they were when they were found plain: the same
-    objects of the same classes with the same children and parameters, nothing hooked to them and nothing set on them.
+    objects of the same classes with the same children, parameters and buffers, nothing hooked to them and nothing set
+    on them.
     """
 
     def __init__(self, modules: Sequence[nn.Module], root: nn.Module) -> None:
@@ -47,7 +50,7 @@ class Untouched:
         self._attributes = [module.__dict__ for module in modules]
         self._number_of_attributes = [len(own) for own in self._attributes]
         self._hooks = [own[hooks] for own in self._attributes for hooks in _HOOKS]
-        tables = [root._modules, *(own[table] for own in self._attributes for table in ("_modules", "_parameters"))]
+        tables = [root._modules, *(own[table] for own in self._attributes for table in _TABLES)]
         self._tables = [table for table in tables if table]
         self._contents = list(chain.from_iterable(map(dict.values, self._tables)))
 

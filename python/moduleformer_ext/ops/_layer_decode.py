@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from moduleformer_ext.ops._segments import segments
-from moduleformer_ext.types import NormedRouter, RouteTopK
+from moduleformer_ext.quantised import QuantisedMatrices
+from moduleformer_ext.types import NormedRouter, RouteTopK, Segments
+
+
+def expert_weight(op: str, argument: str, value: Segments | QuantisedMatrices) -> tuple[list[Tensor], list[int]]:
+    """As the operators take matrices of experts: segments beside nothing, or numbers and scales beside their format."""
+    if isinstance(value, QuantisedMatrices):
+        return [value.values, value.scales], [value.bits, value.in_features, value.out_features]
+    return segments(op, argument, value), []
 
 
 def layer_decode(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moduleformer_ext.ops._layer_decode import layer_decode
-from moduleformer_ext.ops._segments import segments
+from moduleformer_ext.ops._layer_decode import expert_weight, layer_decode
+from moduleformer_ext.quantised import QuantisedMatrices
 from moduleformer_ext.types import NormedRouter, RouteTopK, Segments
 
 _OP = "attention_layer_decode"
@@ -14,8 +14,8 @@ _OP = "attention_layer_decode"
 def attention_layer_decode(
     x: Tensor,
     router: NormedRouter,
-    query_weight: Segments,
-    output_weight: Segments,
+    query_weight: Segments | QuantisedMatrices,
+    output_weight: Segments | QuantisedMatrices,
     k_weight: Tensor | None,
     k_bias: Tensor | None,
     v_weight: Tensor | None,
@@ -34,7 +34,8 @@ def attention_layer_decode(
     keys and values are written behind those of the cache, whose lengths grow by T. Every token has k queries, one for
     each chosen expert, each of as many heads as the cache has; they attend to the cache
     (:func:`~moduleformer_ext.ops.stick_attention_decode`), and the output matrices of the same experts lead back to the
-    token, times their gates (:func:`~moduleformer_ext.ops.grouped_gemm`). The results are bit for bit those of the ops
+    token, times their gates (:func:`~moduleformer_ext.ops.grouped_gemm`, or
+    :func:`~moduleformer_ext.ops.quantised_gemm`). The results are bit for bit those of the ops
     one by one; on a CPU keys and values are those of :func:`~moduleformer_ext.ops.linear_decode`.
 
     The op is for generation: one call instead of a dozen saves the time between them. There is no gradient.
@@ -42,8 +43,9 @@ def attention_layer_decode(
     Args:
         x: ``[B, T, D]`` float32, float64, bfloat16 or float16.
         router: the norm and the router, of x's dtype, in one :class:`~moduleformer_ext.types.NormedRouter`.
-        query_weight: ``[E, D, H * D_h]`` of x's dtype, or segments.
-        output_weight: ``[E, H * D_h, D]`` of x's dtype, or segments.
+        query_weight: ``[E, D, H * D_h]`` of x's dtype, or segments; or quantised, on the CPU and beside x of another
+            dtype than float64.
+        output_weight: ``[E, H * D_h, D]``, likewise.
         k_weight, v_weight: ``[H * D_h, D]`` of x's dtype, contiguous; both None: keys and values are the normed tokens.
         k_bias, v_bias: ``[H * D_h]`` of x's dtype, or None.
         k_cache: ``[B, S_max, H, D_h]`` of x's dtype, contiguous in its last dimension; D_h is a multiple of 8 up to
@@ -67,8 +69,8 @@ def attention_layer_decode(
         _OP,
         x,
         router,
-        segments(_OP, "query_weight", query_weight),
-        segments(_OP, "output_weight", output_weight),
+        *expert_weight(_OP, "query_weight", query_weight),
+        *expert_weight(_OP, "output_weight", output_weight),
         k_weight,
         k_bias,
         v_weight,

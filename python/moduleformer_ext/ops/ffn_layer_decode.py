@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moduleformer_ext.ops._layer_decode import layer_decode
-from moduleformer_ext.ops._segments import segments
+from moduleformer_ext.ops._layer_decode import expert_weight, layer_decode
+from moduleformer_ext.quantised import QuantisedMatrices
 from moduleformer_ext.types import NormedRouter, RouteTopK, Segments
 
 _OP = "ffn_layer_decode"
@@ -14,8 +14,8 @@ _OP = "ffn_layer_decode"
 def ffn_layer_decode(
     x: Tensor,
     router: NormedRouter,
-    up: Segments,
-    down: Segments,
+    up: Segments | QuantisedMatrices,
+    down: Segments | QuantisedMatrices,
     *,
     activation: str = "gelu_tanh",
     return_route: bool = False,
@@ -23,14 +23,15 @@ def ffn_layer_decode(
     """y = x + ffn(norm(x)) of a few new tokens: what a :class:`~moduleformer_ext.nn.Block` does last.
 
     The tokens are normed (``layer_norm``), routed (:func:`~moduleformer_ext.ops.route_topk_mlp` and its like) and go
-    through their experts (:func:`~moduleformer_ext.ops.expert_ffn`). The results are bit for bit those of the ops one
+    through their experts (:func:`~moduleformer_ext.ops.expert_ffn`, or two of
+    :func:`~moduleformer_ext.ops.quantised_gemm`). The results are bit for bit those of the ops one
     by one; there is no gradient.
 
     Args:
         x: ``[B, T, D]`` float32, float64, bfloat16 or float16.
         router: the norm and the router, of x's dtype, in one :class:`~moduleformer_ext.types.NormedRouter`.
-        up: ``[E, D, F]`` (``[E, D, 2F]`` for a gated activation) of x's dtype, or segments.
-        down: ``[E, F, D]`` of x's dtype, or segments.
+        up: ``[E, D, F]`` (``[E, D, 2F]`` for a gated activation) of x's dtype, or segments; or quantised, as there.
+        down: ``[E, F, D]``, likewise.
         activation: as in :func:`~moduleformer_ext.ops.expert_ffn`.
         return_route: also return how the tokens were routed.
 
@@ -46,8 +47,8 @@ def ffn_layer_decode(
         _OP,
         x,
         router,
-        segments(_OP, "up", up),
-        segments(_OP, "down", down),
+        *expert_weight(_OP, "up", up),
+        *expert_weight(_OP, "down", down),
         activation,
         return_route=return_route,
     )

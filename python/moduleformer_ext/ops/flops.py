@@ -218,9 +218,17 @@ def _attention_layer_decode(*args: Any, **kwargs: Any) -> int:
     return int(_gate(call, tokens) + 2 * 2 * tokens * k * dim * width + projections + attention)
 
 
+def _matrix_size(tensors: Sequence[Tensor], quantised_format: Sequence[int]) -> int:
+    """Elements of an expert's matrix."""
+    if quantised_format:
+        _, in_features, out_features = quantised_format
+        return in_features * out_features
+    return prod(tensors[0].shape[1:])
+
+
 @register_flop_formula(_OPS.ffn_layer_decode, get_raw=True)
 def _ffn_layer_decode(*args: Any, **kwargs: Any) -> int:
     call = _named(_OPS.ffn_layer_decode, args, kwargs)
     tokens = prod(call["x"].shape[:2])
-    matrices = prod(call["up"][0].shape[1:]) + prod(call["down"][0].shape[1:])
+    matrices = sum(_matrix_size(call[name], call[f"{name}_format"]) for name in ("up", "down"))
     return int(_gate(call, tokens) + 2 * tokens * call["k"] * matrices)

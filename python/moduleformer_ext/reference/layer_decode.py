@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moduleformer_ext.quantised import QuantisedMatrices
 from moduleformer_ext.reference._common import accumulation_dtype, joined, without_autocast
 from moduleformer_ext.reference.expert_layout import expert_layout
 from moduleformer_ext.reference.grouped_gemm import expert_ffn, grouped_gemm
 from moduleformer_ext.reference.linear_decode import linear_decode
+from moduleformer_ext.reference.quantised_gemm import quantised_gemm
 from moduleformer_ext.reference.route_topk import route_topk, route_topk_linear, route_topk_mlp
 from moduleformer_ext.reference.stick_attention import stick_attention_decode
-from moduleformer_ext.types import NormedRouter, RouteTopK, Segments
+from moduleformer_ext.types import ExpertLayout, NormedRouter, RouteTopK, Segments
 
 
 def _norm(x: Tensor, router: NormedRouter) -> Tensor:
@@ -37,12 +39,18 @@ def _route(op: str, tokens: Tensor, router: NormedRouter) -> RouteTopK:
     raise ValueError(f"{op}: gate must be 'linear', 'mlp' or 'gmm' with its hidden layer, got {gate!r}")
 
 
+def _product(x: Tensor, weight: Segments | QuantisedMatrices, layout: ExpertLayout, **options: Any) -> Tensor:
+    if isinstance(weight, QuantisedMatrices):
+        return quantised_gemm(x, weight, layout, **options)
+    return grouped_gemm(x, weight, layout, **options)
+
+
 @without_autocast
 def attention_layer_decode(
     x: Tensor,
     router: NormedRouter,
-    query_weight: Segments,
-    output_weight: Segments,
+    query_weight: Segments | QuantisedMatrices,
+    output_weight: Segments | QuantisedMatrices,
     k_weight: Tensor | None,
     k_bias: Tensor | None,
     v_weight: Tensor | None,
@@ -76,11 +84,11 @@ def attention_layer_decode(
             cache[rows, positions] = new.unflatten(-1, (heads, head_dim))
     cache_lengths += length
 
-    q = grouped_gemm(tokens, query_weight, layout, out_order="slot")
+    q = _product(tokens, query_weight, layout, out_order="slot")
     q = q.view(batch, length, router.k, heads, head_dim).transpose(2, 3)
     attended = stick_attention_decode(q, k_cache, v_cache, cache_lengths, key_padding_mask=key_padding_mask)
     attended = cast(Tensor, attended).transpose(2, 3).reshape(batch * length, router.k, heads * head_dim)
-    back = grouped_gemm(attended, output_weight, layout, x_order="slot", out_order="token", gates=route.gates)
+    back = _product(attended, output_weight, layout, x_order="slot", out_order="token", gates=route.gates)
     y = x + back.view_as(x)
     return (y, route) if return_route else y
 
@@ -89,8 +97,8 @@ def attention_layer_decode(
 def ffn_layer_decode(
     x: Tensor,
     router: NormedRouter,
-    up: Segments,
-    down: Segments,
+    up: Segments | QuantisedMatrices,
+    down: Segments | QuantisedMatrices,
     *,
     activation: str = "gelu_tanh",
     return_route: bool = False,
@@ -99,5 +107,10 @@ def ffn_layer_decode(
     tokens = _norm(x, router).flatten(0, 1)
     route = _route("ffn_layer_decode", tokens, router)
     layout = expert_layout(route.expert_ids, route.counts.shape[0])
-    y = x + expert_ffn(tokens, up, down, layout, route.gates, activation=activation).view_as(x)
+    if isinstance(up, QuantisedMatrices) or isinstance(down, QuantisedMatrices):
+        hidden = _product(tokens, up, layout, activation=activation)
+        transformed = _product(hidden, down, layout, x_order="expert", out_order="token", gates=route.gates)
+    else:
+        transformed = expert_ffn(tokens, up, down, layout, route.gates, activation=activation)
+    y = x + transformed.view_as(x)
     return (y, route) if return_route else y
