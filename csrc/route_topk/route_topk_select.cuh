@@ -89,6 +89,7 @@ __device__ inline void rank_scores(const RouterRanking& ranking, RouterOrder ord
     const float* of_group = scores + g * size;
     std::int64_t best = rank_key(of_group[0], 0), second = 0;
     float sum = of_group[0], second_score = 0.0f;
+#pragma unroll 1  // unrolled it spills registers
     for (std::int64_t e = 1; e < size; ++e) {
       const std::int64_t key = rank_key(of_group[e], e);
       if (key > best) {
