@@ -29,6 +29,9 @@ cudaError_t call_runtime(Call call) {
 
 Status device_attribute(cudaDeviceAttr attribute, int* value);
 
+// 10 times the current device's.
+Status compute_capability(int* value);
+
 // The kernel at `function`; a refusal names it, and what it needs beside what there is.
 Status launch_kernel(const void* function, dim3 grid, unsigned threads, int shared_bytes, Stream stream,
                      void** arguments);

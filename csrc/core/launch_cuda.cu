@@ -63,6 +63,14 @@ Status device_attribute(cudaDeviceAttr attribute, int* value) {
   return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
 }
 
+Status compute_capability(int* value) {
+  int major = 0, minor = 0;
+  Status status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  if (status.ok()) status = device_attribute(cudaDevAttrComputeCapabilityMinor, &minor);
+  *value = 10 * major + minor;
+  return status;
+}
+
 Status launch_kernel(const void* function, dim3 grid, unsigned threads, int shared_bytes, Stream stream,
                      void** arguments) {
   const cudaError_t error = call_runtime([&] {

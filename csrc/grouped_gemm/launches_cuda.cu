@@ -71,10 +71,7 @@ Launches::Launches(DType dtype, bool allow_tf32, const RoutedLayout& layout, Str
       stream_(stream) {
   require_at_most(kMaxInt, layout.num_slots(), "slots must number");
   if (status_.ok()) status_ = device_attribute(cudaDevAttrMultiProcessorCount, &processors_);
-  int major = 0, minor = 0;
-  if (status_.ok()) status_ = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
-  if (status_.ok()) status_ = device_attribute(cudaDevAttrComputeCapabilityMinor, &minor);
-  capability_ = 10 * major + minor;
+  if (status_.ok()) status_ = compute_capability(&capability_);
 }
 
 void Launches::require_at_most(std::int64_t most, std::int64_t got, const char* what) {

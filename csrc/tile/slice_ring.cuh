@@ -39,8 +39,9 @@ class RingPosition {
 };
 
 // In shared memory.
-template <int kStages, int kConsumers>
+template <int kStages_, int kConsumers>
 struct RingBarriers {
+  static constexpr int kStages = kStages_;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   std::uint64_t full[kStages], empty[kStages];
   std::uint64_t turn[kConsumers];  // completes when the consumer may wait for its next slices
@@ -60,10 +61,9 @@ struct RingBarriers {
 // The side that loads: by cp.async, of which every thread brings its part, and by bulk copies. wgmma reads through the
 // async proxy, so that each thread fences its own finished copies before the slice is published; to let several slices
 // be under way, a slice is published kLag slices after its copies were ordered.
-template <int kStages, int kConsumers>
+template <typename Barriers>
 class RingProducer {
-  using Barriers = RingBarriers<kStages, kConsumers>;
-  static constexpr int kLag = 2;
+  static constexpr int kStages = Barriers::kStages, kLag = 2;
   static_assert(kLag < kStages, "a slice that is waited for must have been published");
 
  public:
@@ -71,7 +71,12 @@ class RingProducer {
 
   // Waits for the next slice's stage to be free.
   __device__ int acquire() {
-    Barriers::Barrier::wait(&barriers_.empty[position_.stage()], position_.parity() ^ 1);
+    return acquire([&](int stage, unsigned parity) { Barriers::Barrier::wait(&barriers_.empty[stage], parity); });
+  }
+  // The same where wait_free(stage, parity) does the waiting.
+  template <typename WaitFree>
+  __device__ int acquire(WaitFree&& wait_free) {
+    wait_free(position_.stage(), position_.parity() ^ 1);
     return position_.stage();
   }
   // What bulk copies into the acquired stage arrive at, once one thread has announced their bytes.
