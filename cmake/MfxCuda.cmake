@@ -78,7 +78,9 @@ elseif(MFX_SM90_ARCHS)
   target_include_directories(mfx_sm90 SYSTEM PRIVATE "${MFX_CUTLASS_INCLUDE}")
   target_link_libraries(mfx_sm90 PRIVATE mfx_cuda_flags)
   target_link_libraries(moduleformer_ext_cuda PRIVATE mfx_sm90)
-  set_source_files_properties(csrc/grouped_gemm/launches_cuda.cu PROPERTIES COMPILE_DEFINITIONS MFX_SM90)
+  set_source_files_properties(
+    csrc/grouped_gemm/launches_cuda.cu csrc/stick_attention/stick_attention_forward_cuda.cu
+    PROPERTIES COMPILE_DEFINITIONS MFX_SM90)
 endif()
 # Beside PTX of another architecture that of 90a is for these alone.
 set(MFX_OTHER_ARCHS ${CMAKE_CUDA_ARCHITECTURES})

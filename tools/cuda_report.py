@@ -90,7 +90,9 @@ def parse_threads(ptx: str) -> dict[str, int]:
 # Machine instructions that kernels are meant to have, by pattern of their names: tensor-core products, matrix loads of
 # shared memory, asynchronous copies, and 16-byte accesses to global memory.
 EXPECTED = (
-    (r"stick_(fwd|bwd_query|bwd_key)_", ("MMA", "LDSM", "LDGSTS", "STG.128")),
+    (r"stick_(fwd|bwd_query|bwd_key)_", ("MMA", "LDGSTS", "STG.128")),
+    (r"stick_(fwd|bwd_query|bwd_key)_\w+_sm80", ("LDSM",)),
+    (r"stick_\w+_sm90a", ("HGMMA",)),
     (r"stick_bwd_lengths_", ("LDG.128",)),
     (r"stick_decode", ("LDG.128",)),
     (r"grouped_\w+_grad_\w+|grouped_forward_\w+", ("MMA",)),

@@ -44,4 +44,19 @@ __device__ inline bool barrier_all_at_most(float x, float y, float most) {
   return all != 0;
 }
 
+// The same of the first `threads` threads that come to barrier `barrier`.
+__device__ inline bool barrier_all_at_most(float x, float y, float most, int barrier, int threads) {
+  int all;
+  asm volatile(
+      "{ .reg .pred mine, every;\n"
+      "setp.le.f32 mine, %1, %3;\n"
+      "setp.le.and.f32 mine, %2, %3, mine;\n"
+      "bar.red.and.pred every, %4, %5, mine;\n"
+      "selp.s32 %0, 1, 0, every; }"
+      : "=r"(all)
+      : "f"(x), "f"(y), "f"(most), "r"(barrier), "r"(threads)
+      : "memory");
+  return all != 0;
+}
+
 }  // namespace mfx::device

@@ -34,6 +34,21 @@ struct ForwardShape {
   static constexpr int kSharedBytes = kQueryBytes + kStages * 2 * kTileBytes;
 };
 
+// The newest tile of kKeys that rows [first_row, first_row + rows) see; -1 if none.
+template <int kKeys>
+__device__ inline int newest_tile(const StickAttentionProblem& p, const Sequence& s, int first_row, int rows) {
+  const int newest_key = s.newest_key(p, min(first_row + rows - 1, s.rows - 1));
+  return newest_key < 0 ? -1 : newest_key / kKeys;
+}
+
+// The sticks of a warp's 16 rows. A row beyond the sequence's end has none.
+__device__ inline void begin_sticks(float (&rem)[2], const Sequence& s, int warp_row) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    rem[half] = warp_row + static_cast<int>(threadIdx.x & 31) / 4 + 8 * half < s.rows ? 1.0f : 0.0f;
+  }
+}
+
 // The end of a warp's o: its columns from `column` on of 16 rows from `row_in_tile` on, whose walk ended at
 // `oldest_key`. `scratch` is shared memory that nobody else reads.
 template <typename Op, int kTiles>
@@ -60,6 +75,20 @@ __device__ inline void store_output(const ForwardLaunch& launch, const BlockInfo
   });
 }
 
+// The end of the sticks of a warp, of 16 rows from `row_in_tile` on, whose walk ended at tile `oldest_tile`.
+__device__ inline void store_sticks(const StickAttentionForwardParams& params, const BlockInfo& tile, int row_in_tile,
+                                    const float (&rem)[2], int oldest_tile) {
+  const int lane = threadIdx.x & 31;
+  if (lane % 4 < 2) {  // lane 0 of a quad reports row g, lane 1 row g + 8
+    const int row = tile.first_row + row_in_tile + lane / 4 + 8 * (lane % 4);
+    if (row < tile.s.rows) {
+      const std::int64_t flat = flat_row(params.problem, tile.s, tile.head, row);
+      static_cast<float*>(params.remainder)[flat] = lane % 4 == 0 ? rem[0] : rem[1];
+      params.first_tiles[flat] = oldest_tile;
+    }
+  }
+}
+
 template <typename Op, int kDim>
 __device__ inline void forward(const ForwardLaunch& launch) {
   using T = typename Storage<Op>::Type;
@@ -80,18 +109,15 @@ __device__ inline void forward(const ForwardLaunch& launch) {
   const TileLoader<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
   copy.template rows<kStickTileRows>(queries, {p.q, p.q_strides, p, s, head, first_row}, launch.q_aligned);
 
-  // A row beyond the sequence's end has no stick.
-  const int lane = threadIdx.x & 31, warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;
+  const int warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;
   float rem[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) rem[half] = warp_row + lane / 4 + 8 * half < s.rows ? 1.0f : 0.0f;
+  begin_sticks(rem, s, warp_row);
   Mask<kKeys> mask(p, s, warp_row);
   const ExpLogit exp_logit{launch.factor};
   const float epsilon = launch.epsilon;
   float o[kDim / 8][4] = {};
 
-  const int newest_key = s.newest_key(p, min(first_row + kStickTileRows - 1, s.rows - 1));
-  int key_tile = newest_key < 0 ? -1 : newest_key / kKeys;
+  int key_tile = newest_tile<kKeys>(p, s, first_row, kStickTileRows);
   KvPipeline<Op, kRowBytes, kKeys, Tiles::kStages, Tiles::kThreads, KvColumns::kOfV> kv(
       ring, copy, p, s, head, key_tile, launch.k_aligned, launch.v_aligned);
   kv.prefetch(key_tile >= 0);
@@ -124,14 +150,7 @@ __device__ inline void forward(const ForwardLaunch& launch) {
   const BlockInfo done = kKeepQueries ? tile : BlockInfo::recompute(p, kStickTileRows);  // where registers allow
   const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
   store_output<Op>(launch, done, row_in_tile, 0, o, queries + row_in_tile * kRowBytes, (key_tile + 1) * kKeys);
-  if (lane % 4 < 2) {  // lane 0 of a quad reports row g, lane 1 row g + 8
-    const int row = done.first_row + row_in_tile + lane / 4 + 8 * (lane % 4);
-    if (row < done.s.rows) {
-      const std::int64_t flat = flat_row(p, done.s, done.head, row);
-      static_cast<float*>(params.remainder)[flat] = lane % 4 == 0 ? rem[0] : rem[1];
-      params.first_tiles[flat] = key_tile + 1;
-    }
-  }
+  store_sticks(params, done, row_in_tile, rem, key_tile + 1);
 }
 
 }  // namespace mfx::stick

@@ -4,20 +4,11 @@
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "stick_attention/forward.cuh"
+#include "stick_attention/forward_instances.hpp"
 #include "stick_attention/forward_wide.cuh"
-#include "stick_attention/stick_instances.hpp"
 
 namespace mfx::stick {
 namespace {
-
-struct Instance {
-  const char* name;
-  DType dtype;
-  bool tf32;
-  int most_head_dim;
-  int tile_rows, threads, shared_bytes;
-  void (*kernel)(ForwardLaunch);
-};
 
 // How an instance works: head dims above 256 are split over the warps.
 template <typename Op, int kDim>
@@ -48,11 +39,28 @@ MFX_STICK_INSTANCES(MFX_STICK_FORWARD_KERNEL)
    Forward<op, dim>::kThreads,                      \
    Forward<op, dim>::kSharedBytes,                  \
    stick_fwd_##name##_d##dim##_sm80},
-static constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)};
+static constexpr ForwardInstance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)};
+
+static ForwardInstances hopper_instances() {
+#ifdef MFX_SM90
+  return forward_instances_sm90a();
+#else
+  return {nullptr, 0};
+#endif
+}
 
 static const KernelList kListed("stick_attention_forward", [](const char* op, KernelSink sink, void* context) {
-  for (const Instance& instance : kInstances) sink(context, op, instance.name, 80);
+  for (const ForwardInstance& instance : kInstances) sink(context, op, instance.name, 80);
+  const ForwardInstances hopper = hopper_instances();
+  for (int i = 0; i < hopper.count; ++i) sink(context, op, hopper.first[i].name, 90);
 });
+
+// The instance that serves a problem on the current device, or null: one of sm_90a at compute capability 9.0 alone.
+static const ForwardInstance* choose_instance(const StickAttentionProblem& p, int capability) {
+  const ForwardInstances hopper = hopper_instances();
+  const ForwardInstance* const own = capability == 90 ? find_instance(hopper.first, hopper.count, p) : nullptr;
+  return own != nullptr ? own : find_instance(kInstances, p);
+}
 
 }  // namespace mfx::stick
 
@@ -63,7 +71,10 @@ using namespace stick;
 extern "C" __attribute__((visibility("default"))) Status
 mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stream stream) {
   const StickAttentionProblem& p = params.problem;
-  const Instance* const instance = find_instance(kInstances, p);
+  int capability = 0;
+  const Status known = compute_capability(&capability);
+  if (!known.ok()) return known;
+  const ForwardInstance* const instance = choose_instance(p, capability);
   if (instance == nullptr) return stick_no_instance(p);
   const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, instance->tile_rows) * p.heads;
   if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return kStickTooLarge;

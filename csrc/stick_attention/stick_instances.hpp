@@ -1,6 +1,6 @@
 // The instances of the CUDA kernels: one row per operand type and head dimension, which smaller ones are padded to. A
-// kernel is named stick_<kernel>_<type>_d<dim>_sm80 and runs on everything from sm_80 on; a path for a newer
-// architecture adds rows.
+// kernel is named stick_<kernel>_<type>_d<dim>_sm80 and runs on everything from sm_80 on; forward has rows for sm_90a
+// beside them (forward_instances.hpp).
 #pragma once
 
 #include <limits>
@@ -27,14 +27,18 @@ inline Status stick_no_instance(const StickAttentionProblem& p) {
           nullptr, true};
 }
 
-// The first row of a table that serves a problem, or null.
-template <typename Instance, std::size_t kSize>
-const Instance* find_instance(const Instance (&table)[kSize], const StickAttentionProblem& p) {
+// The first of `count` rows of a table that serves a problem, or null.
+template <typename Instance>
+const Instance* find_instance(const Instance* table, int count, const StickAttentionProblem& p) {
   const bool tf32 = p.allow_tf32 && p.dtype == DType::kFloat32;
-  for (const Instance& row : table) {
-    if (row.dtype == p.dtype && row.tf32 == tf32 && p.head_dim <= row.most_head_dim) return &row;
+  for (const Instance* row = table; row != table + count; ++row) {
+    if (row->dtype == p.dtype && row->tf32 == tf32 && p.head_dim <= row->most_head_dim) return row;
   }
   return nullptr;
+}
+template <typename Instance, std::size_t kSize>
+const Instance* find_instance(const Instance (&table)[kSize], const StickAttentionProblem& p) {
+  return find_instance(table, static_cast<int>(kSize), p);
 }
 
 }  // namespace mfx

@@ -9,6 +9,7 @@ import pytest
 import torch
 from devices import EMULATED
 from routed import grouped_values, layout_of
+from stick_walks import first_tiles, rows_of_logits
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import grouped_gemm
@@ -46,14 +47,46 @@ class Routed:
         return all(close(self.result(grouped_gemm, *case), expected) for *case, expected in self.cases)
 
 
+class Sticks:
+    """Two warpgroups, more tiles than stages: both walk to the end, either ends before the other, or sees no key."""
+
+    BLOCKS = 4  # each with an order of warps of its own
+
+    def __init__(self) -> None:
+        self.cases = []
+        for epsilon, logits in ((0.0, (-6, -7)), (2**-24, (-3, -9)), (2**-24, (-9, -3)), (2**-24, (-2.5, 8))):
+            q, k, v = rows_of_logits(logits, 700, 64, torch.bfloat16)
+            self.add((q, k, v), True, epsilon, first_tiles(q, k, epsilon))
+        q, k, v = rows_of_logits((-6, -7), 2, 64, torch.bfloat16)
+        grouped = q.view(1, 2, 64, 64)  # the 64 heads of the first query are a warpgroup's rows
+        self.add((grouped, k, v), False, 0.0, torch.zeros(1, 2, 64, dtype=torch.int32))
+
+    def add(self, operands, attend_current: bool, epsilon: float, first: torch.Tensor) -> None:
+        exact = [x.float() for x in operands]
+        o, remainder = reference.stick_attention(*exact, attend_current=attend_current, return_remainder=True)
+        blocks = [x.expand(self.BLOCKS, *x.shape[1:]) for x in operands]
+        self.cases.append(((*blocks, None, attend_current, None, None, None, epsilon, False), o, remainder, first))
+
+    def __call__(self) -> bool:
+        for arguments, o, remainder, first in self.cases:
+            ours = torch.ops.moduleformer_ext.stick_attention_forward(*arguments)
+            for block in range(self.BLOCKS):
+                sticks = torch.allclose(ours[1][block], remainder[0], rtol=0, atol=1e-4)
+                if not (sticks and close(ours[0][block], o[0]) and torch.equal(ours[3][block], first[0])):
+                    return False
+        return True
+
+
 SM_80 = ("bar.sync", "cp.async.commit_group", "cp.async.wait_group")
 SM_90A = ("bar.sync", "mbarrier.init", "mbarrier.try_wait", "mbarrier.arrive", "wgmma.commit_group")
 SM_90A += ("cp.async.commit_group", "cp.async.wait_group", "fence.proxy.async")
+STICK_SM_90A = (*SM_90A, "bar.red", "cp.async.wait_all", "wgmma.wait_group", "wgmma.fence")
 KERNELS: dict[str, tuple[Callable[[], Callable[[], bool]], tuple[str, ...]]] = {
     "grouped_forward_bf16_64x128_sm80": (lambda: Routed(gradient=False), SM_80),
     "grouped_weight_grad_bf16_128x128_sm80": (lambda: Routed(gradient=True), SM_80),
     "grouped_forward_bf16_128x128_sm90a": (lambda: Routed(gradient=False), SM_90A),
     "grouped_weight_grad_bf16_128x128_sm90a": (lambda: Routed(gradient=True), SM_90A),
+    "stick_fwd_bf16_d64_sm90a": (Sticks, STICK_SM_90A),
 }
 
 

@@ -6,9 +6,13 @@ forward, 59 and 88 backward (head dim 64 and 128). Forward for training also wri
 
 import pytest
 import torch
-from devices import EMULATED
+from devices import EMULATED, HOPPER
 
 from moduleformer_ext.ops import stick_attention
+
+ROWS = 128 if HOPPER else 64
+"""Query rows of a block of forward, which reads a tile of keys once. Of the tile on the diagonal sm_80's warps leave
+out keys that they do not see, a warpgroup of sm_90a multiplies all."""
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="counts need the emulated device")
 
@@ -32,7 +36,8 @@ def launches(t, dim):
 
 
 @pytest.mark.parametrize(
-    ("dim", "most_inference", "most_training", "most_backward"), [(64, 18.1, 19.3, 59.0), (128, 22.6, 24.7, 86.5)]
+    ("dim", "most_inference", "most_training", "most_backward"),
+    [(64, 20.2, 21.4, 59.0), (128, 22.2, 24.3, 86.5)] if HOPPER else [(64, 18.1, 19.3, 59.0), (128, 22.6, 24.7, 86.5)],
 )
 def test_instructions_per_score(dim, most_inference, most_training, most_backward):
     inference, training, backward, scores = launches(512, dim)
@@ -49,11 +54,11 @@ def test_traffic_and_flops(dim):
     t = 1024
     forward, training, backward, scores = launches(t, dim)
     useful = 2 * dim * scores  # of one product
-    assert forward["mma_flops"] <= 1.03 * 2 * useful
+    assert forward["mma_flops"] <= (1.07 if HOPPER else 1.03) * 2 * useful
     assert sum(s["mma_flops"] for s in backward) <= 1.05 * 7 * useful  # S and dP in both kernels, dQ, dK, dV
     sectors = dim * 2 // 32
-    tiles = t // 64 * (t // 64 + 1) // 2
-    least_read = (t + tiles * 2 * 64) * sectors  # Q once, K and V once per pair of tiles
+    keys = sum(range(ROWS, t + 1, ROWS))  # that all blocks see
+    least_read = (t + 2 * keys) * sectors  # Q once, K and V once per block
     least_written = t * sectors + 2 * t * 4 // 32  # o, remainder, first_tiles
     assert forward["global_load_sectors"] <= 1.1 * least_read
     assert forward["global_store_sectors"] <= 1.1 * least_written

@@ -1,0 +1,85 @@
+// Products of a warpgroup of sm_90a with boxes in shared memory: what gemm_abt() and gemm_ab() of tile_product.cuh are
+// to a warp of sm_80. They are ordered as one group each; until that has been waited for, accumulators and operands are
+// theirs. Accumulators [64, 8 kTiles] are those of four warps, 16 rows each, and so are fragments of A.
+//
+// A of A B^T comes from shared memory, for the whole loop: ptxas 13.0 gives registers that such a product has read to
+// others, even where a later turn of the loop reads them again.
+#pragma once
+
+#include <utility>
+
+#include "moduleformer_ext/common.hpp"
+#include "tile/static_for.cuh"
+#include "tile/tile_product.cuh"
+#include "tile/warpgroup_boxes.cuh"
+
+namespace mfx::device {
+
+// wgmma with 8 kTiles columns.
+template <typename Op, int kTiles>
+struct WarpgroupAtoms;
+
+#define MFX_WARPGROUP_ATOMS(Op, tiles, atom)                                                         \
+  template <>                                                                                        \
+  struct WarpgroupAtoms<Op, tiles> {                                                                 \
+    using Abt = cute::SM90::GMMA::atom##_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
+    using Ab = cute::SM90::GMMA::atom##_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>; \
+  };
+MFX_WARPGROUP_ATOMS(BFloat16, 8, MMA_64x64x16_F32BF16BF16)
+MFX_WARPGROUP_ATOMS(BFloat16, 16, MMA_64x128x16_F32BF16BF16)
+MFX_WARPGROUP_ATOMS(Float16, 8, MMA_64x64x16_F32F16F16)
+MFX_WARPGROUP_ATOMS(Float16, 16, MMA_64x128x16_F32F16F16)
+#undef MFX_WARPGROUP_ATOMS
+
+// Orders what is done to an accumulator's registers with the products, for the compiler.
+template <int kTiles>
+__device__ inline void fence_acc(float (&acc)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) cute::warpgroup_fence_operand(acc[i / 4][i % 4]);
+}
+
+template <int kSteps, int kTiles, typename Step>
+__device__ inline void order_steps(float (&acc)[kTiles][4], Step&& step) {
+  fence_acc(acc);
+  cute::warpgroup_arrive();
+  static_for<kSteps>(step);
+  cute::warpgroup_commit_batch();
+  fence_acc(acc);
+}
+
+template <typename Atom, int kTiles, std::size_t... kIndex>
+__device__ inline void multiply_abt(float (&acc)[kTiles][4], std::uint64_t a, std::uint64_t b,
+                                    cute::SM90::GMMA::ScaleOut add, std::index_sequence<kIndex...>) {
+  Atom::fma(a, b, acc[kIndex / 4][kIndex % 4]..., add);
+}
+template <typename Atom, int kTiles, std::size_t... kIndex>
+__device__ inline void multiply_ab(float (&acc)[kTiles][4], const FragmentA& a, std::uint64_t b,
+                                   std::index_sequence<kIndex...>) {
+  Atom::fma(a[0], a[1], a[2], a[3], b, acc[kIndex / 4][kIndex % 4]...);
+}
+
+// acc = A B^T over kDepth columns of both, whose boxes have 64 rows and 8 kTiles.
+template <typename Op, int kDepth, int kTiles>
+__device__ inline void order_abt(float (&acc)[kTiles][4], SharedAddress a_boxes, SharedAddress b_boxes) {
+  using cute::SM90::GMMA::ScaleOut;
+  constexpr int kABox = 64 * kBoxRowBytes, kBBox = 8 * kTiles * kBoxRowBytes;
+  const std::uint64_t a = box_descriptor<Major::kK, kABox>(a_boxes), b = box_descriptor<Major::kK, kBBox>(b_boxes);
+  order_steps<kDepth / 16>(acc, [&](auto step) {
+    multiply_abt<typename WarpgroupAtoms<Op, kTiles>::Abt>(
+        acc, a + step_bytes<Major::kK, kABox>(step) / 16, b + step_bytes<Major::kK, kBBox>(step) / 16,
+        step == 0 ? ScaleOut::Zero : ScaleOut::One, std::make_index_sequence<4 * kTiles>());
+  });
+}
+
+// acc += A B, where inner elements are rows of B's boxes.
+template <typename Op, int kTiles, int kSteps>
+__device__ inline void order_ab(float (&acc)[kTiles][4], const OperandA<kSteps>& a, SharedAddress b_boxes) {
+  constexpr int kBox = 16 * kSteps * kBoxRowBytes;
+  const std::uint64_t b = box_descriptor<Major::kMN, kBox>(b_boxes);
+  order_steps<kSteps>(acc, [&](auto step) {
+    multiply_ab<typename WarpgroupAtoms<Op, kTiles>::Ab>(acc, a.step[step], b + step_bytes<Major::kMN, kBox>(step) / 16,
+                                                         std::make_index_sequence<4 * kTiles>());
+  });
+}
+
+}  // namespace mfx::device

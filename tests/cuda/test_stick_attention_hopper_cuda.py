@@ -1,0 +1,92 @@
+"""The sm_90a kernels of stick_attention forward: what they serve, and what sm_80's have no counterpart of, two
+warpgroups that walk the same tiles of keys and end for themselves. All else is tested on every architecture alike."""
+
+import pytest
+import torch
+from devices import EMULATED, HOPPER
+from stick_cases import check, inputs, relative_error
+from stick_walks import TILE, first_tiles, rows_of_logits
+
+from moduleformer_ext import reference
+from moduleformer_ext.ops import stick_attention
+
+if EMULATED:
+    import cudasim
+
+pytestmark = pytest.mark.skipif(not HOPPER, reason="needs the emulated Hopper and its kernels")
+RAW = torch.ops.moduleformer_ext
+
+
+def launched(q, k, v, **options):
+    cudasim.reset_stats()
+    stick_attention(q, k, v, **options)
+    return [launch["kernel"].removeprefix("stick_fwd_") for launch in cudasim.stats()]
+
+
+def forward(q, k, v, epsilon, for_backward=False):
+    return RAW.stick_attention_forward(q, k, v, None, True, None, None, None, epsilon, for_backward)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "kernel"),
+    [
+        (torch.bfloat16, 8, "bf16_d64_sm90a"),
+        (torch.bfloat16, 64, "bf16_d64_sm90a"),
+        (torch.bfloat16, 72, "bf16_d128_sm90a"),
+        (torch.float16, 64, "fp16_d64_sm90a"),
+        (torch.float16, 128, "fp16_d128_sm90a"),
+        (torch.bfloat16, 136, "bf16_d256_sm80"),
+        (torch.float16, 1024, "fp16_d1024_sm80"),
+        (torch.float32, 64, "fp32_d64_sm80"),
+    ],
+)
+def test_what_hopper_serves(dtype, dim, kernel):
+    q, k, v = inputs(1, 5, 9, 1, 1, dim, dtype)
+    assert launched(q, k, v) == [kernel]
+    assert launched(q, k, None) == [kernel]
+    spaced = torch.zeros(1, 9, 1, dim + 1, dtype=dtype)[..., 1:]  # at any address
+    assert launched(q, spaced, v) == [kernel]
+    lengths = torch.tensor([0, 2, 5], dtype=torch.int32)
+    packed = [x[0] for x in (q, k[:, :5], v[:, :5])]
+    assert launched(*packed, cu_seqlens_q=lengths, cu_seqlens_k=lengths) == [kernel]
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "shared"), [(64, False), (64, True), (128, False), (128, True)])
+def test_more_tiles_than_stages(dtype, dim, shared, device):
+    q, k, v = inputs(1, 200, 700, 1, 1, dim, dtype, shared=shared, mean=-6.0)
+    check(device, q, k, v, stick_epsilon=0.0)
+
+
+@pytest.mark.parametrize("group", [1, 3, 64, 130])
+@pytest.mark.parametrize("t_q", [1, 63, 64, 65, 129])
+def test_rows_at_the_edges_of_warpgroups(t_q, group, device):
+    if t_q * group > 1000:
+        pytest.skip("as others, and slow")
+    q, k, v = inputs(1, t_q, t_q + 70, 1, group, 64, torch.bfloat16)
+    check(device, q, k, v, attend_current=False)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("logits", [(8, -9), (-9, 8), (-3, -9), (-9, -3), (-3, 8), (8, 8), (-9, -9), (-2.5, -3)])
+def test_each_warpgroup_ends_for_itself(logits, dim):
+    q, k, v = rows_of_logits(logits, 700, dim, torch.bfloat16)
+    o, remainder, _, first = forward(q, k, v, 2**-24)
+    exact, exact_remainder = reference.stick_attention(*(x.double() for x in (q, k, v)), return_remainder=True)
+    assert torch.equal(first, first_tiles(q, k, 2**-24))
+    assert relative_error(o, exact) < 4e-3
+    assert (remainder - exact_remainder).abs().max() < 1e-6
+    assert torch.equal(o, forward(q, k, v, 2**-24, for_backward=True)[0])
+
+
+def test_exhausted_sticks_load_no_more():
+    """The loading warpgroup is a ring of stages ahead, and stops with the second of those that multiply."""
+    q, k, v = rows_of_logits((8, 8), 4000, 64, torch.bfloat16)
+    cudasim.reset_stats()
+    forward(q, k, v, 2**-24)
+    (launch,) = cudasim.stats()
+    tile = 2 * TILE * 64 * 2  # bytes of K and V
+    queries = q.numel() * 2
+    assert launch["global_load_sectors"] * 32 <= 1.1 * (queries + (2 + 1 + 4) * tile)
