@@ -49,9 +49,6 @@ inline void check_key_padding_mask(const char* op, const at::Tensor& mask, const
   check_same_device(op, "key_padding_mask", mask, "q", keys);
 }
 
-inline void check_scale(const char* op, std::optional<double> scale) {
-  MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), op, "scale", "be finite in float32", *scale);
-}
 inline double scale_or_default(std::optional<double> scale, const at::Tensor& q) {
   return scale.value_or(std::pow(static_cast<double>(q.size(-1)), -0.5));
 }

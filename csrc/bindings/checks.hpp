@@ -5,6 +5,7 @@
 #include <c10/core/SymInt.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
 #include <optional>
 
 #include "moduleformer_ext/common.hpp"
@@ -40,6 +41,10 @@ inline void check_status(const char* op, const Status& status) {
   if (status.ok()) return;
   TORCH_CHECK_VALUE(status.index < 0, op, ": ", status.message, ", got ", status.got, " at index ", status.index);
   TORCH_CHECK_VALUE(false, op, ": ", status.message);
+}
+
+inline void check_scale(const char* op, std::optional<double> scale) {
+  MFX_CHECK_ARG(!scale || std::isfinite(static_cast<float>(*scale)), op, "scale", "be finite in float32", *scale);
 }
 
 inline void check_dim(const char* op, const char* argument, const at::Tensor& tensor, int64_t dim) {

@@ -82,6 +82,7 @@ void check_arguments(const Args& a) {
   const auto num_experts = network.num_experts();
   check_k(op, k, num_experts);
   const RouterOrder order = parse_router_order(op, gates.order);
+  check_scale(op, gates.scale);
   check_ranking(network, k, num_experts, ranking);
   const bool samples_softmax =
       !scores_are_sigmoids(order) && !ranking.selection_bias.has_value() && ranking.top_groups == ranking.num_groups;
@@ -191,6 +192,7 @@ void check_backward(const BackwardArgs& b) {
   check_result("grad_logsumexp_sq_sum", b.grad_logsumexp_sq_sum, {});
   check_result("grad_logits", b.grad_logits, {tokens, experts});
   parse_router_order(op, b.gates.order);
+  check_scale(op, b.gates.scale);
 }
 
 // What may require grad, in the order of `wanted`; undefined tensors for what the gate does not have.
