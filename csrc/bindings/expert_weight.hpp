@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <utility>
 #include <vector>
 
 #include "bindings/launch.hpp"

@@ -1,5 +1,3 @@
-#include <ATen/ops/empty.h>
-
 #include <string>
 
 #include "bindings/autograd.hpp"
@@ -29,6 +27,10 @@ struct FfnLayerDecode {
 };
 constexpr const char* kOp = FfnLayerDecode::kName.text;
 
+bool is_quantised(const FfnLayerDecode::Args& a) {
+  return a.up.is_quantised() || a.down.is_quantised();
+}
+
 void FfnLayerDecode::check(const Args& a) {
   a.input.check(kOp);
   const at::Tensor& x = a.input.x();
@@ -40,24 +42,34 @@ void FfnLayerDecode::check(const Args& a) {
   if (gated && a.up.is_quantised()) a.up.quantised().check_gated(kOp, "up");
 }
 
+struct Buffers {
+  Routing routing;
+  void* hidden;  // of quantised experts, in expert order
+
+  Buffers(Workspace& memory, const FfnLayerDecode::Args& a, const std::vector<at::Tensor>& route_results)
+      : routing(memory, a.input, route_results) {
+    const at::Tensor& x = a.input.x();
+    const int64_t slots = a.input.num_tokens().expect_int() * a.input.k, width = a.down.shape().in.expect_int();
+    hidden = is_quantised(a) ? memory.take<char>(slots * width * static_cast<int64_t>(x.element_size())) : nullptr;
+  }
+};
+
 void FfnLayerDecode::decode(const Args& a, LayerResults& results) {
   const at::Tensor& x = a.input.x();
   const Backend backend = backend_of(kOp, "x", x);
-  const bool quantised = a.up.is_quantised() || a.down.is_quantised();
-  if (quantised) check_cpu(kOp, "x", x);
-  const auto [routing, memory] = buffers_beside<Routing>(x, a.input, results.route);
+  if (is_quantised(a)) check_cpu(kOp, "x", x);
+  const auto [buffers, memory] = buffers_beside<Buffers>(x, a, results.route);
+  const auto& [routing, hidden] = buffers;
 
   const at::Tensor tokens = a.input.normed();
   const RoutedLayout layout = route(kOp, backend, a.input, tokens, routing);
   const RoutedRows rows = {tokens.const_data_ptr(), RowOrder::kToken, x.size(2), 0};
   const ActivationSpec activation = parse_activation(kOp, a.activation);
-  if (quantised) {
-    const int64_t width = a.down.shape().in.expect_int();
-    const at::Tensor hidden = at::empty({layout.num_slots(), width}, x.options());
-    multiply(kOp, backend, x, layout, a.up, {activation, rows, RowOrder::kExpert, nullptr, hidden.mutable_data_ptr()});
+  if (is_quantised(a)) {
+    multiply(kOp, backend, x, layout, a.up, {activation, rows, RowOrder::kExpert, nullptr, hidden});
     multiply(kOp, backend, x, layout, a.down,
              {{},
-              {hidden.const_data_ptr(), RowOrder::kExpert, width, 0},
+              {hidden, RowOrder::kExpert, a.down.shape().in.expect_int(), 0},
               RowOrder::kToken,
               routing.gates,
               results.y.mutable_data_ptr()});

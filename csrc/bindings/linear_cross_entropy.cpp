@@ -44,7 +44,7 @@ struct BackwardArgs {
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor>;
 
-constexpr double kMostZLoss = 1e38;  // its double is a float, too
+constexpr double kMostZLoss = 1e38;  // twice it is finite in float32
 
 void check_arguments(const Args& a) {
   const auto& [x, weight, target, ignore_index, reduction, z_loss] = a;

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
-#include <utility>
 
 #include "bindings/checks.hpp"
 #include "core/divide.hpp"
@@ -26,8 +25,13 @@ struct QuantisedWeight {
     MFX_CHECK_ARG(check_float_dtype(op, "x", x) != DType::kFloat64, op, "x", "be float32, bfloat16 or float16",
                   x.scalar_type());
     MFX_CHECK_ARG(bits == 8 || bits == 4, op, argument + ".bits", "be 8 or 4", bits);
-    MFX_CHECK_ARG(in_features >= 1, op, argument + ".in_features", "be at least 1", in_features);
-    MFX_CHECK_ARG(out_features >= 1, op, argument + ".out_features", "be at least 1", out_features);
+    const auto check_features = [&](const char* name, int64_t features) {
+      constexpr int64_t kMost = int64_t{1} << 40;  // more than memory, and what is computed below does not overflow
+      MFX_CHECK_ARG(features >= 1 && features <= kMost, op, argument + name, c10::str("be in [1, ", kMost, "]"),
+                    features);
+    };
+    check_features(".in_features", in_features);
+    check_features(".out_features", out_features);
     const int64_t panels = ceil_div(out_features, kQuantisedPanel);
     const int64_t groups = bits == 8 ? 1 : ceil_div(in_features, kQuantisedGroup);
     const int64_t rows = bits == 8 ? in_features : groups * (kQuantisedGroup / 2);

@@ -82,7 +82,10 @@ class ExpertLayout(NamedTuple):
 
 
 class NormedRouter(NamedTuple):
-    """A layer norm and the router behind it, for tokens of D features: what a layer does before its E experts."""
+    """A layer norm and the router behind it, for tokens of D features: what a layer does before its E experts.
+
+    The norm's two have the dtype of the tokens, the router's any: float64 beside float64 tokens alone.
+    """
 
     gate: str
     """The router's kind: "linear", "mlp" or "gmm"."""

@@ -14,7 +14,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two processes."""
-    ranks = Ranks(2, tmp_path_factory.mktemp("pair") / "store")
+    ranks = Ranks(2, tmp_path_factory.mktemp("pair") / "store", patience=120)
     yield ranks
     ranks.close()
 
@@ -22,6 +22,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Four processes."""
-    ranks = Ranks(4, tmp_path_factory.mktemp("four") / "store")
+    ranks = Ranks(4, tmp_path_factory.mktemp("four") / "store", patience=120)
     yield ranks
     ranks.close()

@@ -16,6 +16,7 @@ from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS, GATED
 from moduleformer_ext.types import NormedRouter
 
 RAW = torch.ops.moduleformer_ext
+ORDERS = ("softmax_topk", "topk_softmax", "sigmoid_topk", "sigmoid_topk_renormalised")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -126,9 +127,7 @@ def router(m: Maker, gate: str) -> Call:
     tokens, dim, hidden, experts = m.size(), m.size(least=1), m.size(least=2), m.size(least=1)
     k = m.random.randint(1, min(4, experts))
     sampled = m.random.choice((0, 0, m.random.randint(0, k)))
-    softmax = ("softmax_topk", "topk_softmax")
-    sigmoid = () if sampled else ("sigmoid_topk", "sigmoid_topk_renormalised")
-    options = {"order": m.random.choice((*softmax, *sigmoid)), "num_sampled": sampled}
+    options = {"order": m.random.choice(ORDERS[:2] if sampled else ORDERS), "num_sampled": sampled}
     options["scale"] = m.random.choice((1.0, 2.5))
     if not sampled and m.chance():
         options["selection_bias"] = m.normal(experts)
@@ -282,7 +281,7 @@ def layer_input(m: Maker, experts: int, dim: int) -> list[Any]:
         hidden_bias=m.normal(hidden) if gate == "mlp" else None,
         gate_weight=m.segments(experts, dim if gate == "linear" else hidden),
         k=m.random.randint(1, min(4, experts)),
-        order=m.random.choice(("softmax_topk", "topk_softmax")),
+        order=m.random.choice(ORDERS),
         norm_weight=m.normal(dim),
         norm_bias=m.normal(dim),
         norm_epsilon=1e-5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,9 +110,9 @@ def ffn_case(
 MATRICES = ("query_weight", "output_weight", "up", "down")
 
 
-def quantised(arguments: dict[str, Any], bits: int) -> dict[str, Any]:
+def quantised(arguments: dict[str, Any], bits: int, names: Sequence[str] = MATRICES) -> dict[str, Any]:
     """With quantised matrices of experts."""
-    return {key: quantise(value, bits) if key in MATRICES else value for key, value in arguments.items()}
+    return {key: quantise(value, bits) if key in names else value for key, value in arguments.items()}
 
 
 def changed(arguments: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -192,8 +192,11 @@ def test_quantised_against_the_oracle(bits, dtype):
     for new in (1, 8):
         arguments = quantised(ffn_case(dtype=dtype, new=new), bits)
         assert_close(ffn_layer_decode(**arguments), reference.ffn_layer_decode(**widened(arguments)), dtype)
-    mixed = {**arguments, "down": ffn_case(dtype=dtype, new=8)["down"]}
-    assert_close(ffn_layer_decode(**mixed), reference.ffn_layer_decode(**widened(mixed)), dtype)
+    for name in ("query_weight", "output_weight"):
+        check_attention("cpu", quantised(attention_case(dtype=dtype), bits, [name]))
+    for name in ("up", "down"):
+        mixed = quantised(ffn_case(dtype=dtype, new=8), bits, [name])
+        assert_close(ffn_layer_decode(**mixed), reference.ffn_layer_decode(**widened(mixed)), dtype)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -414,6 +417,14 @@ def test_quantised_experts_of_another_kind():
     for format in ([8], [8, 32, 40]):
         with pytest.raises(ValueError, match=r"^ffn_layer_decode: up must be numbers and scales beside bits, in_feat"):
             OP.ffn_layer_decode(*values[:place], format, *values[place + 1 :])
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_gradients_of_scales_are_refused(name):
+    arguments = quantised(ffn_case(), 8)
+    wanting = arguments[name]._replace(scales=arguments[name].scales.clone().requires_grad_())
+    with pytest.raises(ValueError, match=f"^ffn_layer_decode: {name} must not require grad"):
+        ffn_layer_decode(**changed(arguments, {name: wanting}))
 
 
 @pytest.mark.parametrize("function", [attention_layer_decode, ffn_layer_decode])

@@ -142,8 +142,9 @@ WEIGHT = quantise(torch.ones(3, 40, 50), 4)
         ({"weight": WEIGHT._replace(bits=5)}, "weight.bits must be 8 or 4, got 5"),
         ({"weight": WEIGHT._replace(bits=8)}, r"weight.values must have shape \[3, 1, 40, 64\]"),
         ({"weight": WEIGHT._replace(out_features=65)}, r"weight.values must have shape \[3, 2, 32, 64\]"),
-        ({"weight": WEIGHT._replace(out_features=0)}, "weight.out_features must be at least 1, got 0"),
-        ({"weight": WEIGHT._replace(in_features=-1)}, "weight.in_features must be at least 1, got -1"),
+        ({"weight": WEIGHT._replace(out_features=0)}, r"weight.out_features must be in \[1, 1099511627776\], got 0"),
+        ({"weight": WEIGHT._replace(out_features=2**63 - 1)}, "weight.out_features must be in "),
+        ({"weight": WEIGHT._replace(in_features=-1)}, r"weight.in_features must be in \[1, 1099511627776\], got -1"),
         ({"weight": WEIGHT._replace(values=WEIGHT.values[:2])}, r"weight.values must have shape \[3, 1, 32, 64\]"),
         ({"weight": WEIGHT._replace(values=WEIGHT.values.int())}, "weight.values must be Char, got Int"),
         (

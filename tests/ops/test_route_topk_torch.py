@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from instruction_sets import run_with
@@ -313,6 +315,9 @@ def quantized(tensor):
             lambda: ops.route_topk_gmm(X, V, W, torch.ones((), dtype=torch.int), 1),
             "temperature must be a floating-point",
         ),
+        (lambda: ops.route_topk(X, 1, scale=math.inf), "route_topk: scale must be finite in float32, got inf"),
+        (lambda: ops.route_topk(X, 1, scale=math.nan), "route_topk: scale must be finite in float32, got nan"),
+        (lambda: ops.route_topk_linear(X, V, 1, scale=1e300), r"scale must be finite in float32, got 1e\+300"),
     ],
 )
 def test_bad_input(call, message):

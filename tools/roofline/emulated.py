@@ -48,8 +48,7 @@ def figures(launch: Mapping[str, Any]) -> dict[str, float]:
         "special": launch["issued"]["sfu"],
         "shuffles": launch["issued"]["shuffle"],
         "flops": launch["mma_flops"],
-        "wavefronts": launch["shared_wavefronts"] + launch["bulk_bytes"] / 128,
-        "excess_wavefronts": launch["shared_excess_wavefronts"],
+        "wavefronts": launch["shared_wavefronts"] + launch["bulk_bytes"] / 128,  # bytes of a wavefront
         "loaded_bytes": 32 * launch["global_load_sectors"],
         "cp_async_bytes": launch["cp_async_bytes"],
         "global_bytes": 32 * (launch["global_load_sectors"] + launch["global_store_sectors"]) + launch["bulk_bytes"],

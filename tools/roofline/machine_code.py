@@ -17,6 +17,9 @@ from roofline.model import Turn
 from roofline.sass import Block, Instruction, element_bits
 from roofline.units import TENSOR, Counts, count, tensor_flops
 
+NEAR_SPECIAL = 0.1
+"""Of special functions in a turn as counted on the emulated device: nearer is the same way through the loop."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -114,14 +117,11 @@ def at(turns: Mapping[int, Turn], special: float) -> Turn:
     nearest = min(turns, key=lambda found: abs(found - special))
     fewer = max((n for n in turns if n <= special), default=nearest)
     more = min((n for n in turns if n >= special), default=nearest)
-    if abs(nearest - special) <= NEAR * special or fewer == more:
+    if abs(nearest - special) <= NEAR_SPECIAL * special or fewer == more:
         return turns[nearest]
     share = (special - fewer) / (more - fewer)
     counts = turns[more].counts * share + turns[fewer].counts * (1 - share)
     return replace(turns[more], counts=counts)
-
-
-NEAR = 0.1
 
 
 def turn(way: Sequence[Instruction]) -> Turn:

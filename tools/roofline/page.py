@@ -137,7 +137,7 @@ def op_cell(op: Op, t: int, gpu: Gpu, kernels: Mapping[str, Kernel]) -> tuple[st
 
 
 def goals(kernels: Kernels) -> str:
-    """Those of the design of the Hopper path, on H100."""
+    """What the Hopper kernels are to reach, on H100: shares of its peak that published kernels come near."""
     gpu = next(g for g in GPUS if g.name == "H100")
     ops = {op.name: op for op in OPS}
     found = kernels[gpu.name]

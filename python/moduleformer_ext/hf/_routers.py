@@ -84,7 +84,8 @@ def rule_of(router: Any) -> Rule:
         options = _options(router, family)
         experts, width = router.weight.shape
         generator = torch.Generator().manual_seed(0)
-        arguments = [torch.randn(len(PROBES), width, generator=generator).to(router.weight)]
+        x = torch.randn(len(PROBES), width, generator=generator) * torch.tensor(PROBES)[:, None]
+        arguments = [x.to(router.weight)]
         if _BIAS in inspect.signature(router.forward).parameters:  # the block around it has the bias
             arguments.append(torch.rand(experts, generator=generator).to(router.weight.device))
         with torch.no_grad():

@@ -42,7 +42,7 @@ def attention_layer_decode(
 
     Args:
         x: ``[B, T, D]`` float32, float64, bfloat16 or float16.
-        router: the norm and the router, of x's dtype, in one :class:`~moduleformer_ext.types.NormedRouter`.
+        router: the norm and the router in one :class:`~moduleformer_ext.types.NormedRouter`.
         query_weight: ``[E, D, H * D_h]`` of x's dtype, or segments; or quantised, on the CPU and beside x of another
             dtype than float64.
         output_weight: ``[E, H * D_h, D]``, likewise.

@@ -77,9 +77,10 @@ def route_topk(
         ``logits`` are differentiable, once.
 
     Raises:
-        ValueError: naming the argument, for another shape, dtype or device, k outside 1 to E, ``num_sampled`` outside
-            0 to k or where there is no sampling, noise without ``num_sampled`` or the reverse, groups that the experts
-            do not divide into, that are too many or too few, and an unknown order.
+        ValueError: naming the argument, for another shape, dtype or device, k outside 1 to E, a scale that is not
+            finite in float32, ``num_sampled`` outside 0 to k or where there is no sampling, noise without
+            ``num_sampled`` or the reverse, groups that the experts do not divide into, that are too many or too few,
+            and an unknown order.
     """
     choice = (scale, noise, num_sampled, selection_bias, num_groups, top_groups, scored_per_group)
     return RouteTopK(*torch.ops.moduleformer_ext.route_topk(logits, "logits", None, None, [], k, order, *choice))
