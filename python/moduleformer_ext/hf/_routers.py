@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from moduleformer_ext import ops
 
-PROBES = (1.0, 1.0, 64.0, 64.0)
-"""How large the tokens are on which modules are compared: gates that clamp show it to large ones."""
+_TOKENS = 4
+"""On which a router is compared with route_topk."""
 
 
 class _Family(NamedTuple):
@@ -84,8 +84,7 @@ def rule_of(router: Any) -> Rule:
         options = _options(router, family)
         experts, width = router.weight.shape
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(len(PROBES), width, generator=generator) * torch.tensor(PROBES)[:, None]
-        arguments = [x.to(router.weight)]
+        arguments = [torch.randn(_TOKENS, width, generator=generator).to(router.weight)]
         if _BIAS in inspect.signature(router.forward).parameters:  # the block around it has the bias
             arguments.append(torch.rand(experts, generator=generator).to(router.weight.device))
         with torch.no_grad():

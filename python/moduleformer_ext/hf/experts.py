@@ -23,7 +23,7 @@ from transformers import activations
 from transformers.integrations import moe
 
 from moduleformer_ext import ops
-from moduleformer_ext.hf._routers import PROBES, in_a_line, is_router, route, rule_of
+from moduleformer_ext.hf._routers import in_a_line, is_router, route, rule_of
 
 __all__ = ["NAME", "experts_forward", "patch"]
 
@@ -201,6 +201,10 @@ def _lies_transposed(module: Any) -> bool:
     )
 
 
+_PROBES = (1.0, 1.0, 64.0, 64.0)
+"""How large the tokens are on which experts are compared: gates that clamp show it to large ones."""
+
+
 def _check_experts(module: Any) -> None:
     """Compare what a module's own forward and ours make of some tokens; a forward that takes something else, another
     gate or matrices that do not fit would only be found later, or never.
@@ -211,8 +215,8 @@ def _check_experts(module: Any) -> None:
         return
     experts, features, _ = weight.shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(PROBES), features, generator=generator) * torch.tensor(PROBES)[:, None]
-    ids = torch.arange(len(PROBES)) % experts
+    x = torch.randn(len(_PROBES), features, generator=generator) * torch.tensor(_PROBES)[:, None]
+    ids = torch.arange(len(_PROBES)) % experts
     arguments = x.to(weight), ids[:, None].to(weight.device), torch.full_like(x[:, :1], 0.5).to(weight)
     with torch.no_grad():
         try:
