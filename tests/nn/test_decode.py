@@ -83,6 +83,25 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@torch.no_grad()
+def assert_changes_are_seen(
+    block: Block,
+    past: LayerCache,
+    changes: list[Callable[[], Any]],
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After each change the block still decodes by the two ops, to what its changed modules make."""
+    for change in changes:
+        steps(block, past)
+        change()
+        with module_by_module(monkeypatch):
+            expected = steps(block, past.select(torch.arange(2)))
+        calls.clear()
+        assert_same(steps(block, past.select(torch.arange(2))), expected)
+        assert len(calls) == 6
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("n_head", [1, 2], ids=["identity", "linear"])
 @pytest.mark.parametrize("gate_type", GATES)
@@ -146,15 +165,7 @@ def test_changed_quantised_experts_are_seen(bits: int, calls: list[str], monkeyp
         lambda: setattr(block.mlpf, "experts", other.mlpf.experts),
         lambda: setattr(block.mlpf, "experts", build().mlpf.experts),
     ]
-    with torch.no_grad():
-        for change in changes:
-            steps(block, past)
-            change()
-            with module_by_module(monkeypatch):
-                expected = steps(block, past.select(torch.arange(2)))
-            calls.clear()
-            assert_same(steps(block, past.select(torch.arange(2))), expected)
-            assert len(calls) == 6
+    assert_changes_are_seen(block, past, changes, calls, monkeypatch)
 
 
 def test_routes_are_made_where_they_are_wanted() -> None:
@@ -335,15 +346,7 @@ def test_changed_weights_are_seen(calls: list[str], monkeypatch: pytest.MonkeyPa
         lambda: setattr(block.attn, "stick_epsilon", 0.5),
         lambda: setattr(block.ln_2, "eps", 0.1),
     ]
-    with torch.no_grad():
-        for change in changes:
-            steps(block, past)
-            change()
-            with module_by_module(monkeypatch):
-                expected = steps(block, past.select(torch.arange(2)))
-            calls.clear()
-            assert_same(steps(block, past.select(torch.arange(2))), expected)
-            assert len(calls) == 6
+    assert_changes_are_seen(block, past, changes, calls, monkeypatch)
 
 
 @torch.no_grad()
