@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -38,6 +39,8 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs the native libraries into the package."""
 
     def run(self) -> None:
+        # Where pip puts them, in an environment that was named by its python and not activated.
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
         cmake = shutil.which("cmake")
         if cmake is None:
             sys.exit("moduleformer_ext: cmake was not found; install it with `pip install cmake ninja` and try again.")

@@ -4,9 +4,11 @@ does, and an earlier build leaves no settings behind."""
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +57,16 @@ def test_what_is_not_set_returns_to_its_default(fake_cmake, tmp_path, monkeypatc
     arguments = configure(fake_cmake, tmp_path / "build", ROOT, tmp_path / "build").split()
     assert "-DMFX_CUDA=OFF" in arguments
     assert "-UMFX_NATIVE" in arguments
+
+
+def test_cmake_of_an_environment_that_is_not_activated_is_found(fake_cmake, tmp_path):
+    environment = tmp_path / "environment"
+    venv.create(environment, symlinks=True)
+    (fake_cmake / "cmake").rename(environment / "bin" / "cmake")
+    env = {"PATH": str(fake_cmake), "PYTHONPATH": str(Path(setuptools.__file__).parents[1])}
+    command = [environment / "bin" / "python", "setup.py", "-q", "build_ext", "-b", tmp_path / "build"]
+    subprocess.run(command, cwd=ROOT, env={**env, "MFX_BUILD_DIR": str(tmp_path / "build")}, check=True)
+    assert (fake_cmake / "calls").exists()
 
 
 @pytest.mark.parametrize("built", [True, False])
