@@ -76,4 +76,53 @@ inline void multiply_few(std::int64_t m, const A* a, const Rows& rows, A* c, std
   });
 }
 
+// c[t * ldc + l] += sum over r of a[t * lda + r] row_r[l], for kTokens rows of A and kRows of the matrix.
+template <int kRows, int kTokens, typename S, typename A>
+inline void add_rows(std::int64_t length, const S* const* rows, std::int64_t row_stride, const A* a, std::int64_t lda,
+                     A* c, std::int64_t ldc) {
+  Vec<A> factors[kRows][kTokens];
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) factors[r][t] = broadcast(a[t * lda + r]);
+  }
+  for_lanes<A>(length, [&](std::int64_t l, int lanes) {
+    Vec<A> sums[kTokens];
+    for (int t = 0; t < kTokens; ++t) sums[t] = load_lanes_of(c + t * ldc + l, lanes);
+    for (int r = 0; r < kRows; ++r) {
+      prefetch_far(rows[r] + kDotRowsAhead * row_stride + l);
+      const Vec<A> row = load_lanes_of(rows[r] + l, lanes);
+      for (int t = 0; t < kTokens; ++t) sums[t] += row * factors[r][t];
+    }
+    for (int t = 0; t < kTokens; ++t) store_lanes_of(c + t * ldc + l, sums[t], lanes);
+  });
+}
+
+// C [m, length] = A [m, rows] rows for a few rows of A, lda apart: the rows one after the other, as they lie in memory.
+// Parallel over columns.
+template <typename A>
+inline void multiply_few_back(std::int64_t m, const A* a, std::int64_t lda, const Rows& rows, A* c) {
+  const std::int64_t length = rows.length;
+  const std::int64_t column_bytes = rows.num_rows * element_size(rows.dtype);
+  const std::int64_t grain = ceil_div(kParallelBytes, std::max<std::int64_t>(1, column_bytes));
+  parallel_for(length, round_up(grain, kWidth<A>), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = 0; t < m; ++t) std::fill(c + t * length + begin, c + t * length + end, A{0});
+    with_storage<A>(rows.dtype, [&](auto storage) {
+      using S = decltype(storage);
+      const auto add = [&]<int kRows>(std::int64_t first) {
+        const S* row[kRows];
+        for (int r = 0; r < kRows; ++r) row[r] = rows.row<S>(first + r) + begin;
+        std::int64_t t = 0;
+        const auto add_tokens = [&]<int kTokens>() {
+          add_rows<kRows, kTokens>(end - begin, row, length, a + t * lda + first, lda, c + t * length + begin, length);
+          t += kTokens;
+        };
+        while (t + 2 <= m) add_tokens.template operator()<2>();
+        if (t < m) add_tokens.template operator()<1>();
+      };
+      std::int64_t first = 0;
+      for (; first + kDotRows <= rows.num_rows; first += kDotRows) add.template operator()<kDotRows>(first);
+      for (; first < rows.num_rows; ++first) add.template operator()<1>(first);
+    });
+  });
+}
+
 }  // namespace mfx::MFX_ISA

@@ -176,6 +176,45 @@ void weight_gradient(std::int64_t tokens, TransposedChunks<Op>& chunks, std::int
   });
 }
 
+// A linear gate's gradients of a few tokens, without packed weights.
+template <typename A>
+void backward_few(const RouteTopKBackwardParams& p) {
+  const RouterGateParams& n = p.network;
+  const std::int64_t experts = n.num_experts, tokens = n.num_tokens, dim = n.dim, ld = round_up(experts, kWidth<A>);
+  AlignedBuffer<A> grad(tokens * ld), copy(tokens * dim);
+  LogitGradient<A> logit_gradient(p);
+  for (std::int64_t token = 0; token < tokens; token += kWidth<A>) {
+    const int present = static_cast<int>(std::min<std::int64_t>(kWidth<A>, tokens - token));
+    store_lanes(logit_gradient.compute(token, present), experts, present, grad.data() + token * ld, ld);
+  }
+  if (p.grad_x != nullptr) {
+    AlignedBuffer<A> sums(tokens * dim);
+    multiply_few_back(tokens, grad.data(), ld, expert_rows(n), sums.data());
+    with_storage<A>(n.x_dtype, [&](auto storage) {
+      convert(sums.data(), tokens * dim, static_cast<decltype(storage)*>(p.grad_x));
+    });
+  }
+  const A* const x = operand_rows(n, 0, tokens, copy.data());
+  const std::int64_t grain = ceil_div(kParallelBytes, std::max<std::int64_t>(1, dim * element_size(n.weight_dtype)));
+  const A* factors = grad.data();
+  for (std::int64_t s = 0; s < n.num_segments; factors += n.num_rows[s++]) {
+    if (p.grad_segments[s] == nullptr) continue;
+    parallel_for(n.num_rows[s], grain, [&](std::int64_t begin, std::int64_t end) {
+      with_storage<A>(n.weight_dtype, [&](auto storage) {
+        auto* row = static_cast<decltype(storage)*>(p.grad_segments[s]) + begin * dim;
+        for (std::int64_t r = begin; r < end; ++r, row += dim) {
+          for_lanes<A>(dim, [&](std::int64_t l, int lanes) {
+            Vec<A> sum = {};
+            for (std::int64_t t = 0; t < tokens; ++t)
+              sum += factors[t * ld + r] * load_lanes_of(x + t * dim + l, lanes);
+            store_lanes_of(row + l, sum, lanes);
+          });
+        }
+      });
+    });
+  }
+}
+
 template <typename Op>
 class Backward {
   using A = Accumulate<Op>;
@@ -361,7 +400,12 @@ class Backward {
 }  // namespace
 
 Status route_topk_backward(const RouteTopKBackwardParams& p) {
-  with_operand(p.network, [&](auto operand) { Backward<decltype(operand)>(p).run(); });
+  const RouterGateParams& n = p.network;
+  if (n.gate == RouterGate::kLinear && are_few(n)) {
+    n.x_dtype == DType::kFloat64 ? backward_few<double>(p) : backward_few<float>(p);
+  } else {
+    with_operand(n, [&](auto operand) { Backward<decltype(operand)>(p).run(); });
+  }
   return {};
 }
 

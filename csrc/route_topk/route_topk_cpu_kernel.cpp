@@ -151,18 +151,6 @@ class Selector {
   AlignedBuffer<std::int32_t> ids_;
 };
 
-// Rows [first, first + count) of x as Op: in place where x is stored so, else converted into `scratch`.
-template <typename Op>
-const Op* operand_rows(const RouterGateParams& n, std::int64_t first, std::int64_t count, Op* scratch) {
-  if (n.x_dtype == kDTypeOf<Op>) return static_cast<const Op*>(n.x) + first * n.dim;
-  with_storage<Accumulate<Op>>(n.x_dtype, [&](auto storage) {
-    convert(static_cast<const decltype(storage)*>(n.x) + first * n.dim, count * n.dim, scratch);
-  });
-  return scratch;
-}
-
-constexpr std::int64_t kFewTokens = 8;
-
 // One tile without packed weights.
 template <typename A>
 void forward_few(const RouteTopKParams& p) {
@@ -236,7 +224,7 @@ void forward(const RouteTopKParams& p) {
 
 Status route_topk(const RouteTopKParams& p) {
   const RouterGateParams& n = p.network;
-  if (n.gate != RouterGate::kLogits && n.num_tokens >= 1 && n.num_tokens <= kFewTokens) {
+  if (n.gate != RouterGate::kLogits && are_few(n)) {
     n.x_dtype == DType::kFloat64 ? forward_few<double>(p) : forward_few<float>(p);
   } else {
     with_operand(n, [&](auto operand) { forward<decltype(operand)>(p); });

@@ -141,6 +141,22 @@ class PackedB {
   Scratch<Op> data_;
 };
 
+// Rows [first, first + count) of x as Op: in place where x is stored so, else converted into `scratch`.
+template <typename Op>
+inline const Op* operand_rows(const RouterGateParams& n, std::int64_t first, std::int64_t count, Op* scratch) {
+  if (n.x_dtype == kDTypeOf<Op>) return static_cast<const Op*>(n.x) + first * n.dim;
+  with_storage<Accumulate<Op>>(n.x_dtype, [&](auto storage) {
+    convert(static_cast<const decltype(storage)*>(n.x) + first * n.dim, count * n.dim, scratch);
+  });
+  return scratch;
+}
+
+// Whether packing the weights would cost more than multiplying them.
+inline bool are_few(const RouterGateParams& network) {
+  constexpr std::int64_t kFewTokens = 8;
+  return network.num_tokens >= 1 && network.num_tokens <= kFewTokens;
+}
+
 // What multiplies x: bf16 where x and the weight it meets are both bf16 and the processor multiplies it (which needs
 // pairs along D), else the result type.
 template <typename F>

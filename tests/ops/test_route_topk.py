@@ -234,8 +234,9 @@ def test_sampling_follows_the_probabilities():
 
 @pytest.mark.parametrize("gate", ["linear", "mlp", "gmm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_segments_equal_one_tensor(gate, dtype, device):
-    whole = Router.random(gate, 90, 11, dtype=dtype, device=device).require_grad()
+@pytest.mark.parametrize("tokens", [5, 90], ids=["few tokens", "tokens"])
+def test_segments_equal_one_tensor(gate, dtype, tokens, device):
+    whole = Router.random(gate, tokens, 11, dtype=dtype, device=device).require_grad()
     name = "centroids" if gate == "gmm" else "weight"
     pieces = tuple(whole.parameters[name].detach().clone().split([3, 1, 7]))
     split = Router(gate, whole.x.detach().clone(), dict(whole.parameters))
@@ -273,13 +274,14 @@ def test_segments_of_other_types_than_x(device):
 
 
 @pytest.mark.parametrize("gate", ["linear", "mlp", "gmm"])
-def test_only_wanted_gradients(gate):
+@pytest.mark.parametrize("tokens", [8, 70], ids=["few tokens", "tokens"])
+def test_only_wanted_gradients(gate, tokens):
     """Each input alone gets the gradient that it gets among all."""
-    full = Router.random(gate, 70, 6).require_grad()
+    full = Router.random(gate, tokens, 6).require_grad()
     cotangents = random_cotangents(full(ops, 2))
     weighted_sum(full(ops, 2), cotangents).backward()
     for index in range(len(full.leaves())):
-        alone = Router.random(gate, 70, 6)
+        alone = Router.random(gate, tokens, 6)
         alone.leaves()[index].requires_grad_()
         weighted_sum(alone(ops, 2), cotangents).backward()
         torch.testing.assert_close(alone.leaves()[index].grad, full.leaves()[index].grad)
@@ -288,8 +290,9 @@ def test_only_wanted_gradients(gate):
 @pytest.mark.parametrize("gate", ["linear", "mlp", "gmm"])
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_mixed_types(gate, x_dtype, weight_dtype, device):
-    router = Router.random(gate, 40, 6, dtype=torch.float32, device=device)
+@pytest.mark.parametrize("tokens", [2, 40], ids=["few tokens", "tokens"])
+def test_mixed_types(gate, x_dtype, weight_dtype, tokens, device):
+    router = Router.random(gate, tokens, 6, dtype=torch.float32, device=device)
     router.x = router.x.to(x_dtype)
     router.parameters = {name: value.to(weight_dtype) for name, value in router.parameters.items()}
     exact = router.double()
