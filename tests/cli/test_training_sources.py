@@ -118,7 +118,7 @@ def test_finetune_a_published_model(
         ("train --run {out} --steps 1 --batch-size 1", "batch_size: 2 domains need as many lanes, got 1"),
         ("train --run {out} --steps 1 --tokenizer {run}/data/tokenizer.json --model n_layer=0", "n_layer must be"),
         ("train --run {out} --steps 1 --log wandb", "--log must be 'tensorboard', got wandb"),
-        ("train --run {out} --steps 1 --text {tmp}/a.zst --batch-size 1", "pip install 'moduleformer_ext[data]'"),
+        ("train --run {out} --steps 1 --text {tmp}/a.lz4 --batch-size 1", "pip install 'moduleformer_ext[data]'"),
         ("finetune {run} --run {out} --steps 1 --preset molm-tiny", "--preset: must be left out, the model has"),
         ("finetune {run} --run {out} --steps 1 --tokenizer {run}/data", "--tokenizer: must be left out"),
         # found only when texts are read
@@ -137,7 +137,7 @@ def test_what_cannot_begin_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.zst").write_bytes(b"(\xb5/\xfd")
+    (tmp_path / "a.lz4").write_bytes(b"\x04\x22\x4d\x18")
     (tmp_path / "b.jsonl").write_text('{"body": "x"}')
     places = {"run": run, "out": tmp_path / "out", "tmp": tmp_path, "corpus": corpus}
     capsys.readouterr()

@@ -212,15 +212,17 @@ def test_wrong_checkpoints_are_refused_alike(pair: Ranks, tmp_path: Path) -> Non
     assert first == second
     assert "is of another model; these are missing or of another shape: " in first
     checkpoint = tmp_path / "step-00000001"
-    shard = next((checkpoint / "shards").glob("shard-00002-*"))
-    content = shard.read_bytes()
-    shard.write_bytes(content[: len(content) // 2])
-    first, second = pair.run(_refusal, tmp_path, {})
-    assert first == second and "does not hold whole shards" in first
-    shard.unlink()
-    first, second = pair.run(_refusal, tmp_path, {})
-    assert first == second and ("does not hold whole shards" in first or "of another model" in first)
-    shard.write_bytes(content)
+    shards = sorted((checkpoint / "shards").glob("shard-00002-*"))
+    assert len(shards) == 5
+    for shard in shards:
+        content = shard.read_bytes()
+        shard.write_bytes(content[: len(content) // 2])
+        first, second = pair.run(_refusal, tmp_path, {})
+        assert first == second and "does not hold whole shards" in first
+        shard.unlink()
+        first, second = pair.run(_refusal, tmp_path, {})
+        assert first == second and ("does not hold whole shards" in first or "of another model" in first)
+        shard.write_bytes(content)
     scalars = json.loads((checkpoint / "trainer.json").read_text())
     (checkpoint / "trainer.json").write_text(json.dumps({**scalars, "steps": 9}))
     first, second = pair.run(_refusal, tmp_path, {})
@@ -249,6 +251,7 @@ def test_damaged_shards_are_refused_by_one_process(
         *(name for name in names if "model-00002" in name)
     )
     assert "elements, got " in refusal(names[0])
+    assert "rng.cpu must have 2 pieces, got 1" in refusal(names[-1])
 
     def lost_meanwhile(directory: Path) -> Any:
         found = described_shards(directory)

@@ -107,6 +107,7 @@ def test_dtype_and_device_map(tmp_path: Path) -> None:
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
     ours = MoLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(narrow(x).logits, ours(x).uncast_logits)
+    pytest.importorskip("accelerate")
     for device_map in ("cpu", {"": "cpu"}, {"transformer": "cpu", "lm_head": "cpu"}):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
         assert torch.equal(model(x).logits, native(x).uncast_logits)

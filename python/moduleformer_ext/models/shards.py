@@ -21,7 +21,9 @@ SHARDS = "shards"
 """The folder of them, beside config.json."""
 MODEL = "model."
 """Beginning of the names of the model's own tensors in them."""
-_FILE = re.compile(r"shard-\d+-model-(\d+)-of-(\d+)\.safetensors")
+HISTORY, RANDOM = "history.", "rng."
+"""Of those that every process writes an equal part of, along their first dimension."""
+_FILE = re.compile(r"shard-(?P<process>\d+)-model-(?P<kind>\d+)-of-(?P<kinds>\d+)\.safetensors")
 
 
 def has_shards(directory: Path) -> bool:
@@ -39,8 +41,10 @@ def described_shards(directory: Path) -> dict[str, TensorStorageMetadata]:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     folder = directory / SHARDS
-    if (absent := _absent(folder)) is not None:
+    files = [match for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))]
+    if (absent := _absent(files)) is not None:
         raise ValueError(f"'{folder}' does not hold whole shards: {absent}")
+    processes = max(int(file["process"]) for file in files)
     try:
         metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -52,16 +56,20 @@ def described_shards(directory: Path) -> dict[str, TensorStorageMetadata]:
             raise ValueError(
                 f"'{folder}' does not hold whole shards: {name} must have {tensor.size.numel()} elements, got {held}"
             )
+        # The sizes are those of the pieces that were found: without the last ones they are smaller.
+        if name.startswith((HISTORY, RANDOM)) and len(tensor.chunks) != processes:
+            raise ValueError(
+                f"'{folder}' does not hold whole shards: {name} must have {processes} pieces, got {len(tensor.chunks)}"
+            )
     return described
 
 
-def _absent(folder: Path) -> str | None:
+def _absent(files: list[re.Match[str]]) -> str | None:
     """What the names of the files say is missing. A file that only some processes lack shows by its tensors."""
-    found = [match for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))]
-    if not found:
+    if not files:
         return "it must have files shard-...-model-...-of-....safetensors, got none"
-    count = max(int(match[2]) for match in found)
-    missing = set(range(1, count + 1)) - {int(match[1]) for match in found}
+    count = max(int(file["kinds"]) for file in files)
+    missing = set(range(1, count + 1)) - {int(file["kind"]) for file in files}
     return f"it must have files of {count} kinds, got none of kind {min(missing)}" if missing else None
 
 

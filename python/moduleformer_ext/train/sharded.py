@@ -17,14 +17,14 @@ from moduleformer_ext.distributed.sharding import DTYPES, draw_weights, fill, lo
 from moduleformer_ext.files import load_tensors, to_json, write_file
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM
 from moduleformer_ext.models.checkpoint import CONFIG_FILE, StoredWeights
-from moduleformer_ext.models.shards import MODEL, described_shards, has_shards
+from moduleformer_ext.models.shards import HISTORY, MODEL, RANDOM, described_shards, has_shards
 from moduleformer_ext.surgery import ExpertUsage, set_trainable
 from moduleformer_ext.train.config import TrainConfig
 from moduleformer_ext.train.evaluation import total_usage
 from moduleformer_ext.train.optimizer import mesh_of
 from moduleformer_ext.train.trainer import TENSORS, Trainer, check_matching, compile_blocks
 
-_HISTORY, _OPTIMIZER, _RANDOM = "history.", "optimizer.", "rng."
+_OPTIMIZER = "optimizer."
 _APART = 1_000_003
 """Between the seeds of two processes."""
 
@@ -111,8 +111,8 @@ class ShardedTrainer(Trainer):
             self._write_scalars(directory)
         tensors = {f"{MODEL}{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
         tensors |= {f"{_OPTIMIZER}{name}": moment for name, moment in self._moments().items()}
-        tensors |= {f"{_HISTORY}{name}": by_lanes(t, self.mesh) for name, t in self._history_tensors().items()}
-        tensors |= {f"{_RANDOM}{name}": by_lanes(state[None], self.mesh) for name, state in self._random().items()}
+        tensors |= {f"{HISTORY}{name}": by_lanes(t, self.mesh) for name, t in self._history_tensors().items()}
+        tensors |= {f"{RANDOM}{name}": by_lanes(state[None], self.mesh) for name, state in self._random().items()}
         return save_shards(directory, tensors, background=self._background)
 
     def load(self, directory: Path) -> None:
@@ -135,16 +135,16 @@ class ShardedTrainer(Trainer):
         history = {
             name: empty_by_lanes(tensor.size, tensor.properties.dtype, self.mesh)
             for name, tensor in stored.items()
-            if name.startswith(_HISTORY)
+            if name.startswith(HISTORY)
         }
         random = {
             name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
             for name, tensor in stored.items()
-            if name.startswith(_RANDOM)
+            if name.startswith(RANDOM)
         }
         load_shards(directory, own | history | random)
         self._load_history({name: tensor.to_local() for name, tensor in history.items()})
-        if self.processes.rank < len(random[f"{_RANDOM}cpu"]):
+        if self.processes.rank < len(random[f"{RANDOM}cpu"]):
             self._set_random({name: states[self.processes.rank] for name, states in random.items()})
         else:
             self._draw_apart(self.config.seed + step)
@@ -158,7 +158,7 @@ class ShardedTrainer(Trainer):
         check_matching(directory, *({name: t.shape for name, t in moments.items()} for moments in (own, stored)))
         for name, moment in own.items():
             fill(moment, stored[name])
-        history = {name: tensor for name, tensor in tensors.items() if name.startswith(_HISTORY)}
+        history = {name: tensor for name, tensor in tensors.items() if name.startswith(HISTORY)}
         self._load_history({name: tensor[self.processes.own_part(len(tensor))] for name, tensor in history.items()})
         if self.processes.is_first:
-            self._set_random({name: tensor for name, tensor in tensors.items() if name.startswith(_RANDOM)})
+            self._set_random({name: tensor for name, tensor in tensors.items() if name.startswith(RANDOM)})
