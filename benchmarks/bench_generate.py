@@ -23,7 +23,7 @@ from .race import OURS, Contestant, Outputs, Race, Run, Tolerance, contestant
 
 NEW, PROMPT = 32, 16
 MODULES = "ours, module by module"
-"""What hooks, adapters and the like make of a model: its blocks are not decoded by two ops each."""
+"""What hooks, adapters and the like make of a model: its blocks are not decoded by one op for all."""
 
 
 def generation(model: MoLMForCausalLM, ids: Tensor) -> Callable[[], Tensor]:
@@ -31,7 +31,7 @@ def generation(model: MoLMForCausalLM, ids: Tensor) -> Callable[[], Tensor]:
 
 
 def module_by_module(model: MoLMForCausalLM) -> MoLMForCausalLM:
-    """The same weights; a hook that does nothing keeps every block from the two ops."""
+    """The same weights; a hook that does nothing keeps every block from the ops that decode."""
     with torch.device("meta"):
         other = MoLMForCausalLM(model.config)
     other.load_state_dict(model.state_dict(), assign=True)

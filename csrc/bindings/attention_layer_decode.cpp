@@ -6,8 +6,7 @@
 #include <optional>
 
 #include "bindings/attention.hpp"
-#include "bindings/autograd.hpp"
-#include "bindings/expert_weight.hpp"
+#include "bindings/attention_layer_decode.hpp"
 #include "bindings/layer_decode.hpp"
 #include "bindings/linear_decode.hpp"
 #include "bindings/op.hpp"
@@ -17,102 +16,68 @@
 namespace mfx {
 namespace {
 
-// None of them where keys and values are the normed tokens themselves.
-struct Projections {
-  OptionalTensor k_weight, k_bias, v_weight, v_bias;
-};
-struct Cache {
-  at::Tensor k_cache;  // [B, S_max, H, D_h]
-  OptionalTensor v_cache;
-  at::Tensor cache_lengths;
-};
-
-struct AttentionLayerDecode {
-  static constexpr OpName kName{"attention_layer_decode"};
-
-  struct Args {
-    LayerInput input;
-    ExpertWeight query_weight, output_weight;
-    Projections project;
-    Cache cache;
-    OptionalTensor key_padding_mask;
-    std::optional<double> stick_epsilon;
-  };
-
-  static void check(const Args& a);
-  static void decode(const Args& a, LayerResults& results);
-  static void refuse_gradients(const Args& a, const RefuseGradient& refuse) {
-    refuse("query_weight", a.query_weight.tensors);
-    refuse("output_weight", a.output_weight.tensors);
-    refuse("k_weight", a.project.k_weight);
-    refuse("k_bias", a.project.k_bias);
-    refuse("v_weight", a.project.v_weight);
-    refuse("v_bias", a.project.v_bias);
-    refuse("k_cache", a.cache.k_cache);
-    refuse("v_cache", a.cache.v_cache);
-  }
-};
 using Args = AttentionLayerDecode::Args;
-constexpr const char* kOp = AttentionLayerDecode::kName.text;
 
-void check_projections(const Args& a, const c10::SymInt& width) {
+void check_projections(const char* op, const Args& a, const c10::SymInt& width) {
   const at::Tensor& x = a.input.x();
   const auto& [k_weight, k_bias, v_weight, v_bias] = a.project;
-  MFX_CHECK_ARG(k_weight.has_value() == v_weight.has_value(), kOp, "v_weight", "be given if and only if k_weight is",
+  MFX_CHECK_ARG(k_weight.has_value() == v_weight.has_value(), op, "v_weight", "be given if and only if k_weight is",
                 v_weight.has_value() ? "one" : "none");
-  MFX_CHECK_ARG(k_weight.has_value() == a.cache.v_cache.has_value(), kOp, "v_cache",
+  MFX_CHECK_ARG(k_weight.has_value() == a.cache.v_cache.has_value(), op, "v_cache",
                 "be given if and only if k_weight is", a.cache.v_cache.has_value() ? "one" : "none");
   const auto check = [&](const char* weight_name, const OptionalTensor& weight, const char* bias_name,
                          const OptionalTensor& bias) {
     if (!weight) {
-      MFX_CHECK_ARG(!bias, kOp, bias_name, c10::str("be None without ", weight_name), "one");
+      MFX_CHECK_ARG(!bias, op, bias_name, c10::str("be None without ", weight_name), "one");
       return;
     }
-    check_linear(kOp, x, weight_name, *weight, bias_name, bias);
-    MFX_CHECK_ARG(weight->sym_size(0) == width, kOp, weight_name,
+    check_linear(op, x, weight_name, *weight, bias_name, bias);
+    MFX_CHECK_ARG(weight->sym_size(0) == width, op, weight_name,
                   c10::str("have ", width, " rows, the features of all of k_cache's heads"), "shape ",
                   weight->sym_sizes());
   };
   check("k_weight", k_weight, "k_bias", k_bias);
   check("v_weight", v_weight, "v_bias", v_bias);
-  MFX_CHECK_ARG(k_weight || x.sym_size(2) == width, kOp, "k_weight",
+  MFX_CHECK_ARG(k_weight || x.sym_size(2) == width, op, "k_weight",
                 c10::str("be given where x has other features than all of k_cache's heads (", width, ")"), "none");
 }
 
-void AttentionLayerDecode::check(const Args& a) {
-  a.input.check(kOp);
+}  // namespace
+
+void AttentionLayerDecode::check(const char* op, const Args& a) {
+  a.input.check(op);
   const at::Tensor& x = a.input.x();
   const auto& [k_cache, v_cache, lengths] = a.cache;
   const auto batch = x.sym_size(0);
-  check_dim(kOp, "k_cache", k_cache, 4);
-  check_same_dtype(kOp, "k_cache", k_cache, "x", x);
-  check_same_device(kOp, "k_cache", k_cache, "x", x);
-  MFX_CHECK_ARG(k_cache.sym_size(0) == batch, kOp, "k_cache", c10::str("have x's batch size ", batch), "shape ",
+  check_dim(op, "k_cache", k_cache, 4);
+  check_same_dtype(op, "k_cache", k_cache, "x", x);
+  check_same_device(op, "k_cache", k_cache, "x", x);
+  MFX_CHECK_ARG(k_cache.sym_size(0) == batch, op, "k_cache", c10::str("have x's batch size ", batch), "shape ",
                 k_cache.sym_sizes());
-  MFX_CHECK_ARG(k_cache.sym_size(2) >= 1, kOp, "k_cache", "have at least one head", "shape ", k_cache.sym_sizes());
-  check_head_dim(kOp, "k_cache", k_cache);
-  MFX_CHECK_ARG(k_cache.sym_stride(3) == 1, kOp, "k_cache", "be contiguous in its last dimension", "strides ",
+  MFX_CHECK_ARG(k_cache.sym_size(2) >= 1, op, "k_cache", "have at least one head", "shape ", k_cache.sym_sizes());
+  check_head_dim(op, "k_cache", k_cache);
+  MFX_CHECK_ARG(k_cache.sym_stride(3) == 1, op, "k_cache", "be contiguous in its last dimension", "strides ",
                 k_cache.sym_strides());
   if (v_cache) {
-    check_tensor(kOp, "v_cache", *v_cache, k_cache.sym_sizes(), x.scalar_type(), "x", x);
-    MFX_CHECK_ARG(v_cache->sym_stride(3) == 1, kOp, "v_cache", "be contiguous in its last dimension", "strides ",
+    check_tensor(op, "v_cache", *v_cache, k_cache.sym_sizes(), x.scalar_type(), "x", x);
+    MFX_CHECK_ARG(v_cache->sym_stride(3) == 1, op, "v_cache", "be contiguous in its last dimension", "strides ",
                   v_cache->sym_strides());
   }
-  check_int32_vector(kOp, "cache_lengths", lengths, "x", x);
-  MFX_CHECK_ARG(lengths.sym_size(0) == batch && lengths.is_contiguous(), kOp, "cache_lengths",
+  check_int32_vector(op, "cache_lengths", lengths, "x", x);
+  MFX_CHECK_ARG(lengths.sym_size(0) == batch && lengths.is_contiguous(), op, "cache_lengths",
                 c10::str("be contiguous and hold one length for each of x's ", batch, " sequences"), "shape ",
                 lengths.sym_sizes(), " of strides ", lengths.sym_strides());
-  if (a.key_padding_mask) check_key_padding_mask(kOp, *a.key_padding_mask, k_cache, "S_max");
-  check_stick_epsilon(kOp, a.stick_epsilon);
+  if (a.key_padding_mask) check_key_padding_mask(op, *a.key_padding_mask, k_cache, "S_max");
+  check_stick_epsilon(op, a.stick_epsilon);
 
   const c10::SymInt width = k_cache.sym_size(2) * k_cache.sym_size(3), features = x.sym_size(2);
   const c10::SymInt experts = a.input.network.num_experts();
-  check_projections(a, width);
+  check_projections(op, a, width);
   const auto check_experts = [&](const char* name, const ExpertWeight& weight, const c10::SymInt& in,
                                  const c10::SymInt& out) {
-    weight.check(kOp, name, experts, x);
+    weight.check(op, name, experts, x);
     const ExpertShape shape = weight.shape();
-    MFX_CHECK_ARG(shape.in == in && shape.out == out, kOp, name,
+    MFX_CHECK_ARG(shape.in == in && shape.out == out, op, name,
                   c10::str("have shape [num_experts, ", in, ", ", out, "] beside x and k_cache"),
                   "shape [num_experts, ", shape.in, ", ", shape.out, "]");
   };
@@ -120,11 +85,36 @@ void AttentionLayerDecode::check(const Args& a) {
   check_experts("output_weight", a.output_weight, width, features);
 }
 
+void AttentionLayerDecode::check_runnable(const char* op, const Args& a) {
+  if (a.query_weight.is_quantised() || a.output_weight.is_quantised()) check_cpu(op, "x", a.input.x());
+  if (backend_of(op, "x", a.input.x()) != Backend::kCpu) return;  // lengths stay on the device
+  const int64_t room = a.cache.k_cache.size(1), added = a.input.x().size(1);
+  const int32_t* const lengths = a.cache.cache_lengths.const_data_ptr<int32_t>();
+  for (int64_t b = 0; b < a.cache.k_cache.size(0); ++b) {
+    TORCH_CHECK_VALUE(lengths[b] >= 0 && lengths[b] <= room - added, op, ": cache_lengths must leave room for ", added,
+                      " tokens in k_cache's ", room, ", got ", lengths[b], " at index ", b);
+  }
+}
+
+void AttentionLayerDecode::refuse_gradients(const Args& a, const RefuseGradient& refuse) {
+  a.input.refuse_gradients(refuse);
+  refuse("query_weight", a.query_weight.tensors);
+  refuse("output_weight", a.output_weight.tensors);
+  refuse("k_weight", a.project.k_weight);
+  refuse("k_bias", a.project.k_bias);
+  refuse("v_weight", a.project.v_weight);
+  refuse("v_bias", a.project.v_bias);
+  refuse("k_cache", a.cache.k_cache);
+  refuse("v_cache", a.cache.v_cache);
+}
+
+namespace {
+
 // The new tokens' keys or values.
-at::Tensor project(Backend backend, const at::Tensor& tokens, const OptionalTensor& weight,
+at::Tensor project(const char* op, Backend backend, const at::Tensor& tokens, const OptionalTensor& weight,
                    const OptionalTensor& bias) {
   if (!weight) return tokens;
-  return backend == Backend::kCpu ? linear_of_few(kOp, tokens, *weight, bias) : at::linear(tokens, *weight, bias);
+  return backend == Backend::kCpu ? linear_of_few(op, tokens, *weight, bias) : at::linear(tokens, *weight, bias);
 }
 
 // Writes rows [B, T, H * D_h] behind the lengths of the CPU's caches.
@@ -147,16 +137,12 @@ void append(Backend backend, const Cache& cache, const at::Tensor& k, const at::
   const int64_t batch = k_cache.size(0), room = k_cache.size(1), added = k.size(1);
   if (backend == Backend::kCpu) {
     int32_t* const lengths = cache_lengths.mutable_data_ptr<int32_t>();
-    for (int64_t b = 0; b < batch; ++b) {
-      TORCH_CHECK_VALUE(lengths[b] >= 0 && lengths[b] <= room - added, kOp, ": cache_lengths must leave room for ",
-                        added, " tokens in k_cache's ", room, ", got ", lengths[b], " at index ", b);
-    }
     append_cpu(k_cache, lengths, k);
     if (v_cache) append_cpu(*v_cache, lengths, v);
     for (int64_t b = 0; b < batch; ++b) lengths[b] += static_cast<int32_t>(added);
     return;
   }
-  // Lengths stay on the device: tokens that do not fit overwrite the last place.
+  // Tokens that do not fit overwrite the last place.
   const auto indices = cache_lengths.options().dtype(at::kLong);
   const at::Tensor rows = at::arange(batch, indices).unsqueeze(1);
   const at::Tensor places = (cache_lengths.unsqueeze(1) + at::arange(added, indices)).clamp_max_(room - 1);
@@ -184,14 +170,14 @@ struct Buffers {
 };
 
 // The k queries of a token are k query heads over each key head.
-void attend(Backend backend, const Args& a, const Buffers& buffers) {
+void attend(const char* op, Backend backend, const Args& a, const Buffers& buffers) {
   const at::Tensor& x = a.input.x();
   const at::Tensor& k_cache = a.cache.k_cache;
   const at::Tensor& v_cache = a.cache.v_cache ? *a.cache.v_cache : k_cache;
   const int64_t tokens = x.size(1), heads = k_cache.size(2), dim = k_cache.size(3), width = heads * dim;
   const StickQueryStrides strides = {tokens * a.input.k * width, a.input.k * width, dim, width};
   const StickAttentionDecodeParams params = {
-      .dtype = check_float_dtype(kOp, "x", x),
+      .dtype = check_float_dtype(op, "x", x),
       .q = buffers.q,
       .q_strides = strides,
       .k_cache = k_cache.const_data_ptr(),
@@ -216,26 +202,28 @@ void attend(Backend backend, const Args& a, const Buffers& buffers) {
       .stick_epsilon = stick_epsilon_or_default(a.stick_epsilon, x),
       .attend_current = true,
   };
-  launch(kOp, backend, {x, k_cache}, params, stick_attention_decode_cpu,
+  launch(op, backend, {x, k_cache}, params, stick_attention_decode_cpu,
          MFX_CUDA_FUNCTION(mfx_stick_attention_decode_cuda),
          MFX_CUDA_FUNCTION(mfx_stick_attention_decode_cuda_workspace));
 }
 
-void AttentionLayerDecode::decode(const Args& a, LayerResults& results) {
+}  // namespace
+
+void AttentionLayerDecode::decode(const char* op, const Args& a, LayerResults& results) {
   const at::Tensor& x = a.input.x();
-  const Backend backend = backend_of(kOp, "x", x);
-  if (a.query_weight.is_quantised() || a.output_weight.is_quantised()) check_cpu(kOp, "x", x);
+  const Backend backend = backend_of(op, "x", x);
+  check_runnable(op, a);
   const auto [buffers, memory] = buffers_beside<Buffers>(x, a, results.route);
   const int64_t features = x.size(2), width = a.cache.k_cache.size(2) * a.cache.k_cache.size(3);
 
   const at::Tensor tokens = a.input.normed();
-  append(backend, a.cache, project(backend, tokens, a.project.k_weight, a.project.k_bias),
-         project(backend, tokens, a.project.v_weight, a.project.v_bias));
-  const RoutedLayout layout = route(kOp, backend, a.input, tokens, buffers.routing);
-  multiply(kOp, backend, x, layout, a.query_weight,
+  append(backend, a.cache, project(op, backend, tokens, a.project.k_weight, a.project.k_bias),
+         project(op, backend, tokens, a.project.v_weight, a.project.v_bias));
+  const RoutedLayout layout = route(op, backend, a.input, tokens, buffers.routing);
+  multiply(op, backend, x, layout, a.query_weight,
            {{}, {tokens.const_data_ptr(), RowOrder::kToken, features, 0}, RowOrder::kSlot, nullptr, buffers.q});
-  attend(backend, a, buffers);
-  multiply(kOp, backend, x, layout, a.output_weight,
+  attend(op, backend, a, buffers);
+  multiply(op, backend, x, layout, a.output_weight,
            {{},
             {buffers.attended, RowOrder::kSlot, a.input.k * width, width},
             RowOrder::kToken,
@@ -243,8 +231,6 @@ void AttentionLayerDecode::decode(const Args& a, LayerResults& results) {
             results.y.mutable_data_ptr()});
   results.y.add_(x);
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
   LayerDecode<AttentionLayerDecode>::define(

@@ -1,7 +1,7 @@
-// What attention_layer_decode and ffn_layer_decode share. Both are x + layer(norm(x)) for a few tokens: norm, router
-// and layout come first, then what the layer does with its experts. They have no kernels of their own. The launchers of
-// the other ops run one after the other on memory that is allocated once for all results in between, so that a step
-// costs little beside its kernels.
+// What attention_layer_decode, ffn_layer_decode and blocks_decode share. A step is x + layer(norm(x)) for a few tokens:
+// norm, router and layout come first, then what the layer does with its experts. They have no kernels of their own. The
+// launchers of the other ops run one after the other on memory that is allocated once for all results in between, so
+// that a step costs little beside its kernels.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -25,6 +25,8 @@
 #include "moduleformer_ext/grouped_gemm.hpp"
 
 namespace mfx {
+
+inline constexpr const char* kOpsWithGradients = "the layer's ops one by one";
 
 // What both ops take first.
 struct LayerInput {
@@ -148,8 +150,8 @@ std::pair<Buffers, at::Tensor> buffers_beside(const at::Tensor& x, const Sizes&.
   return {Buffers(workspace, sizes...), memory};
 }
 
-// The kernels of an op, for every dispatch key. `Op` has kName, Args with an input, check(args), decode(args, results)
-// and refuse_gradients(args, refuse).
+// The kernels of an op, for every dispatch key. `Op` has kName, Args with an input, check(op, args), decode(op,
+// args, results) and refuse_gradients(args, refuse).
 template <typename Op>
 class LayerDecode {
  public:
@@ -178,9 +180,10 @@ class LayerDecode {
 
   template <bool kMeta>
   static LayerResults run(const Args& a, bool with_route) {
-    Op::check(a);
+    const char* const op = Op::kName.text;
+    Op::check(op, a);
     LayerResults results(a.input, with_route);
-    if constexpr (!kMeta) Op::decode(a, results);
+    if constexpr (!kMeta) Op::decode(op, a, results);
     return results;
   }
   template <bool kMeta>
@@ -192,11 +195,7 @@ class LayerDecode {
     return run<kMeta>(a, true).all();
   }
 
-  static void refuse_gradients(const Args& a) {
-    const RefuseGradient refuse{Op::kName.text, "the layer's ops one by one"};
-    a.input.refuse_gradients(refuse);
-    Op::refuse_gradients(a, refuse);
-  }
+  static void refuse_gradients(const Args& a) { Op::refuse_gradients(a, {Op::kName.text, kOpsWithGradients}); }
   static at::Tensor y_without_gradient(const Args& a) {
     refuse_gradients(a);
     const at::AutoDispatchBelowADInplaceOrView below;

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["ExpertLayout", "NormedRouter", "RouteTopK", "RoutingSums", "Segments"]
+__all__ = ["BlockWeights", "ExpertLayout", "NormedRouter", "RouteTopK", "RoutingSums", "Segments"]
 
 Segments = Tensor | Sequence[Tensor]
 """A parameter with an expert dimension: one tensor [E, ...], or consecutive segments [E_i, ...] of it, a
@@ -105,6 +105,25 @@ class NormedRouter(NamedTuple):
     """[D]."""
     norm_epsilon: float
     """Added to the variance."""
+
+
+class BlockWeights(NamedTuple):
+    """The weights of a block, under the names of the ops that are its halves: attention_layer_decode and
+    ffn_layer_decode of :mod:`moduleformer_ext.ops`, which say their shapes. Matrices of experts are
+    :data:`Segments`, or QuantisedMatrices of :mod:`moduleformer_ext.quantised`.
+    """
+
+    attention_router: NormedRouter
+    query_weight: Any
+    output_weight: Any
+    k_weight: Tensor | None
+    k_bias: Tensor | None
+    v_weight: Tensor | None
+    v_bias: Tensor | None
+    ffn_router: NormedRouter
+    up: Any
+    down: Any
+    activation: str = "gelu_tanh"
 
 
 # Named tuples are pytrees by themselves; only an exported program that is saved needs to know them by name.

@@ -28,7 +28,7 @@ OPERATORS = sorted(name for name in torch._C._dispatch_get_all_op_names() if nam
 MOST_MEMORY = 8 << 30
 # By norm.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-ROUTING = ("route_topk", "attention_layer_decode", "ffn_layer_decode")
+ROUTING = ("route_topk", "attention_layer_decode", "blocks_decode", "ffn_layer_decode")
 """Ops that choose experts."""
 UNCLEAR = re.compile(
     "bad_alloc|INTERNAL ASSERT|Allocator|out of memory|expected scalar type|vector::|stoi|overflow|negative dimension|"
@@ -37,7 +37,7 @@ UNCLEAR = re.compile(
 )
 # What never reaches an op.
 TORCHS_OWN = re.compile("Expected a value of type|Could not run 'moduleformer_ext")
-OURS = re.compile(r"^\w+: ((layout|(query_|output_)?weight|up|down)\.)?\w+ (must|is) ", re.DOTALL)
+OURS = re.compile(r"^\w+: (block \d+: )?((layout|(query_|output_)?weight|up|down)\.)?\w+ (must|is) ", re.DOTALL)
 
 
 class WrongError(AssertionError):

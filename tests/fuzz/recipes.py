@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moduleformer_ext import ops, reference
+from moduleformer_ext.ops._segments import segments
 from moduleformer_ext.quantised import BITS, quantise
 from moduleformer_ext.reference.grouped_gemm import ACTIVATIONS, GATED
-from moduleformer_ext.types import NormedRouter
+from moduleformer_ext.types import BlockWeights, NormedRouter
 
 RAW = torch.ops.moduleformer_ext
 ORDERS = ("softmax_topk", "topk_softmax", "sigmoid_topk", "sigmoid_topk_renormalised")
@@ -34,7 +36,9 @@ class Call:
 
 
 def own_copy(t: Any) -> Any:
-    """For a call that writes to it: in memory of its own, laid out as it was."""
+    """For a call that writes to it: in memory of its own, laid out as it was. Of a list every part."""
+    if isinstance(t, list):
+        return [own_copy(part) for part in t]
     if not isinstance(t, Tensor):
         return t
     copy = t.detach().new_empty(0).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride())
@@ -354,8 +358,28 @@ def ffn_layer_decode(m: Maker) -> Call:
     return Call("ffn_layer_decode", function, args, {"activation": activation}, twin)
 
 
+def blocks_decode(m: Maker) -> Call:
+    blocks, caches = [], []
+    first = attention_layer_decode(m)
+    x, router = first.args[:2]
+    dim, experts = x.shape[2], sum(len(rows) for rows in segments("recipe", "gate_weight", router.gate_weight))
+    for _ in range(m.random.randint(1, 3)):
+        matrices = [layer_matrices(m, experts, *shape) for shape in ((dim, 24), (24, dim))]
+        blocks.append(BlockWeights(router, *first.args[2 : CACHES.start], router, *matrices))
+        caches.append(own_copy(first.args[CACHES]))
+    keys, values, lengths = (list(parts) for parts in zip(*caches, strict=True))
+    args = [x, blocks, keys, None if values[0] is None else values, lengths]
+
+    def changing_caches(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, blocks, *caches, **kwargs: function(x, blocks, *map(own_copy, caches), **kwargs)
+
+    function, twin = (changing_caches(partial(of.blocks_decode, stick_epsilon=0.0)) for of in (ops, reference))
+    return Call("blocks_decode", function, args, first.kwargs, twin)
+
+
 PUBLIC: dict[str, Callable[[Maker], Call]] = {
     "attention_layer_decode": attention_layer_decode,
+    "blocks_decode": blocks_decode,
     "expert_ffn": expert_ffn,
     "expert_layout": expert_layout,
     "ffn_layer_decode": ffn_layer_decode,

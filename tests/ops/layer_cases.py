@@ -1,4 +1,4 @@
-"""Arguments of attention_layer_decode and ffn_layer_decode. Caches are NaN wherever no key was written."""
+"""Arguments of the ops that decode layers and blocks. Caches are NaN wherever no key was written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from moduleformer_ext import ops
 from moduleformer_ext.quantised import QuantisedMatrices, quantise
-from moduleformer_ext.types import NormedRouter, Segments
+from moduleformer_ext.types import BlockWeights, NormedRouter, Segments
 
 GATES = ("linear", "mlp", "gmm")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -137,3 +138,52 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
         arguments,
         is_leaf=lambda t: isinstance(t, QuantisedMatrices),
     )
+
+
+def stack_case(layers: int = 3, bits: int | None = None, **options: Any) -> dict[str, Any]:
+    """x, blocks and their caches as keyword arguments of the op."""
+    attentions = [attention_case(seed=i, **options) for i in range(layers)]
+    shared = {"dtype", "batch", "new", "gate", "k", "order", "segments"}
+    ffns = [ffn_case(seed=9 + i, **{k: v for k, v in options.items() if k in shared}) for i in range(layers)]
+    x = attentions[0]["x"]
+    if bits is not None:
+        attentions, ffns = ([quantised(case, bits) for case in cases] for cases in (attentions, ffns))
+    blocks = [
+        BlockWeights(
+            a["router"],
+            *(a[name] for name in ("query_weight", "output_weight", "k_weight", "k_bias", "v_weight", "v_bias")),
+            *(f[name] for name in ("router", "up", "down", "activation")),
+        )
+        for a, f in zip(attentions, ffns, strict=True)
+    ]
+    values = None if attentions[0]["v_cache"] is None else [a["v_cache"] for a in attentions]
+    return {
+        "x": x,
+        "blocks": blocks,
+        "k_caches": [a["k_cache"] for a in attentions],
+        "v_caches": values,
+        "cache_lengths": [a["cache_lengths"] for a in attentions],
+    }
+
+
+def by_halves(
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    k_caches: Sequence[Tensor],
+    v_caches: Sequence[Tensor] | None,
+    cache_lengths: Sequence[Tensor],
+    **options: Any,
+) -> Tensor:
+    """What blocks_decode stands for."""
+    for i, block in enumerate(blocks):
+        first, *attention, second, up, down, activation = block
+        values = None if v_caches is None else v_caches[i]
+        x = ops.attention_layer_decode(x, first, *attention, k_caches[i], values, cache_lengths[i], **options)
+        x = ops.ffn_layer_decode(x, second, up, down, activation=activation)
+    return x
+
+
+def assert_same_caches(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name in ("k_caches", "v_caches", "cache_lengths"):
+        for a, b in zip(one[name] or (), other[name] or (), strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)

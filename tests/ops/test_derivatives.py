@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from moduleformer_ext import reference
 from moduleformer_ext.ops import (
     attention_layer_decode,
+    blocks_decode,
     expert_ffn,
     ffn_layer_decode,
     grouped_gemm,
@@ -21,7 +22,7 @@ from moduleformer_ext.ops import (
     stick_attention_decode,
 )
 from moduleformer_ext.quantised import quantise
-from moduleformer_ext.types import NormedRouter
+from moduleformer_ext.types import BlockWeights, NormedRouter
 
 RAW = torch.ops.moduleformer_ext
 LAYOUT = reference.expert_layout(torch.tensor([[0, 1], [2, 1], [0, 2], [1, 0]], dtype=torch.int32), 3)
@@ -56,19 +57,34 @@ CASES = {
     ),
 }
 LAYER = [(1, 1, 8), (3, 8), (8,), (8,)]  # x, the rows of the experts, and the norm's two
+
+
+def _linear_router(rows, scale, shift):
+    return NormedRouter("linear", None, None, rows, 2, "softmax_topk", scale, shift, 1e-5)
+
+
+def _block(router, query_weight, output_weight, up, down):
+    return BlockWeights(router, query_weight, output_weight, *[None] * 4, router, up, down)
+
+
 DECODING = {
     "attention_layer_decode": (
         lambda x, rows, scale, shift, q, o: attention_layer_decode(
-            *(x, NormedRouter("linear", None, None, rows, 2, "softmax_topk", scale, shift, 1e-5), q, o),
+            *(x, _linear_router(rows, scale, shift), q, o),
             *(None, None, None, None, torch.zeros(1, 5, 1, 8), None, torch.tensor([2], dtype=torch.int32)),
         ),
         [*LAYER, (3, 8, 8), (3, 8, 8)],
     ),
     "ffn_layer_decode": (
-        lambda x, rows, scale, shift, up, down: ffn_layer_decode(
-            x, NormedRouter("linear", None, None, rows, 2, "softmax_topk", scale, shift, 1e-5), up, down
-        ),
+        lambda x, rows, scale, shift, up, down: ffn_layer_decode(x, _linear_router(rows, scale, shift), up, down),
         [*LAYER, (3, 8, 6), (3, 6, 8)],
+    ),
+    "blocks_decode": (
+        lambda x, rows, scale, shift, *matrices: blocks_decode(
+            *(x, [_block(_linear_router(rows, scale, shift), *matrices)], [torch.zeros(1, 5, 1, 8)], None),
+            [torch.tensor([2], dtype=torch.int32)],
+        ),
+        [*LAYER, (3, 8, 8), (3, 8, 8), (3, 8, 6), (3, 6, 8)],
     ),
     "linear_decode": (linear_decode, [(2, 8), (5, 8), (5,)]),
     "quantised_gemm": (lambda x: quantised_gemm(x, QUANTISED, LAYOUT), [X]),

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from layer_cases import EXPERTS, FEATURES, HIDDEN, attention_case, ffn_case, quantised
+from layer_cases import EXPERTS, FEATURES, HIDDEN, attention_case, by_halves, copied, ffn_case, quantised, stack_case
 from torch.utils.flop_counter import FlopCounterMode
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import (
     attention_layer_decode,
+    blocks_decode,
     expert_ffn,
     ffn_layer_decode,
     grouped_gemm,
@@ -145,3 +146,9 @@ def test_decoding_of_a_layer(shared, return_route):
     for bits in BITS:
         few = quantised(ffn_case(new=3), bits)
         assert count(ffn_layer_decode, **few, return_route=return_route) == (gate + ffn, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"shared": True, "heads": 1, "head_dim": 32, "segments": 2}])
+def test_a_stack_counts_what_its_halves_do(options):
+    case = stack_case(**options)
+    assert count(blocks_decode, **copied(case)) == count(by_halves, **copied(case))

@@ -19,6 +19,7 @@ from moduleformer_ext.models.cache import KVCache, Pair, StaticKVCache
 from moduleformer_ext.models.config import MoLMConfig
 from moduleformer_ext.models.state import HEADS, canonical_state, model_from_state
 from moduleformer_ext.nn import BlockRoutes, LayerCache, Linear, StaticLayerCache, head_cross_entropy
+from moduleformer_ext.nn.stack import decode_stack
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,7 +108,12 @@ class MoLM(nn.Module):
         routes: list[BlockRoutes] = []
         presents: list[LayerCache | StaticLayerCache] = []
         wants_routes = output_aux_loss or output_routes
-        for layer, block in enumerate(self.h):
+        decoded = None
+        if past is not None and not (wants_routes or output_hidden_states):
+            decoded = decode_stack(self.h, x, past.layers, keep)
+        if decoded is not None:
+            x, presents = decoded
+        for layer, block in enumerate(self.h if decoded is None else ()):
             if output_hidden_states:
                 states.append(x)
             arguments = (x, None if past is None else past.layers[layer], keep, use_cache, wants_routes)

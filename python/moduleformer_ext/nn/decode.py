@@ -41,14 +41,11 @@ def decode(
     """What the block makes of x [B, T, D] after a past: the new x, how attention and feed-forward experts were chosen
     if that is asked for, and the cache of past and new tokens. None where its modules must be called.
     """
-    if torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling() or _has_any_global_hook():
-        return None
-    batch, length, _ = x.shape
-    if batch * length > MOST_ROWS or torch.is_autocast_enabled(x.device.type):
+    if not may_decode(x):
         return None
     weights = _WEIGHTS.get(block)
     if weights is None or not weights.untouched.holds():
-        weights = _weights(block)
+        weights = weights_of(block)
         if weights is None:
             return None
         _WEIGHTS[block] = weights
@@ -58,7 +55,7 @@ def decode(
     attention_step: Callable[..., Any] = ops.attention_layer_decode
     ffn_step: Callable[..., Any] = ops.ffn_layer_decode
     attention, ffn = weights.attention, weights.ffn
-    present, lengths = (past, past.lengths) if isinstance(past, StaticLayerCache) else past.reserve(length)
+    present, lengths = (past, past.lengths) if isinstance(past, StaticLayerCache) else past.reserve(x.shape[1])
     x = attention_step(
         x,
         attention.input.router_of(x.dtype),
@@ -78,6 +75,14 @@ def decode(
         x, ffn.input.router_of(x.dtype), *ffn.matrices, activation=ffn.module.activation, return_route=True
     )
     return y, (attention_route, ffn_route), present
+
+
+def may_decode(x: Tensor) -> bool:
+    """Whether these tokens, and the modes that torch is in, are for such ops."""
+    if torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling() or _has_any_global_hook():
+        return False
+    batch, length, _ = x.shape
+    return batch * length <= MOST_ROWS and not torch.is_autocast_enabled(x.device.type)
 
 
 class _Input(NamedTuple):
@@ -106,7 +111,7 @@ class _Layer(NamedTuple):
     matrices: tuple[Segments | QuantisedMatrices | None, ...]
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """What the ops take of a block, for as long as its modules are untouched."""
 
     untouched: Untouched
@@ -117,40 +122,47 @@ class _Weights(NamedTuple):
 
     def serve(self, x: Tensor, past: Any) -> bool:
         """Whether tokens x can be decoded after this past."""
-        if isinstance(past, StaticLayerCache):
-            if past.keys.is_inference() and not torch.is_inference_mode_enabled():
-                return False
-        elif not isinstance(past, LayerCache) or past.is_unset:
-            return False
-        keys, dtype, attention = past.keys, x.dtype, self.attention.module
-        batch, length, heads, head_dim = keys.shape
         return (
-            not any(map(_TRAINING, self.random))
-            and length > 0
-            and keys.dtype is dtype
-            and self.attention.input.weight.dtype is dtype
-            and self.ffn.input.weight.dtype is dtype
-            and (batch, heads, head_dim) == (x.shape[0], attention.n_head, attention.head_dim)
-            and head_dim % HEAD_MULTIPLE == 0
-            and (past.values is None) == attention.identity_kv
+            not any(map(TRAINING, self.random))
+            and self.attention.input.weight.dtype is x.dtype
+            and self.ffn.input.weight.dtype is x.dtype
+            and serves(self.attention.module, x, past)
         )
 
 
-_TRAINING = attrgetter("training")
-_WEIGHTS: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
+def serves(attention: MixtureOfAttention, x: Tensor, past: Any) -> bool:
+    """Whether the op of this layer takes tokens x after a past."""
+    if isinstance(past, StaticLayerCache):
+        if past.keys.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+    elif not isinstance(past, LayerCache) or past.is_unset:
+        return False
+    keys = past.keys
+    batch, length, heads, head_dim = keys.shape
+    return (
+        length > 0
+        and keys.dtype is x.dtype
+        and (batch, heads, head_dim) == (x.shape[0], attention.n_head, attention.head_dim)
+        and head_dim % HEAD_MULTIPLE == 0
+        and (past.values is None) == attention.identity_kv
+    )
+
+
+TRAINING = attrgetter("training")
+_WEIGHTS: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
 """Of blocks that were found plain. Not in the blocks, whose copies would have the weights of the others."""
 
 
 # Below, None stands for what must be called. Parameters are read from their tables, which parametrised ones are not in.
 
 
-def _weights(block: Block) -> _Weights | None:
+def weights_of(block: Block) -> Weights | None:
     attention, ffn = _attention(block.ln_1, block.attn), _ffn(block.ln_2, block.mlpf)
     if attention is None or ffn is None or not is_untouched(block.resid_dropout, nn.Dropout):
         return None
     modules = [module for module in block.modules() if module is not block]
     random = [module for module in modules if isinstance(module, (nn.Dropout, Router))]
-    return _Weights(Untouched(modules, block), attention, ffn, random)
+    return Weights(Untouched(modules, block), attention, ffn, random)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -6,6 +6,7 @@ Each has a plain-PyTorch twin of the same name and signature in :mod:`moduleform
 from moduleformer_ext import _extension  # noqa: F401  (registers torch.ops.moduleformer_ext)
 from moduleformer_ext.ops import _dtensor, flops, losses  # noqa: F401  (flops registers its formulas)
 from moduleformer_ext.ops.attention_layer_decode import attention_layer_decode
+from moduleformer_ext.ops.blocks_decode import blocks_decode
 from moduleformer_ext.ops.expert_ffn import expert_ffn
 from moduleformer_ext.ops.expert_layout import expert_layout
 from moduleformer_ext.ops.ffn_layer_decode import ffn_layer_decode
@@ -19,6 +20,7 @@ from moduleformer_ext.ops.stick_attention_decode import stick_attention_decode
 
 __all__ = [
     "attention_layer_decode",
+    "blocks_decode",
     "expert_ffn",
     "expert_layout",
     "ffn_layer_decode",

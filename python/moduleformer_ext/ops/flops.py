@@ -9,6 +9,7 @@ some segments of a parameter want one, slots are taken to be spread evenly over 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from math import prod
 from typing import Any
 
@@ -208,7 +209,10 @@ def _gate(call: dict[str, Any], tokens: int) -> int:
 
 @register_flop_formula(_OPS.attention_layer_decode, get_raw=True)
 def _attention_layer_decode(*args: Any, **kwargs: Any) -> int:
-    call = _named(_OPS.attention_layer_decode, args, kwargs)
+    return _attention(_named(_OPS.attention_layer_decode, args, kwargs))
+
+
+def _attention(call: dict[str, Any]) -> int:
     batch, length, dim = call["x"].shape
     cache, lengths, tokens, k = call["k_cache"], call["cache_lengths"], batch * length, call["k"]
     width = prod(cache.shape[2:])
@@ -229,6 +233,44 @@ def _matrix_size(tensors: Sequence[Tensor], quantised_format: Sequence[int]) -> 
 @register_flop_formula(_OPS.ffn_layer_decode, get_raw=True)
 def _ffn_layer_decode(*args: Any, **kwargs: Any) -> int:
     call = _named(_OPS.ffn_layer_decode, args, kwargs)
+    return _ffn(call, [call["up_format"], call["down_format"]])
+
+
+def _ffn(call: dict[str, Any], formats: Sequence[Sequence[int]]) -> int:
     tokens = prod(call["x"].shape[:2])
-    matrices = sum(_matrix_size(call[name], call[f"{name}_format"]) for name in ("up", "down"))
+    matrices = sum(_matrix_size(call[name], own) for name, own in zip(("up", "down"), formats, strict=True))
     return int(_gate(call, tokens) + 2 * tokens * call["k"] * matrices)
+
+
+_BLOCK = (
+    *(f"attention.{name}" for name in ("hidden_weight", "hidden_bias", "gate_weight", "norm_weight", "norm_bias")),
+    *("query_weight", "output_weight", "k_weight", "k_bias", "v_weight", "v_bias"),
+    *(f"ffn.{name}" for name in ("hidden_weight", "hidden_bias", "gate_weight", "norm_weight", "norm_bias")),
+    *("up", "down"),
+)
+"""The fields of a block in the order of blocks_decode's sizes."""
+
+
+@register_flop_formula(_OPS.blocks_decode, get_raw=True)
+def _blocks_decode(*args: Any, **kwargs: Any) -> int:
+    call = _named(_OPS.blocks_decode, args, kwargs)
+    tensors, sizes = iter(call["tensors"]), iter(call["sizes"])
+    formats, total = call["formats"], 0
+    for i, (cache, lengths) in enumerate(zip(call["k_caches"], call["cache_lengths"], strict=True)):
+        fields = {name: list(islice(tensors, next(sizes))) for name in _BLOCK}
+        own = [formats[at : at + 3] for at in range(12 * i, 12 * (i + 1), 3)]
+        quantised = [numbers if any(numbers) else [] for numbers in own]
+
+        def half(name: str, fields: dict[str, list[Tensor]] = fields) -> dict[str, Any]:
+            hidden = fields[f"{name}.hidden_weight"]
+            return {
+                "x": call["x"],
+                "k": call[f"{name}_k"],
+                "hidden_weight": hidden[0] if hidden else None,
+                "gate_weight": fields[f"{name}.gate_weight"],
+            }
+
+        attention = {"k_weight": fields["k_weight"] or None, "k_cache": cache, "cache_lengths": lengths}
+        total += _attention(half("attention") | attention)
+        total += _ffn(half("ffn") | {"up": fields["up"], "down": fields["down"]}, quantised[2:])
+    return total

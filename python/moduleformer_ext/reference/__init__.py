@@ -7,7 +7,7 @@ sums are carried in float32 (float64 for float64). No attention is paid to speed
 from moduleformer_ext.reference import losses
 from moduleformer_ext.reference.expert_layout import expert_layout
 from moduleformer_ext.reference.grouped_gemm import expert_ffn, grouped_gemm
-from moduleformer_ext.reference.layer_decode import attention_layer_decode, ffn_layer_decode
+from moduleformer_ext.reference.layer_decode import attention_layer_decode, blocks_decode, ffn_layer_decode
 from moduleformer_ext.reference.linear_cross_entropy import linear_cross_entropy
 from moduleformer_ext.reference.linear_decode import linear_decode
 from moduleformer_ext.reference.quantised_gemm import quantised_gemm
@@ -16,6 +16,7 @@ from moduleformer_ext.reference.stick_attention import stick_attention, stick_at
 
 __all__ = [
     "attention_layer_decode",
+    "blocks_decode",
     "expert_ffn",
     "expert_layout",
     "ffn_layer_decode",

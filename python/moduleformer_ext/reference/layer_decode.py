@@ -1,7 +1,8 @@
-"""Both layers of a block for a few new tokens: x + layer(norm(x))."""
+"""Both layers of a block for a few new tokens: x + layer(norm(x)); and a stack of such blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from moduleformer_ext.reference.linear_decode import linear_decode
 from moduleformer_ext.reference.quantised_gemm import quantised_gemm
 from moduleformer_ext.reference.route_topk import route_topk, route_topk_linear, route_topk_mlp
 from moduleformer_ext.reference.stick_attention import stick_attention_decode
-from moduleformer_ext.types import ExpertLayout, NormedRouter, RouteTopK, Segments
+from moduleformer_ext.types import BlockWeights, ExpertLayout, NormedRouter, RouteTopK, Segments
 
 
 def _norm(x: Tensor, router: NormedRouter) -> Tensor:
@@ -114,3 +115,24 @@ def ffn_layer_decode(
         transformed = expert_ffn(tokens, up, down, layout, route.gates, activation=activation)
     y = x + transformed.view_as(x)
     return (y, route) if return_route else y
+
+
+@without_autocast
+def blocks_decode(
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    k_caches: Sequence[Tensor],
+    v_caches: Sequence[Tensor] | None,
+    cache_lengths: Sequence[Tensor],
+    *,
+    key_padding_mask: Tensor | None = None,
+    stick_epsilon: float | None = None,
+) -> Tensor:
+    """Both layers of every block, one block after the other, each with the caches of its index."""
+    options: dict[str, Any] = {"key_padding_mask": key_padding_mask, "stick_epsilon": stick_epsilon}
+    for i, block in enumerate(blocks):
+        attention_router, *attention, ffn_router, up, down, activation = cast(Any, block)
+        caches: Any = (k_caches[i], None if v_caches is None else v_caches[i], cache_lengths[i])
+        x = cast(Tensor, attention_layer_decode(x, attention_router, *attention, *caches, **options))
+        x = cast(Tensor, ffn_layer_decode(x, ffn_router, up, down, activation=activation))
+    return x

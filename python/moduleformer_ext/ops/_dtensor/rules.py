@@ -3,6 +3,7 @@
 from moduleformer_ext.ops._dtensor import attention, dispatch, experts, linear, loss, router
 
 _REFUSED = (
+    "blocks_decode",
     "quantised_gemm",
     *(f"{half}_layer_decode{overload}" for half in ("attention", "ffn") for overload in ("", ".with_route")),
 )
