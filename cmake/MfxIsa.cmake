@@ -10,7 +10,7 @@ endif()
 set(MFX_FLAGS_baseline "")
 set(MFX_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(MFX_FLAGS_avx512 ${MFX_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
-set(MFX_FLAGS_avx512_bf16 ${MFX_FLAGS_avx512} -mavx512bf16)
+set(MFX_FLAGS_avx512_bf16 ${MFX_FLAGS_avx512} -mavx512bf16 -mavx512vnni)  # no processor has the one alone
 
 if(NOT MFX_CPU_ISAS AND MFX_NATIVE)  # the best that this processor has, and baseline, which is a must
   execute_process(COMMAND "${CMAKE_CXX_COMPILER}" -march=native -dM -E -x c++ /dev/null

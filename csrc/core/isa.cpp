@@ -20,6 +20,10 @@ bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(/*leaf=*/1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
 }
+bool has_avx512_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(/*leaf=*/7, /*subleaf=*/0, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 11 & 1) != 0;
+}
 bool has_avx512_bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(/*leaf=*/7, /*subleaf=*/1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1) != 0;
@@ -30,7 +34,7 @@ bool processor_has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   switch (isa) {
-    case Isa::kAvx512Bf16: return processor_has(Isa::kAvx512) && has_avx512_bf16();
+    case Isa::kAvx512Bf16: return processor_has(Isa::kAvx512) && has_avx512_vnni() && has_avx512_bf16();
     case Isa::kAvx512:
       return processor_has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -4,6 +4,7 @@
 #include "grouped_gemm/epilogue.hpp"
 #include "grouped_gemm/few_rows.hpp"
 #include "grouped_gemm/products.hpp"
+#include "quantised_gemm/byte_rows.hpp"
 #include "quantised_gemm/panel.hpp"
 
 namespace mfx::MFX_ISA {
@@ -43,19 +44,29 @@ template <int kBits, int kParts, typename T, typename Epilogue>
 void multiply_few(const QuantisedGemmParams& p, Epilogue epilogue) {
   const QuantisedReader<kBits> weight(p);
   const std::int64_t columns = p.out_features / kParts, panels = (columns + kPanel - 1) / kPanel;
-  const std::int64_t stride = round_up(p.in_features, kQuantisedGroup), num_rests = stride / kRestRows;
+  const std::int64_t stride = round_up(p.in_features, kQuantisedGroup), num_rests = stride / kRestRows,
+                     num_groups = stride / kQuantisedGroup;
   // Of a token once, whatever the number of its experts.
   const bool by_token = p.x.order == RowOrder::kToken;
   const std::int64_t rows = by_token ? p.layout.num_tokens : p.layout.num_slots();
-  const Scratch<float> factors(rows * stride);
-  const Scratch<float> rests(kBits == 4 ? rows * num_rests : 0);
   const RowReader<T> at_position(p.x, p.layout);
+  const auto row_of = [&](std::int64_t i) {
+    return by_token ? static_cast<const T*>(p.x.data) + i * p.x.stride : at_position(i);
+  };
+  const Scratch<float> factors(rows * stride);
+  constexpr bool kInBytes = kHasByteProducts && kBits == 4 && sizeof(T) == 2;
+  const Scratch<std::int32_t> words(kInBytes ? rows * stride : 0), byte_rests(kInBytes ? rows * num_groups : 0);
+  const Scratch<float> rests(kInBytes ? rows * num_groups : kBits == 4 ? rows * num_rests : 0);
+  const ByteRows in_bytes = {words.data(), rests.data(), byte_rests.data(), stride};
   parallel_for(rows, 16, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       float* const x = factors.data() + i * stride;
-      const T* const row = by_token ? static_cast<const T*>(p.x.data) + i * p.x.stride : at_position(i);
-      pack_row(row, p.in_features, stride, x);
-      if constexpr (kBits == 4) make_factors(x, stride, rests.data() + i * num_rests);
+      pack_row(row_of(i), p.in_features, stride, x);
+      if constexpr (kInBytes) {
+        in_bytes.fill(i, x);
+      } else if constexpr (kBits == 4) {
+        make_factors(x, stride, rests.data() + i * num_rests);
+      }
     }
   });
   const PanelRows x = {factors.data(), stride, rests.data(), by_token ? p.layout.slot_order : nullptr,
@@ -65,8 +76,14 @@ void multiply_few(const QuantisedGemmParams& p, Epilogue epilogue) {
     float* parts[2] = {};
     for (int part = 0; part < kParts; ++part) {
       parts[part] = c + part * block.rows * kPanel;
-      multiply_panel(weight.panel(block.expert, part * panels + panel), p.in_features, block.rows, x, block.begin,
-                     parts[part]);
+      const PanelReader<kBits> reader = weight.panel(block.expert, part * panels + panel);
+      if constexpr (kInBytes) {
+        multiply_panel_bytes(
+            reader, p.in_features, block.rows, in_bytes, [&](std::int64_t r) { return x.row(block.begin + r); },
+            parts[part]);
+      } else {
+        multiply_panel(reader, p.in_features, block.rows, x, block.begin, parts[part]);
+      }
     }
     const std::int64_t n = panel * kPanel;
     epilogue({block.expert, block.begin, block.rows, n, static_cast<int>(std::min<std::int64_t>(kPanel, columns - n))},

@@ -99,6 +99,47 @@ def test_rows_far_from_zero(rows, bits, dtype):
     check(x, randn(1, 512, 130, scale=0.05), layout_of([[0]] * rows, 1), bits)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_others(dtype, bits):
+    x, weight = randn(7, 70, dtype=dtype), quantise(randn(1, 70, 130), bits)
+    y = quantised_gemm(x, weight, layout_of([[0]] * 7, 1))
+    for row in range(7):
+        assert torch.equal(quantised_gemm(x[row : row + 1], weight, layout_of([[0]], 1)), y[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-12, 0.0])
+def test_values_of_many_sizes_in_one_group(scale, dtype):
+    """What is taken for x beside 4 bits is off by 2^-13 of a group's largest value at most."""
+    torch.manual_seed(0)
+    x = (torch.randn(3, 64) * 2.0 ** -torch.randint(0, 12, (3, 64)) * scale).to(dtype)
+    weight = quantise(randn(1, 64, 130), 4)
+    wide = dequantise(weight)[0].double()
+    y = quantised_gemm(x, weight, layout_of([[0]] * 3, 1)).double()
+    largest = x.double().abs().unflatten(1, (2, 32)).amax(-1).repeat_interleave(32, 1)
+    allowed = (largest * 2.0**-13) @ wide.abs()
+    expected = x.double() @ wide
+    rounding = torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).smallest_normal * 2.0**-7
+    assert ((y - expected).abs() <= allowed + rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_smallest_and_the_largest_values(dtype):
+    info = torch.finfo(dtype)
+    weight = quantise(torch.ones(1, 32, 64), 4)
+    for value in (
+        info.max / 64,
+        -info.max / 64,
+        info.smallest_normal,
+        2.0**-24 if dtype == torch.float16 else 2.0**-126,
+    ):
+        x = torch.zeros(1, 32, dtype=dtype)
+        x[0, 3] = value
+        y = quantised_gemm(x, weight, layout_of([[0]], 1))
+        torch.testing.assert_close(y, torch.full((1, 64), value).to(dtype), rtol=0.02, atol=0)
+
+
 def test_compiled_traced_and_under_autocast():
     layout, weight = random_layout(5, 3, 2), quantise(randn(3, 40, 50), 4)
     x = randn(5, 40)
