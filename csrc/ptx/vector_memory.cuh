@@ -28,6 +28,11 @@ __device__ inline void store_global_128(void* to, const uint4& x) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+// To a multiple of 8 bytes.
+__device__ inline void store_global_64(float* to, float x, float y) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+}
+
 template <int kOffset = 0>
 __device__ inline uint4 load_shared_128(SharedAddress from) {
   uint4 x;

@@ -1,4 +1,4 @@
-// Two launches: blocks of 32 tokens go from x to the choices and leave their sums behind, then these are added in
+// Two launches: blocks of 16 or 32 tokens go from x to the choices and leave their sums behind, then these are added in
 // order. Between its stages a block passes z and the logits through global memory, which is to say through L1 and L2,
 // so that nothing limits the number of experts or the size of the hidden layer.
 //
@@ -10,13 +10,12 @@
 
 namespace mfx::router {
 
-inline constexpr int kForwardBlocks = Shape::kBlocksPerSm + 1;  // per multiprocessor: it needs fewer registers
-
 struct Forward : RouteTopKParams {
   ExpertRows experts;
   std::int64_t num_tiles;
-  float* z;                  // [T, G]
-  float* scales;             // [T], kGmm alone
+  float* activated;          // [T, G] gelu(z), kMlp alone
+  float* z;                  // [T, G], where it is saved or kGmm
+  float* scales;             // [T] of z, kGmm alone
   float* scores;             // [T, E], where experts are ranked by score
   std::int64_t* group_keys;  // [T, groups], where some are left out
   // Per tile: sums of p per expert, of p log p and of logsumexp^2; slots per expert.
@@ -24,43 +23,56 @@ struct Forward : RouteTopKParams {
   std::int32_t* tile_counts;  // [tiles, E]
 };
 
-template <typename Op>
+template <typename Op, typename Tiles>
 __device__ void compute_logits(const Forward& p, std::int64_t first, std::int64_t end) {
-  __shared__ ProductTiles tiles;
+  __shared__ alignas(1024) char memory[Tiles::kBytes];
+  const device::SharedAddress tiles = device::shared_address(memory);
   const RouterGateParams& n = p.network;
   const std::int64_t experts = n.num_experts;
-  const auto write_logit = [&](std::int64_t token, std::int64_t e, float value) {
-    floats(p.logits)[token * experts + e] = value;
+  const auto write_logits = [&](std::int64_t token, std::int64_t e, float x, float y, bool both) {
+    store_pair(floats(p.logits) + token * experts + e, x, y, both);
   };
-  const Matrix x = {n.x, n.x_dtype, n.dim, true};
-  switch (n.gate) {
-    case RouterGate::kLogits:
-      for (std::int64_t i = first * experts + threadIdx.x; i < end * experts; i += kThreads) {
-        floats(p.logits)[i] = load(n.x, n.x_dtype, i);
-      }
-      break;
-    case RouterGate::kLinear:  // x W^T
-      product_rows<Op>(tiles, x, ExpertMatrix{p.experts, n.dim, true}, first, end, experts, n.dim, write_logit);
-      break;
-    case RouterGate::kMlp:
-    case RouterGate::kGmm:  // z = x V^T + b, then h W^T
-      product_rows<Op>(tiles, x, Matrix{n.hidden_weight, n.hidden_weight_dtype, n.dim, true}, first, end, n.hidden_dim,
-                       n.dim, [&](std::int64_t token, std::int64_t g, float value) {
-                         const float bias = n.gate == RouterGate::kMlp ? floats(n.hidden_bias)[g] : 0.0f;
-                         p.z[token * n.hidden_dim + g] = value + bias;
-                       });
-      __syncthreads();
-      if (n.gate == RouterGate::kGmm) {
-        for_each_token(first, end, [&](std::int64_t token) {
-          const float scale = inverse_norm(p.z + token * n.hidden_dim, n.hidden_dim);
-          if (lane_id() == 0) p.scales[token] = scale;
-        });
-        __syncthreads();
-      }
-      product_rows<float>(tiles, Activated{n.gate, p.z, p.scales, n.hidden_dim, true},
-                          ExpertMatrix{p.experts, n.hidden_dim, true}, first, end, experts, n.hidden_dim, write_logit);
-      break;
+  if (n.gate == RouterGate::kLogits) {
+    for (std::int64_t i = first * experts + threadIdx.x; i < end * experts; i += kThreads) {
+      floats(p.logits)[i] = load(n.x, n.x_dtype, i);
+    }
+    __syncthreads();
+    return;
   }
+  const RowMatrix x = {n.x, n.x_dtype, n.dim};
+  if (n.gate == RouterGate::kLinear) {  // x W^T
+    const ExpertMatrix<device::Major::kK> weight(p.experts, n.dim);
+    product_rows<Op, typename Tiles::Narrow>(tiles, x, weight, first, end, experts, n.dim, write_logits);
+    __syncthreads();
+    return;
+  }
+  const bool is_mlp = n.gate == RouterGate::kMlp;  // z = x V^T + b, then h W^T; of kGmm rows are scaled last
+  const auto write_hidden = [&](std::int64_t token, std::int64_t g, float x, float y, bool both) {
+    const std::int64_t at = token * n.hidden_dim + g;
+    if (is_mlp) {
+      x += floats(n.hidden_bias)[g];
+      if (both) y += floats(n.hidden_bias)[g + 1];
+      store_pair(p.activated + at, Gelu(x).value, Gelu(y).value, both);
+    }
+    if (p.z != nullptr) store_pair(p.z + at, x, y, both);
+  };
+  product_rows<Op, typename Tiles::Wide>(tiles, x, RowMatrix{n.hidden_weight, n.hidden_weight_dtype, n.dim}, first, end,
+                                         n.hidden_dim, n.dim, write_hidden);
+  __syncthreads();
+  if (!is_mlp) {
+    for_each_token(first, end, [&](std::int64_t token) {
+      const float scale = inverse_norm(p.z + token * n.hidden_dim, n.hidden_dim);
+      if (lane_id() == 0) p.scales[token] = scale;
+    });
+    __syncthreads();
+  }
+  product_rows<float, typename Tiles::Narrow>(
+      tiles, RowMatrix{is_mlp ? p.activated : p.z, DType::kFloat32, n.hidden_dim},
+      ExpertMatrix<device::Major::kK>{p.experts, n.hidden_dim}, first, end, experts, n.hidden_dim,
+      [&](std::int64_t token, std::int64_t e, float x, float y, bool both) {
+        const float scale = is_mlp ? 1.0f : p.scales[token];
+        write_logits(token, e, x * scale, y * scale, both);
+      });
   __syncthreads();
 }
 
@@ -97,13 +109,14 @@ __device__ TokenSums route_token(const Forward& p, std::int64_t token) {
   return {all.largest, all.inverse, device::lanes_sum(plogp), all.logsumexp() * all.logsumexp()};
 }
 
-template <typename Op>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks) route_topk_forward(const __grid_constant__ Forward p) {
-  __shared__ TokenSums tokens[kTileRows];
+template <typename Op, typename Tiles>
+__global__ void __launch_bounds__(kThreads, Tiles::Wide::kBlocksPerSm)
+    route_topk_forward(const __grid_constant__ Forward p) {
+  __shared__ TokenSums tokens[Tiles::kTokens];
   const std::int64_t experts = p.network.num_experts;
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileRows;
-  const std::int64_t end = min(first + kTileRows, p.network.num_tokens);
-  compute_logits<Op>(p, first, end);
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * Tiles::kTokens;
+  const std::int64_t end = min(first + Tiles::kTokens, p.network.num_tokens);
+  compute_logits<Op, Tiles>(p, first, end);
   for_each_token(first, end, [&](std::int64_t token) {
     const TokenSums sums = route_token(p, token);
     if (lane_id() == 0) tokens[token - first] = sums;
@@ -161,8 +174,11 @@ Placed place(const RouteTopKParams& p) {
   const RouterGateParams& n = p.network;
   Forward forward = {p, rows_of(n, n.segments), num_tiles(n)};
   Workspace workspace(p.workspace);
-  forward.z = p.hidden != nullptr ? floats(p.hidden) : workspace.take<float>(n.num_tokens * n.hidden_dim);
-  forward.scales = workspace.take<float>(n.gate == RouterGate::kGmm ? n.num_tokens : 0);
+  const bool is_mlp = n.gate == RouterGate::kMlp, is_gmm = n.gate == RouterGate::kGmm;
+  forward.activated = workspace.take<float>(is_mlp ? n.num_tokens * n.hidden_dim : 0);
+  forward.z = floats(p.hidden);
+  if (is_gmm && p.hidden == nullptr) forward.z = workspace.take<float>(n.num_tokens * n.hidden_dim);
+  forward.scales = workspace.take<float>(is_gmm ? n.num_tokens : 0);
   forward.scores = workspace.take<float>(p.ranking.by_score() ? n.num_tokens * n.num_experts : 0);
   forward.group_keys =
       workspace.take<std::int64_t>(p.ranking.leaves_groups_out() ? n.num_tokens * p.ranking.num_groups : 0);
@@ -185,10 +201,14 @@ Status mfx_route_topk_cuda(const RouteTopKParams& p, Stream stream) {
   const auto tiles = static_cast<unsigned>(forward.num_tiles);
   if (tiles > 0) {
     const DType operands = router::operand_type(forward.network);
-    const auto kernel = operands == DType::kBFloat16  ? router::route_topk_forward<BFloat16>
-                        : operands == DType::kFloat16 ? router::route_topk_forward<Float16>
-                                                      : router::route_topk_forward<float>;
-    if (const Status status = launch(kernel, tiles, router::kThreads, 0, stream, forward); !status.ok()) return status;
+    const Status status = router::with_tiles(p.network, [&](auto kind) {
+      using Tiles = decltype(kind);
+      const auto kernel = operands == DType::kBFloat16  ? router::route_topk_forward<BFloat16, Tiles>
+                          : operands == DType::kFloat16 ? router::route_topk_forward<Float16, Tiles>
+                                                        : router::route_topk_forward<float, Tiles>;
+      return launch(kernel, tiles, router::kThreads, 0, stream, forward);
+    });
+    if (!status.ok()) return status;
   }
   const auto blocks = static_cast<unsigned>(ceil_div(p.network.num_experts + 2, 32));
   return launch(router::route_topk_sums, blocks, router::kThreads, 0, stream, forward);

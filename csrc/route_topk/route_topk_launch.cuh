@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
@@ -11,13 +12,34 @@
 
 namespace mfx::router {
 
+// Tiles of the products that have a row per token: the more rows, the less often the weights are read, and the fewer
+// blocks there are. Wide: as many columns as V has rows or x has columns; narrow: one per expert.
+template <int kTokens_>
+struct TokenTiles {
+  static constexpr int kTokens = kTokens_;
+  using Wide = device::BlockShape<kTokens, 128, 1, 4, 1, 64, 3, 4>;
+  using Narrow = device::BlockShape<kTokens, 64, kTokens / 16, 64 / kTokens, 1, 64, 3, 4>;
+  static constexpr int kBytes = std::max(Wide::kPipelineBytes, Narrow::kPipelineBytes);
+};
+using SmallTiles = TokenTiles<16>;
+using LargeTiles = TokenTiles<32>;
+inline constexpr std::int64_t kMostTokensInSmallTiles = 8192;  // 512 blocks: few per multiprocessor of a large GPU
+
+// f(tiles) with the kind of tiles that a call has.
+template <typename F>
+auto with_tiles(const RouterGateParams& n, F f) {
+  return n.num_tokens <= kMostTokensInSmallTiles ? f(SmallTiles()) : f(LargeTiles());
+}
+
 inline std::int64_t num_tiles(const RouterGateParams& n) {
-  return ceil_div(n.num_tokens, kTileRows);
+  return with_tiles(n, [&](auto tiles) { return ceil_div(n.num_tokens, std::int64_t{decltype(tiles)::kTokens}); });
 }
 
 inline ExpertRows rows_of(const RouterGateParams& n, const void* const* data) {
   ExpertRows rows = {};
   rows.dtype = n.weight_dtype;
+  rows.aligned = std::all_of(data, data + std::min<std::int64_t>(n.num_segments, ExpertRows::kMost),
+                             [](const void* d) { return reinterpret_cast<std::uintptr_t>(d) % 16 == 0; });
   std::int64_t first = 0;
   const std::int64_t segments = std::min<std::int64_t>(n.num_segments, ExpertRows::kMost);  // check() refuses more
   for (std::int64_t s = 0; s < segments; first += n.num_rows[s++]) rows.append(data[s], first);
@@ -25,6 +47,12 @@ inline ExpertRows rows_of(const RouterGateParams& n, const void* const* data) {
 }
 
 inline Status check(const RouterGateParams& n) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() / static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t largest = std::max({n.num_tokens, n.dim, n.hidden_dim, n.num_experts});
+  if (largest > kMost) {
+    return refusal("x and weight must have rows and columns of at most " + std::to_string(kMost) +
+                   " for the CUDA kernels, got " + std::to_string(largest));
+  }
   if (n.num_segments <= ExpertRows::kMost) return {};
   return refusal("weight must have at most " + std::to_string(ExpertRows::kMost) +
                  " segments for the CUDA kernels, got " + std::to_string(n.num_segments));

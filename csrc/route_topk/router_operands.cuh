@@ -1,6 +1,5 @@
-// The matrices of the gate network as operands of block_product.cuh: of any storage type, in segments,
-// after an activation. An operand gives the value at (row, k), k being the inner index of the product, and says along
-// which of the two its memory is contiguous.
+// The matrices of the gate network as operands of block_product.cuh: of any storage type, in segments, contiguous along
+// the rows of the product or along its inner index.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +9,7 @@
 #include "ptx/convert.cuh"
 #include "ptx/vector_memory.cuh"
 #include "tile/segments.cuh"
+#include "tile/smem_tile.cuh"
 
 namespace mfx::router {
 
@@ -29,9 +29,39 @@ __device__ inline void store(void* data, DType dtype, std::int64_t i, float valu
   }
 }
 
+// Two neighbours of a row, at once where their address allows; or the first, where not `both` are there.
+__device__ inline void store_pair(float* to, float x, float y, bool both) {
+  if (both && reinterpret_cast<std::uintptr_t>(to) % 8 == 0) {
+    device::store_global_64(to, x, y);
+  } else {
+    to[0] = x;
+    if (both) to[1] = y;
+  }
+}
+template <typename T>
+__device__ inline void store_pair(T* to, float x, float y, bool both) {
+  if (both && reinterpret_cast<std::uintptr_t>(to) % 4 == 0) {
+    *reinterpret_cast<std::uint32_t*>(to) = device::pack_pair<T>(x, y);
+  } else {
+    to[0] = device::from_float<T>(x);
+    if (both) to[1] = device::from_float<T>(y);
+  }
+}
+__device__ inline void store_pair(void* data, DType dtype, std::int64_t i, float x, float y, bool both) {
+  if (dtype == DType::kBFloat16) return store_pair(static_cast<BFloat16*>(data) + i, x, y, both);
+  if (dtype == DType::kFloat16) return store_pair(static_cast<Float16*>(data) + i, x, y, both);
+  store_pair(static_cast<float*>(data) + i, x, y, both);
+}
+
+// Of an element; float64 has no CUDA kernels.
+__device__ inline int bytes_of(DType dtype) {
+  return dtype == DType::kFloat32 ? sizeof(float) : sizeof(BFloat16);
+}
+
 // The rows of W, one per expert, or those of its gradient.
 struct ExpertRows : device::Segments<32> {
   DType dtype;
+  bool aligned;  // all segments, to 16 bytes
 
   // The segment of a row, which then counts from the segment's start.
   __device__ void* segment_of(std::int64_t& row) const {
@@ -49,67 +79,55 @@ __host__ __device__ inline const float* floats(const void* data) {
   return static_cast<const float*>(data);
 }
 
-// A matrix of which rows or columns (`along_k`: rows, the inner index) are contiguous, `stride` elements apart.
+// A matrix in memory as an operand: lines of contiguous elements, which are its rows or, with kMN, the elements of one
+// inner index.
+template <device::Major kMajor_>
 struct Matrix {
+  static constexpr device::Major kMajor = kMajor_;
   const void* data;
   DType dtype;
-  std::int64_t stride;
-  bool along_k;
+  int stride;  // from line to line, in elements
 
-  __device__ float operator()(std::int64_t row, std::int64_t k) const {
-    return load(data, dtype, along_k ? row * stride + k : k * stride + row);
+  __device__ Matrix(const void* data_, DType dtype_, std::int64_t stride_)
+      : data(data_), dtype(dtype_), stride(static_cast<int>(stride_)) {}
+  __device__ std::int64_t line_bytes() const { return stride * bytes_of(dtype); }
+  // Whether every line begins at a multiple of 16 bytes.
+  __device__ bool is_aligned() const {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && line_bytes() % 16 == 0;
   }
-  // Where 16 aligned bytes of type Op can be read at once, else null.
-  template <typename Op>
-  __device__ const void* chunk(std::int64_t row, std::int64_t k) const {
-    if (!along_k || dtype != kDTypeOf<Op>) return nullptr;
-    const Op* address = static_cast<const Op*>(data) + row * stride + k;
-    return reinterpret_cast<std::uintptr_t>(address) % 16 == 0 ? address : nullptr;
-  }
+  static constexpr bool is_one_piece() { return true; }
+  __device__ const void* line(int i) const { return static_cast<const char*>(data) + i * line_bytes(); }
 };
+using RowMatrix = Matrix<device::Major::kK>;
+using ColumnMatrix = Matrix<device::Major::kMN>;
 
-// W [E, columns], or its transpose, in segments.
+// W [E, columns] in segments.
+template <device::Major kMajor_>
 struct ExpertMatrix {
+  static constexpr device::Major kMajor = kMajor_;
   const ExpertRows& rows;
-  std::int64_t columns;
-  bool along_k;
+  DType dtype;
+  int columns;
 
-  __device__ float operator()(std::int64_t row, std::int64_t k) const {
-    std::int64_t expert = along_k ? row : k;
-    const std::int64_t column = along_k ? k : row;
+  __device__ ExpertMatrix(const ExpertRows& rows_, std::int64_t columns_)
+      : rows(rows_), dtype(rows_.dtype), columns(static_cast<int>(columns_)) {}
+  __device__ std::int64_t line_bytes() const { return columns * bytes_of(dtype); }
+  __device__ bool is_aligned() const { return rows.aligned && line_bytes() % 16 == 0; }
+  __device__ bool is_one_piece() const { return rows.count == 1; }
+  __device__ const void* line(int row) const {
+    std::int64_t expert = row;
     const void* data = rows.segment_of(expert);
-    return load(data, rows.dtype, expert * columns + column);
-  }
-  template <typename Op>
-  __device__ const void* chunk(std::int64_t row, std::int64_t k) const {
-    const void* data = rows.segment_of(row);
-    return Matrix{data, rows.dtype, columns, along_k}.chunk<Op>(row, k);
+    return static_cast<const char*>(data) + expert * line_bytes();
   }
 };
 
-__device__ inline float gelu(float z) {
-  return 0.5f * z * (1.0f + erff(z * 0.70710678f));
-}
-__device__ inline float gelu_slope(float z) {
-  return 0.5f * (1.0f + erff(z * 0.70710678f)) + z * 0.39894228f * expf(-0.5f * z * z);
-}
+struct Gelu {
+  float value, slope;
 
-// h = gelu(z) or z * scale of its token, of z [T, G], as rows (along_k) or as columns.
-struct Activated {
-  RouterGate gate;
-  const float* z;
-  const float* scales;  // [T], kGmm alone
-  std::int64_t hidden_dim;
-  bool along_k;
-
-  __device__ float operator()(std::int64_t row, std::int64_t k) const {
-    const std::int64_t token = along_k ? row : k, column = along_k ? k : row;
-    const float value = z[token * hidden_dim + column];
-    return gate == RouterGate::kGmm ? value * scales[token] : gelu(value);
-  }
-  template <typename Op>
-  __device__ const void* chunk(std::int64_t, std::int64_t) const {
-    return nullptr;
+  __device__ explicit Gelu(float z) {
+    const float share = 0.5f * (1.0f + erff(z * 0.70710678f));
+    value = z * share;
+    slope = share + z * 0.39894228f * expf(-0.5f * z * z);
   }
 };
 

@@ -12,18 +12,18 @@ template <typename Shape>
 struct AccTile {
   float c[Shape::kRowBlocks][Shape::kColumnBlocks][4] = {};
 
-  // f(row, column, value), counted from the block's first.
+  // f(row, column, x, y), counted from the block's first, y being the next column's.
   template <typename F>
-  __device__ void for_each(F f) const {
+  __device__ void for_each_pair(F f) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int block = 0; block < Shape::kRowBlocks; ++block) {
 #pragma unroll
       for (int j = 0; j < Shape::kColumnBlocks; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          f(Shape::warp_row() + block * 16 + lane / 4 + i / 2 * 8, Shape::warp_column() + j * 8 + lane % 4 * 2 + i % 2,
-            c[block][j][i]);
+        for (int i = 0; i < 4; i += 2) {
+          f(Shape::warp_row() + block * 16 + lane / 4 + i / 2 * 8, Shape::warp_column() + j * 8 + lane % 4 * 2,
+            c[block][j][i], c[block][j][i + 1]);
         }
       }
     }

@@ -3,15 +3,17 @@ the result is wrong."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from devices import EMULATED
 from routed import grouped_values, layout_of
+from router_cases import Router
 from stick_walks import first_tiles, rows_of_logits
 
-from moduleformer_ext import reference
+from moduleformer_ext import ops, reference
 from moduleformer_ext.ops import grouped_gemm
 
 if EMULATED:
@@ -77,15 +79,38 @@ class Sticks:
         return True
 
 
+class Gates:
+    """More slices of tokens than stages, in two pieces."""
+
+    def __init__(self) -> None:
+        self.router = Router.random("linear", 600, 40, dim=136, dtype=torch.bfloat16)
+        route = self.router.require_grad()(reference, 2)
+        self.cotangent = torch.randn(route.logits.shape)
+        self.expected = self.gradients(self.router.double(), reference)
+
+    def gradients(self, router: Router, module) -> list[torch.Tensor]:
+        logits = router(module, 2).logits
+        return torch.autograd.grad(logits, router.leaves(), self.cotangent.to(logits))
+
+    def __call__(self) -> bool:
+        gradients = zip(self.gradients(self.router, ops), self.expected, strict=True)
+        return all(close(ours.double(), exact) for ours, exact in gradients)
+
+
 SM_80 = ("bar.sync", "cp.async.commit_group", "cp.async.wait_group")
 SM_90A = ("bar.sync", "mbarrier.init", "mbarrier.try_wait", "mbarrier.arrive", "wgmma.commit_group")
 SM_90A += ("cp.async.commit_group", "cp.async.wait_group", "fence.proxy.async")
 STICK_SM_90A = (*SM_90A, "bar.red", "cp.async.wait_all", "wgmma.wait_group", "wgmma.fence")
+ROUTER_WEIGHTS = "_ZN3mfx6router27route_topk_backward_weightsINS_8BFloat16EEEvNS0_8BackwardE"
+SPARE = {(ROUTER_WEIGHTS, "bar.sync"): 1}
+"""The last barrier of its main loop frees shared memory, which this kernel has no further use for."""
+
 KERNELS: dict[str, tuple[Callable[[], Callable[[], bool]], tuple[str, ...]]] = {
     "grouped_forward_bf16_64x128_sm80": (lambda: Routed(gradient=False), SM_80),
     "grouped_weight_grad_bf16_128x128_sm80": (lambda: Routed(gradient=True), SM_80),
     "grouped_forward_bf16_128x128_sm90a": (lambda: Routed(gradient=False), SM_90A),
     "grouped_weight_grad_bf16_128x128_sm90a": (lambda: Routed(gradient=True), SM_90A),
+    ROUTER_WEIGHTS: (Gates, SM_80),
     "stick_fwd_bf16_d64_sm90a": (Sticks, STICK_SM_90A),
 }
 
@@ -121,14 +146,15 @@ def one_multiprocessor():
     cudasim.reset_races()
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=KERNELS, ids=lambda name: name.removeprefix("_ZN3mfx6router"))
 def case(request):
     """A kernel, what runs it, and what is left out; of the architecture that is emulated."""
     kernel = request.param
     works, opcodes = KERNELS[kernel][0](), KERNELS[kernel][1]
     cudasim.reset_stats()
     assert works()
-    if kernel not in {launch["kernel"] for launch in cudasim.stats()}:
+    plain_names = (re.sub("[<(].*", "", launch["kernel"]).split("::")[-1] for launch in cudasim.stats())
+    if not any(name in kernel for name in plain_names):
         pytest.skip("another kernel serves this architecture")
     return kernel, works, opcodes
 
@@ -138,7 +164,7 @@ def test_nothing_is_left_out_in_silence(case, capfd):
     for opcode in opcodes:
         left, tried = survivors(kernel, opcode, works)
         assert tried, opcode
-        assert not left, f"{opcode} number {left} of {kernel} may be left out"
+        assert len(left) <= SPARE.get((kernel, opcode), 0), f"{opcode} number {left} of {kernel} may be left out"
     capfd.readouterr()  # the emulator's reports, which a failure would drown in
     assert works()
 

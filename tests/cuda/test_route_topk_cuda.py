@@ -14,8 +14,22 @@ def test_whole_tiles_under_any_schedule(gate, device, schedule):
     check(Router.random(gate, 64, 64, dim=128, hidden=64, dtype=torch.bfloat16, device=device), 2)
 
 
-def test_same_bits_every_time(device):
-    router = Router.random("mlp", 100, 16, dim=32, hidden=24, dtype=torch.bfloat16, device=device).require_grad()
+@pytest.mark.parametrize("gate", ["linear", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_several_pieces_of_tokens_under_any_schedule(gate, dtype, device, schedule):
+    check(Router.random(gate, 600, 40, dim=136, hidden=72, dtype=dtype, device=device), 2)
+
+
+@pytest.mark.parametrize("gate", ["linear", "mlp", "gmm"])
+def test_large_tiles_and_odd_sizes(gate, device):
+    """More tokens than small tiles are for (kMostTokensInSmallTiles)."""
+    dtype = torch.float32 if gate == "mlp" else torch.bfloat16
+    check(Router.random(gate, 8193, 9, dim=75, hidden=35, dtype=dtype, device=device), 2)
+
+
+@pytest.mark.parametrize("tokens", [100, 600])
+def test_same_bits_every_time(tokens, device):
+    router = Router.random("mlp", tokens, 16, dim=32, hidden=24, dtype=torch.bfloat16, device=device).require_grad()
 
     def run() -> list[Tensor]:
         result = router(ops, 2)

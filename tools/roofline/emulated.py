@@ -173,13 +173,13 @@ def calls() -> dict[str, Call]:
         "route_topk_forward",
         (256, 512),
         lambda d: router(64, d, 256, 32, False),
-        lambda d: (2, 2 * 256 / TILE * d / TILE),
+        lambda d: (4, 2 * 256 / TILE * d / TILE),
     )
     found["router weight gradient"] = Call(
         "route_topk_backward_weights",
         (128, 256),
         lambda t: router(t, 512, 256, 32, True),
-        lambda t: (64, 64 * t / TILE),
+        lambda t: (16, 64 * t / TILE),
     )
     return found
 
