@@ -112,6 +112,7 @@ inline RoutedLayout route(const char* op, Backend backend, const LayerInput& inp
       .network = network.get(),
       .k = input.k,
       .order = parse_router_order(op, input.order),
+      .ranking = {},
       .num_sampled = 0,
       .noise = nullptr,
       .gates = routing.gates,
