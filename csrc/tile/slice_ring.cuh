@@ -113,15 +113,47 @@ class RingProducer {
   int pending_ = 0;
 };
 
-// The side of one warpgroup that multiplies.
+// The side of one warpgroup that multiplies: what it waits for, and the stages that it frees.
+template <int kStages>
+class StageConsumer {
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+ public:
+  __device__ StageConsumer(std::uint64_t (&full)[kStages], std::uint64_t (&empty)[kStages])
+      : full_(full), empty_(empty) {}
+
+  // Waits for the next slice.
+  __device__ int wait() {
+    Barrier::wait(&full_[position_.stage()], position_.parity());
+    const int stage = position_.stage();
+    position_.next();
+    return stage;
+  }
+  // Frees a stage of which this warp's products are finished.
+  __device__ void release(int stage) {
+    if (lane_id() == 0) Barrier::arrive(&empty_[stage]);
+  }
+
+ protected:
+  RingPosition<kStages> position_;
+
+ private:
+  std::uint64_t (&full_)[kStages];
+  std::uint64_t (&empty_)[kStages];
+};
+
+// The same where several take turns.
 template <int kStages, int kConsumers>
-class RingConsumer {
+class RingConsumer : public StageConsumer<kStages> {
   using Barriers = RingBarriers<kStages, kConsumers>;
 
  public:
   // The first turn is consumer 0's.
   __device__ RingConsumer(Barriers& barriers, int consumer)
-      : barriers_(barriers), consumer_(consumer), turn_parity_(consumer == 0 ? 1 : 0) {}
+      : StageConsumer<kStages>(barriers.full, barriers.empty),
+        barriers_(barriers),
+        consumer_(consumer),
+        turn_parity_(consumer == 0 ? 1 : 0) {}
 
   // Until the consumer before this one has all its slices, and after the last of this one's.
   __device__ void take_turn() {
@@ -133,24 +165,12 @@ class RingConsumer {
   }
 
   // Slices that other warpgroups take.
-  __device__ void skip(int slices) { position_.advance(slices); }
-  // Waits for the next slice.
-  __device__ int wait() {
-    Barriers::Barrier::wait(&barriers_.full[position_.stage()], position_.parity());
-    const int stage = position_.stage();
-    position_.next();
-    return stage;
-  }
-  // Frees a stage of which this warp's products are finished.
-  __device__ void release(int stage) {
-    if (lane_id() == 0) Barriers::Barrier::arrive(&barriers_.empty[stage]);
-  }
+  __device__ void skip(int slices) { this->position_.advance(slices); }
 
  private:
   Barriers& barriers_;
   const int consumer_;
   unsigned turn_parity_;
-  RingPosition<kStages> position_;
 };
 
 }  // namespace mfx::device

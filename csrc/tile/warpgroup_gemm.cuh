@@ -8,6 +8,7 @@
 #include "moduleformer_ext/common.hpp"
 #include "tile/slice_ring.cuh"
 #include "tile/warpgroup_boxes.cuh"
+#include "tile/warpgroup_roles.cuh"
 
 namespace mfx::device {
 
@@ -16,15 +17,13 @@ struct WarpgroupShape {
   static constexpr int kRows = 128, kColumns = 128, kDepth = 64, kDepthBytes = 128, kStages = 5;
   static constexpr int kRowBlocks = kRows / 64;  // of wgmma's height
   static constexpr int kThreads = kWarpgroup;    // that load, and that multiply one tile
-  static constexpr int kConsumers = 2, kBlockThreads = (1 + kConsumers) * kWarpgroup, kBlocksPerSm = 1;
+  static constexpr int kConsumers = kMultiplyingWarpgroups, kBlockThreads = kRolesThreads, kBlocksPerSm = 1;
   static constexpr int kBox = 64, kBoxBytes = kBox * kBoxRowBytes;
   static constexpr int kABytes = kRows * kDepthBytes, kBBytes = kColumns * kDepthBytes;
   static constexpr int kStageBytes = kABytes + kBBytes, kPipelineBytes = kStages * kStageBytes;
   using Barriers = RingBarriers<kStages, kConsumers>;
   using Producer = RingProducer<Barriers>;
   using Consumer = RingConsumer<kStages, kConsumers>;
-  // Registers per thread: 72 to load, 216 to multiply, 64512 in all.
-  static constexpr int kLoadingRegisters = 72, kMultiplyingRegisters = 216;
 };
 
 // Boxes side by side, for those who write them chunk by chunk. Of Major::kK they are as SmemTile has them.

@@ -6,7 +6,6 @@
 // by cp.async, matrices come by TMA, which fills with zeros beyond their ends.
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -50,15 +49,8 @@ class HopperRowProduct {
     extern __shared__ __align__(1024) unsigned char raw[];
     Shared& shared = *reinterpret_cast<Shared*>(raw);
     if (threadIdx.x == 0) shared.ring.init(/*bulk_copies=*/true);
-    __syncthreads();
-    const int warpgroup = __shfl_sync(device::kAllLanes, static_cast<int>(threadIdx.x) / device::kWarpgroup, 0);
-    if (warpgroup == 0) {
-      cutlass::arch::warpgroup_reg_dealloc<Shape::kLoadingRegisters>();
-      load(params, shared);
-    } else {
-      cutlass::arch::warpgroup_reg_alloc<Shape::kMultiplyingRegisters>();
-      multiply(params.product, shared, warpgroup - 1);
-    }
+    device::take_roles([&] { load(params, shared); },
+                       [&](int warpgroup) { multiply(params.product, shared, warpgroup); });
   }
 
  private:

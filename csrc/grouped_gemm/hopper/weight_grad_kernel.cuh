@@ -2,8 +2,6 @@
 // both operands are gathered by cp.async. Depth that an expert's last slice lacks is zero in both.
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
-
 #include "grouped_gemm/hopper/warpgroup_epilogue.cuh"
 #include "grouped_gemm/weight_grad_kernel.cuh"
 
@@ -56,15 +54,7 @@ class HopperWeightGrad {
     extern __shared__ __align__(1024) unsigned char raw[];
     Shared& shared = *reinterpret_cast<Shared*>(raw);
     if (threadIdx.x == 0) shared.ring.init(/*bulk_copies=*/false);
-    __syncthreads();
-    const int warpgroup = __shfl_sync(device::kAllLanes, static_cast<int>(threadIdx.x) / device::kWarpgroup, 0);
-    if (warpgroup == 0) {
-      cutlass::arch::warpgroup_reg_dealloc<Shape::kLoadingRegisters>();
-      load(p, shared);
-    } else {
-      cutlass::arch::warpgroup_reg_alloc<Shape::kMultiplyingRegisters>();
-      multiply(p, shared, warpgroup - 1);
-    }
+    device::take_roles([&] { load(p, shared); }, [&](int warpgroup) { multiply(p, shared, warpgroup); });
   }
 
  private:

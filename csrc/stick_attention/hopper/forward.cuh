@@ -9,11 +9,11 @@
 // stage of its V is free. Each warpgroup exits early by itself, as a block of sm_80 does.
 #pragma once
 
-#include <cutlass/arch/reg_reconfig.h>
-
 #include "stick_attention/forward.cuh"
 #include "stick_attention/hopper/kv_ring.cuh"
+#include "stick_attention/hopper/row_boxes.cuh"
 #include "tile/warpgroup_product.cuh"
+#include "tile/warpgroup_roles.cuh"
 
 namespace mfx::stick {
 
@@ -21,22 +21,20 @@ template <typename Op, int kDim>
 class HopperForward {
   using T = typename Storage<Op>::Type;
   using Boxes = KvBoxes<kDim, 64, 4>;
-  static constexpr int kConsumers = 2, kKeys = Boxes::kKeys;
-  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(T)), kQueryBytes = kStickTileRows * kRowBytes;
+  using Rows = RowBoxes<T, kDim>;
+  static constexpr int kConsumers = device::kMultiplyingWarpgroups, kKeys = Boxes::kKeys;
   using Barriers = KvBarriers<Boxes::kStages, kConsumers>;
 
   struct Shared {
     alignas(1024) unsigned char stages[Boxes::kStages * Boxes::kStageBytes];
-    alignas(1024) unsigned char queries[kConsumers][kQueryBytes];
+    alignas(1024) unsigned char queries[kConsumers][Rows::kBytes];
     Barriers ring;
   };
 
  public:
   static constexpr int kRows = kConsumers * kStickTileRows;
-  static constexpr int kThreads = (1 + kConsumers) * device::kWarpgroup;
+  static constexpr int kThreads = device::kRolesThreads;
   static constexpr int kSharedBytes = sizeof(Shared);
-  // Registers per thread: 64512 in all.
-  static constexpr int kLoadingRegisters = 72, kMultiplyingRegisters = 216;
 
   static __device__ void run(const ForwardLaunch& launch) {
     extern __shared__ __align__(1024) std::uint8_t shared[];
@@ -44,15 +42,8 @@ class HopperForward {
     BlockInfo tile(launch.params.problem, kRows, blockIdx.x);
     if (tile.first_row >= tile.s.rows) return;
     if (threadIdx.x == 0) memory.ring.init();
-    __syncthreads();
-    const int warpgroup = __shfl_sync(device::kAllLanes, static_cast<int>(threadIdx.x) / device::kWarpgroup, 0);
-    if (warpgroup == 0) {
-      cutlass::arch::warpgroup_reg_dealloc<kLoadingRegisters>();
-      load(launch, tile, memory);
-    } else {
-      cutlass::arch::warpgroup_reg_alloc<kMultiplyingRegisters>();
-      multiply(launch, tile, memory, warpgroup - 1);
-    }
+    device::take_roles([&] { load(launch, tile, memory); },
+                       [&](int warpgroup) { multiply(launch, tile, memory, warpgroup); });
   }
 
  private:
@@ -64,21 +55,8 @@ class HopperForward {
       const int first_row = tile.first_row + i * kStickTileRows;
       walks[i] = first_row < tile.s.rows && newest_tile<kKeys>(p, tile.s, first_row, kStickTileRows) >= 0;
     }
-    KvProducer<T, Boxes, kConsumers> producer(shared.ring, launch, tile, walks);
-    producer.run(device::shared_address(shared.stages), newest_tile<kKeys>(p, tile.s, tile.first_row, kRows));
-  }
-
-  // A warpgroup's queries, 64 columns of the head dimension to a box.
-  static __device__ void load_queries(const ForwardLaunch& launch, const BlockInfo& tile, device::SharedAddress boxes,
-                                      int thread) {
-    const StickAttentionProblem& p = launch.params.problem;
-#pragma unroll
-    for (int column = 0; column < kDim; column += 64) {
-      const TileLoader<T, device::kBoxRowBytes, device::kWarpgroup> copy(p.head_dim - column, thread);
-      copy.template rows<kStickTileRows>(boxes + column / 64 * (kStickTileRows * device::kBoxRowBytes),
-                                         {p.q, p.q_strides, p, tile.s, tile.head, tile.first_row, column},
-                                         launch.q_aligned);
-    }
+    KvProducer<T, Boxes, kConsumers, ForwardLaunch> producer(shared.ring, launch, tile, walks);
+    producer.run(device::shared_address(shared.stages), newest_tile<kKeys>(p, tile.s, tile.first_row, kRows), 0);
   }
 
   static __device__ void multiply(const ForwardLaunch& launch, BlockInfo& tile, Shared& shared, int consumer) {
@@ -91,7 +69,7 @@ class HopperForward {
 
     const int thread = threadIdx.x % device::kWarpgroup, row_in_tile = thread / 32 * 16;
     const device::SharedAddress queries = device::shared_address(shared.queries[consumer]);
-    load_queries(launch, tile, queries, thread);
+    Rows::load(queries, p, tile, p.q, p.q_strides, launch.q_aligned, thread);
 
     const int warp_row = tile.first_row + row_in_tile;
     float rem[2];
@@ -142,7 +120,7 @@ class HopperForward {
     cutlass::arch::NamedBarrier::sync(device::kWarpgroup, barrier);  // Q's place takes O
 
     scale(o, 1.0f / kWeightUnit<Op>);
-    store_output<Op>(launch, tile, row_in_tile, 0, o, queries + row_in_tile * kRowBytes, (key_tile + 1) * kKeys);
+    store_output<Op>(launch, tile, row_in_tile, 0, o, queries + row_in_tile * Rows::kRowBytes, (key_tile + 1) * kKeys);
     store_sticks(params, tile, row_in_tile, rem, key_tile + 1);
   }
 };

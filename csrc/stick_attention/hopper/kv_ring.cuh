@@ -47,7 +47,7 @@ struct KvBarriers {
 };
 
 // The side that loads; all threads of a warpgroup.
-template <typename T, typename Boxes, int kWalkers>
+template <typename T, typename Boxes, int kWalkers, typename Launch>
 class KvProducer {
   using Barriers = KvBarriers<Boxes::kStages, kWalkers>;
   static constexpr int kKeys = Boxes::kKeys;
@@ -56,8 +56,7 @@ class KvProducer {
 
  public:
   // `walks` says which warpgroups take tiles.
-  __device__ KvProducer(Barriers& barriers, const ForwardLaunch& launch, const BlockInfo& tile,
-                        const bool (&walks)[kWalkers])
+  __device__ KvProducer(Barriers& barriers, const Launch& launch, const BlockInfo& tile, const bool (&walks)[kWalkers])
       : barriers_(barriers),
         ring_(barriers),
         launch_(launch),
@@ -71,11 +70,11 @@ class KvProducer {
     for (int i = 0; i < kWalkers; ++i) walks_[i] = walks[i];
   }
 
-  // Loads tiles from `newest` on while somebody takes them.
-  __device__ void run(device::SharedAddress stages, int newest) {
+  // Loads tiles from `newest` to `oldest` while somebody takes them.
+  __device__ void run(device::SharedAddress stages, int newest, int oldest) {
     const StickAttentionProblem& p = launch_.params.problem;
     int keys = tile_.s.keys - newest * kKeys;
-    for (int i = newest; i >= 0; --i) {
+    for (int i = newest; i >= oldest; --i) {
       const int stage = ring_.acquire([&](int next, unsigned parity) { wait_free(next, parity); });
       bool any = false;
 #pragma unroll
@@ -124,7 +123,7 @@ class KvProducer {
 
   Barriers& barriers_;
   device::RingProducer<Barriers> ring_;
-  const ForwardLaunch& launch_;
+  const Launch& launch_;
   const BlockInfo& tile_;
   const int key_, column_;     // of this thread's first chunk
   const std::uint32_t bytes_;  // 16 or, beyond the head dimension, 0
@@ -134,36 +133,22 @@ class KvProducer {
 
 // The side of one warpgroup that multiplies.
 template <int kStages, int kWalkers>
-class KvConsumer {
-  using Barriers = KvBarriers<kStages, kWalkers>;
-
+class KvConsumer : public device::StageConsumer<kStages> {
  public:
-  __device__ KvConsumer(Barriers& barriers, int walker) : barriers_(barriers), walker_(walker) {}
+  __device__ KvConsumer(KvBarriers<kStages, kWalkers>& barriers, int walker)
+      : device::StageConsumer<kStages>(barriers.full, barriers.empty[walker]), last_(barriers.last[walker]) {}
 
-  // Waits for the next tile.
-  __device__ int wait() {
-    Barriers::Barrier::wait(&barriers_.full[position_.stage()], position_.parity());
-    const int stage = position_.stage();
-    position_.next();
-    return stage;
-  }
-  // Frees a stage that this warp has read.
-  __device__ void release(int stage) {
-    if (device::lane_id() == 0) Barriers::Barrier::arrive(&barriers_.empty[walker_][stage]);
-  }
-  // The same of the next tile's, unread, once it has come: a stage that is freed before the loading side has asked for
+  // Frees the next tile's stage, unread, once it has come: a stage that is freed before the loading side has asked for
   // it would look taken to it for good.
-  __device__ void skip() { release(wait()); }
-  // The same of the last stage that the warpgroup waits for.
+  __device__ void skip() { this->release(this->wait()); }
+  // Frees the last stage that the warpgroup waits for.
   __device__ void finish(int stage) {
-    if (threadIdx.x % device::kWarpgroup == 0) barriers_.last[walker_][stage] = true;
-    release(stage);
+    if (threadIdx.x % device::kWarpgroup == 0) last_[stage] = true;
+    this->release(stage);
   }
 
  private:
-  Barriers& barriers_;
-  const int walker_;
-  device::RingPosition<kStages> position_;
+  bool (&last_)[kStages];
 };
 
 }  // namespace mfx::stick

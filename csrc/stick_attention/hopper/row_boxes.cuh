@@ -1,0 +1,33 @@
+// A warpgroup's query rows in shared memory, as wgmma reads them: boxes of 64 columns of the head dimension.
+#pragma once
+
+#include "stick_attention/tile_loader.cuh"
+#include "tile/slice_ring.cuh"
+#include "tile/warpgroup_boxes.cuh"
+
+namespace mfx::stick {
+
+template <typename T, int kDim>
+struct RowBoxes {
+  static constexpr int kRows = kStickTileRows, kColumns = 64;  // of a box
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(T));
+  static constexpr int kBoxBytes = kRows * device::kBoxRowBytes, kBytes = kRows * kRowBytes;
+
+  // Calls each(box, its first column).
+  template <typename Each>
+  static __device__ void each(device::SharedAddress boxes, Each&& each) {
+#pragma unroll
+    for (int column = 0; column < kDim; column += kColumns) each(boxes + column / kColumns * kBoxBytes, column);
+  }
+
+  // Starts to copy the rows of `tile` with all threads of the warpgroup, `thread` being this one's number there.
+  static __device__ void load(device::SharedAddress boxes, const StickAttentionProblem& p, const BlockInfo& tile,
+                              const void* tensor, const StickQueryStrides& strides, bool aligned, int thread) {
+    each(boxes, [&](device::SharedAddress box, int column) {
+      const TileLoader<T, device::kBoxRowBytes, device::kWarpgroup> copy(p.head_dim - column, thread);
+      copy.template rows<kRows>(box, {tensor, strides, p, tile.s, tile.head, tile.first_row, column}, aligned);
+    });
+  }
+};
+
+}  // namespace mfx::stick
