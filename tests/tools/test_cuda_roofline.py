@@ -172,6 +172,8 @@ def test_warps_that_only_copy_have_a_turn_of_their_own():
     ]
     code = sass.parse(listing(*lines))["kernel"]
     assert copying_turn(code).counts.issued == 3
+    again = [line.replace("_x_0", "_x_2") for line in lines[2:6]]  # a loop of as many bytes and instructions
+    assert copying_turn(sass.parse(listing(*lines[:6], *again, *lines[6:]))["kernel"]).counts.issued == 3
     assert main(listing(*lines), flops=2 * 64 * 128 * 16 // 4).counts.issued == 2
     lines[3] = "NOP"  # all by bulk copies
     assert copying_turn(sass.parse(listing(*lines))["kernel"]).counts == Counts()

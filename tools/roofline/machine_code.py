@@ -138,4 +138,4 @@ def copying_turn(code: Sequence[Block]) -> Turn | None:
     loops = [loop for loop in sass.loops(code) if not loop.body & tensor_blocks]
     inner = sass.innermost(loops, code, lambda i: i.name == "LDGSTS")
     ways = [(sums[1], -len(way), way) for loop in inner for sums, way in sass.ways(code, loop, features).items()]
-    return turn(max(ways)[2]) if ways else Turn(Counts(), 0, 1, 0)
+    return turn(max(ways, key=lambda way: way[:2])[2]) if ways else Turn(Counts(), 0, 1, 0)
