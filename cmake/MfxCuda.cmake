@@ -80,6 +80,7 @@ elseif(MFX_SM90_ARCHS)
   target_link_libraries(moduleformer_ext_cuda PRIVATE mfx_sm90)
   set_source_files_properties(
     csrc/grouped_gemm/launches_cuda.cu csrc/stick_attention/stick_attention_forward_cuda.cu
+    csrc/stick_attention/stick_attention_backward_cuda.cu
     PROPERTIES COMPILE_DEFINITIONS MFX_SM90)
 endif()
 # Beside PTX of another architecture that of 90a is for these alone.

@@ -97,6 +97,32 @@ __device__ inline float v_norm_max(const BackwardLaunch& launch, const BlockInfo
   return device::lanes_max(v_norm);
 }
 
+// The rows of a lane, g and g + 8 from `warp_row` on, where the walk of a K/V chunk begins; of grad_products(). One
+// beyond the sequence's end has no stick.
+__device__ inline BackwardRows<2> begin_backward_rows(const BackwardLaunch& launch, const BlockInfo& tile,
+                                                      const ChunkWalk& keys, int warp_row, const float (&with_o)[2],
+                                                      const float (&squares)[2], float v_norm) {
+  const Sequence& s = tile.s;
+  const int lane = threadIdx.x & 31;
+  BackwardRows<2> rows;
+  const std::int64_t own_row = workspace_row(launch, s, tile.head, warp_row + lane / 4);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp_row + lane / 4 + 8 * half;
+    rows.rem[half] = row < s.rows ? 1.0f : 0.0f;
+    rows.sum_g[half] = 0.0f;
+    const DeltaAndBound of_row(launch, s, tile.head, row, with_o[half], squares[half], v_norm);
+    rows.delta[half] = of_row.delta;
+    rows.dp_bound[half] = of_row.dp_bound;
+    if (row < s.rows && !keys.starts) {
+      const float2 state = launch.states[own_row + 8 * half];
+      rows.rem[half] = state.x;
+      rows.sum_g[half] = state.y;
+    }
+  }
+  return rows;
+}
+
 // The states of this lane's runs on their way to memory, tile by tile: those of rows g and g + 8 from `row` on.
 template <typename T, int kKeys>
 class RunStatesOut {
@@ -141,13 +167,13 @@ __device__ inline void for_sums(const BackwardLaunch& launch, const BlockInfo& t
   }
 }
 
-// What newer K/V chunks left of it.
+// Adds what newer K/V chunks left of it.
 template <int kTiles>
-__device__ inline void load_sums(const BackwardLaunch& launch, const BlockInfo& tile, int row_in_tile, int column,
-                                 float (&grad_q)[kTiles][4]) {
+__device__ inline void add_sums(const BackwardLaunch& launch, const BlockInfo& tile, int row_in_tile, int column,
+                                float (&grad_q)[kTiles][4]) {
   for_sums(launch, tile, row_in_tile, column, grad_q, 0, [](const float2& sum, float& x, float& y) {
-    x = sum.x;
-    y = sum.y;
+    x += sum.x;
+    y += sum.y;
   });
 }
 
@@ -236,8 +262,7 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
                                                                                  launch.k_aligned, launch.v_aligned);
   kv.prefetch(keys.begin < keys.end);
 
-  const int lane = threadIdx.x & 31, row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
-  const int warp_row = first_row + row_in_tile;
+  const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16, warp_row = first_row + row_in_tile;
   Mask<kKeys> mask(p, s, warp_row);
   mask.prefetch(key_tile);
   const float v_norm = v_norm_max(launch, tile, keys);
@@ -246,23 +271,7 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   float with_o[2], squares[2];
   grad_products<T, kRowBytes>(launch, s, head, warp_row, 0, grads + row_in_tile * kRowBytes, with_o, squares);
 
-  BackwardRows<2> rows;  // this lane's
-  // One beyond the sequence's end has no stick.
-  const std::int64_t own_row = workspace_row(launch, s, head, warp_row + lane / 4);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = warp_row + lane / 4 + 8 * half;
-    rows.rem[half] = row < s.rows ? 1.0f : 0.0f;
-    rows.sum_g[half] = 0.0f;
-    const DeltaAndBound of_row(launch, s, head, row, with_o[half], squares[half], v_norm);
-    rows.delta[half] = of_row.delta;
-    rows.dp_bound[half] = of_row.dp_bound;
-    if (row < s.rows && !keys.starts) {
-      const float2 state = launch.states[own_row + 8 * half];
-      rows.rem[half] = state.x;
-      rows.sum_g[half] = state.y;
-    }
-  }
+  BackwardRows<2> rows = begin_backward_rows(launch, tile, keys, warp_row, with_o, squares, v_norm);
   const Beta beta{-launch.factor};
   const device::SharedAddress query_rows = device::a_rows<kRowBytes>(queries + row_in_tile * kRowBytes);
   const device::SharedAddress grad_rows = device::a_rows<kRowBytes>(grads + row_in_tile * kRowBytes);
@@ -272,7 +281,7 @@ __device__ inline void backward_dq(const BackwardLaunch& launch) {
   const device::RowsA<kRowBytes, kDim <= 64 && device::kIs16Bit<Op>> grad_o(grad_rows);
 
   float grad_q[kDim / 8][4] = {};
-  if (!keys.starts) load_sums(launch, tile, row_in_tile, 0, grad_q);
+  if (!keys.starts) add_sums(launch, tile, row_in_tile, 0, grad_q);
 
   RunStatesOut<T, kKeys> run_states(launch, s, head, warp_row, key_tile);
   for (; key_tile * kKeys >= keys.begin; --key_tile) {

@@ -76,7 +76,7 @@ __device__ inline void backward_dq_wide(const BackwardLaunch& launch) {
     __syncthreads();  // the parts' place is free
   }
   float grad_q[Wide::kColumnTiles][4] = {};
-  if (!keys.starts) load_sums(launch, tile, 0, column, grad_q);
+  if (!keys.starts) add_sums(launch, tile, 0, column, grad_q);
 
   Mask<kKeys, 1, Wide::kLanes> mask(p, s, tile.first_row + warp * 4);
   const Beta beta{-launch.factor};

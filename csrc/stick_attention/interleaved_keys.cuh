@@ -74,4 +74,13 @@ __device__ inline void with_visible_width(int row, int group, Take&& take) {
   take(std::integral_constant<int, kTiles>{});
 }
 
+// How many keys those are, of a span of kSpan keys, of which the last row sees all up to `newest`: none where it is
+// negative.
+template <int kSpan>
+__device__ inline int visible_width_keys(int newest) {
+  int keys = 0;
+  if (newest >= 0) with_visible_width<kSpan / 8>(newest, 1, [&](auto tiles) { keys = 8 * tiles; });
+  return keys;
+}
+
 }  // namespace mfx::stick

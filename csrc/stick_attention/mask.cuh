@@ -79,6 +79,12 @@ class Mask {
     if (newest_ >= first_key) stick::with_visible_width<kWidth>(newest_ - first_key, 1, body);
   }
 
+  // The oldest keys of the span from `first_key` on that kernels of sm_80 take: visible_width_keys().
+  template <int kSpan>
+  __device__ int width_keys(int first_key) const {
+    return visible_width_keys<kSpan>(newest_ - first_key);
+  }
+
   // Calls scan(masked, visible), `masked` a constant, false where the rows see all.
   template <typename Width, typename Scan>
   __device__ void apply(int key_tile, Width width, Scan&& scan) const {

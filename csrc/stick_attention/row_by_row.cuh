@@ -120,10 +120,7 @@ struct RunsOf {
   __device__ Run operator()(int row, int key) const {
     const StickAttentionProblem& p = launch.params.problem;
     const int span = key / kSpan * kSpan, last_row = min(row | 15, s.rows - 1);
-    int taken = kSpan;
-    if constexpr (kRuns > 1) {
-      with_visible_width<kSpan / 8>(s.newest_key(p, last_row) - span, 1, [&](auto tiles) { taken = 8 * tiles; });
-    }
+    const int taken = kRuns > 1 ? visible_width_keys<kSpan>(s.newest_key(p, last_row) - span) : kSpan;
     const int length = taken / kRuns, run = (key - span) / length;
     const std::int64_t at =
         (span - launch.chunk_begin) / kSpan * (p.heads * launch.rows) + workspace_row(launch, s, head, row);

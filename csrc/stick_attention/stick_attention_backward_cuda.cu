@@ -12,7 +12,7 @@
 #include "stick_attention/backward_dq_wide.cuh"
 #include "stick_attention/forward.cuh"
 #include "stick_attention/forward_wide.cuh"
-#include "stick_attention/stick_instances.hpp"
+#include "stick_attention/row_tile_instances.hpp"
 
 namespace mfx::stick {
 namespace {
@@ -98,10 +98,16 @@ constexpr Instance instance(DType dtype, const char* query_name, void (*query)(B
                     "stick_bwd_key_" #name "_d" #dim "_sm80", stick_bwd_key_##name##_d##dim##_sm80),
 constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_ROW)};
 
+// dQ kernels that take the place of an instance's, on sm_90a.
+RowTileInstances<BackwardLaunch> hopper_dq_instances() {
+  return MFX_SM90_INSTANCES(backward_dq_instances_sm90a);
+}
+
 const KernelList kListed("stick_attention_backward", [](const char* op, KernelSink sink, void* context) {
   for (const Instance& row : kInstances) {
     for (const Kernel& kernel : {row.query, row.key}) sink(context, op, kernel.name, 80);
   }
+  list_sm90a(hopper_dq_instances(), op, sink, context);
 });
 MFX_LIST_KERNELS(kListedLengths, "stick_attention_backward", 80, "stick_bwd_lengths_bf16", "stick_bwd_lengths_fp16",
                  "stick_bwd_lengths_fp32");
@@ -155,8 +161,17 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
     return {"v must be k to have a float32 gradient for head dims above 256 in the CUDA kernels, got another", nullptr,
             true};
   }
+  int capability = 0;
+  const Status known = compute_capability(&capability);
+  if (!known.ok()) return known;
+  Kernel query = instance->query;
+  int query_rows = instance->query_rows;
+  if (const auto* const hopper = find_sm90a(hopper_dq_instances(), p, capability)) {
+    query = {hopper->name, hopper->kernel, hopper->threads, hopper->shared_bytes};
+    query_rows = hopper->tile_rows;
+  }
   const Memory memory(*instance, p, params.workspace);
-  const std::int64_t query_blocks = stick_tile_slots(p, p.tokens_q * p.group, instance->query_rows) * p.heads;
+  const std::int64_t query_blocks = stick_tile_slots(p, p.tokens_q * p.group, query_rows) * p.heads;
   const std::int64_t key_blocks = p.sequences * p.heads * (kKvChunk / instance->keys);
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   if (!stick_fits(p) || query_blocks > kMost || key_blocks > kMost) return kStickTooLarge;
@@ -189,7 +204,7 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
   for (std::int64_t kv_chunk = ceil_div(p.tokens_k, kKvChunk); kv_chunk-- > 0 && status.ok();) {
     launch.chunk_begin = static_cast<int>(kv_chunk * kKvChunk);
     launch.chunk_end = launch.chunk_begin + kKvChunk;
-    status = launch_blocks(instance->query, query_blocks, launch, stream);
+    status = launch_blocks(query, query_blocks, launch, stream);
     launch.newest_chunk = false;
     if (!status.ok()) break;
     const std::int64_t keys = std::min<std::int64_t>(kKvChunk, p.tokens_k - launch.chunk_begin);

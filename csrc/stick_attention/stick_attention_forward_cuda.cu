@@ -4,8 +4,8 @@
 #include "core/cuda_launch.hpp"
 #include "core/kernel_list.hpp"
 #include "stick_attention/forward.cuh"
-#include "stick_attention/forward_instances.hpp"
 #include "stick_attention/forward_wide.cuh"
+#include "stick_attention/row_tile_instances.hpp"
 
 namespace mfx::stick {
 namespace {
@@ -30,37 +30,19 @@ struct Forward<Op, 1024> : WideForwardShape<Op> {
   }
 MFX_STICK_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 
-#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim) \
-  {"stick_fwd_" #name "_d" #dim "_sm80",            \
-   DType::dtype,                                    \
-   std::is_same_v<op, device::Tf32>,                \
-   dim,                                             \
-   Forward<op, dim>::kRows,                         \
-   Forward<op, dim>::kThreads,                      \
-   Forward<op, dim>::kSharedBytes,                  \
-   stick_fwd_##name##_d##dim##_sm80},
-static constexpr ForwardInstance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)};
+#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim)                                       \
+  row_tile_instance<Forward<op, dim>>("stick_fwd_" #name "_d" #dim "_sm80", DType::dtype, \
+                                      std::is_same_v<op, device::Tf32>, dim, stick_fwd_##name##_d##dim##_sm80),
+static constexpr RowTileInstance<ForwardLaunch> kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)};
 
-static ForwardInstances hopper_instances() {
-#ifdef MFX_SM90
-  return forward_instances_sm90a();
-#else
-  return {nullptr, 0};
-#endif
+static RowTileInstances<ForwardLaunch> hopper_instances() {
+  return MFX_SM90_INSTANCES(forward_instances_sm90a);
 }
 
 static const KernelList kListed("stick_attention_forward", [](const char* op, KernelSink sink, void* context) {
-  for (const ForwardInstance& instance : kInstances) sink(context, op, instance.name, 80);
-  const ForwardInstances hopper = hopper_instances();
-  for (int i = 0; i < hopper.count; ++i) sink(context, op, hopper.first[i].name, 90);
+  for (const auto& instance : kInstances) sink(context, op, instance.name, 80);
+  list_sm90a(hopper_instances(), op, sink, context);
 });
-
-// The instance that serves a problem on the current device, or null: one of sm_90a at compute capability 9.0 alone.
-static const ForwardInstance* choose_instance(const StickAttentionProblem& p, int capability) {
-  const ForwardInstances hopper = hopper_instances();
-  const ForwardInstance* const own = capability == 90 ? find_instance(hopper.first, hopper.count, p) : nullptr;
-  return own != nullptr ? own : find_instance(kInstances, p);
-}
 
 }  // namespace mfx::stick
 
@@ -74,7 +56,8 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
   int capability = 0;
   const Status known = compute_capability(&capability);
   if (!known.ok()) return known;
-  const ForwardInstance* const instance = choose_instance(p, capability);
+  const RowTileInstance<ForwardLaunch>* instance = find_sm90a(hopper_instances(), p, capability);
+  if (instance == nullptr) instance = find_instance(kInstances, p);
   if (instance == nullptr) return stick_no_instance(p);
   const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, instance->tile_rows) * p.heads;
   if (!stick_fits(p) || blocks > std::numeric_limits<std::int32_t>::max()) return kStickTooLarge;

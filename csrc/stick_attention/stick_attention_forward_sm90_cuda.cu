@@ -1,12 +1,6 @@
 // The instances of stick_attention forward on sm_90a.
-#include "stick_attention/forward_instances.hpp"
 #include "stick_attention/hopper/forward.cuh"
-
-// X(name, DType, operand type, head dimension)
-#define MFX_STICK_HOPPER_DIMS(X, ...) X(__VA_ARGS__, 64) X(__VA_ARGS__, 128)
-#define MFX_STICK_HOPPER_INSTANCES(X)                 \
-  MFX_STICK_HOPPER_DIMS(X, bf16, kBFloat16, BFloat16) \
-  MFX_STICK_HOPPER_DIMS(X, fp16, kFloat16, Float16)
+#include "stick_attention/row_tile_instances.hpp"
 
 namespace mfx::stick {
 
@@ -17,18 +11,12 @@ namespace mfx::stick {
   }
 MFX_STICK_HOPPER_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 
-#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim) \
-  {"stick_fwd_" #name "_d" #dim "_sm90a",           \
-   DType::dtype,                                    \
-   false,                                           \
-   dim,                                             \
-   HopperForward<op, dim>::kRows,                   \
-   HopperForward<op, dim>::kThreads,                \
-   HopperForward<op, dim>::kSharedBytes,            \
-   stick_fwd_##name##_d##dim##_sm90a},
+#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim)                                                          \
+  row_tile_instance<HopperForward<op, dim>>("stick_fwd_" #name "_d" #dim "_sm90a", DType::dtype, false, dim, \
+                                            stick_fwd_##name##_d##dim##_sm90a),
 
-ForwardInstances forward_instances_sm90a() {
-  static constexpr ForwardInstance kTable[] = {MFX_STICK_HOPPER_INSTANCES(MFX_STICK_FORWARD_ROW)};
+RowTileInstances<ForwardLaunch> forward_instances_sm90a() {
+  static constexpr RowTileInstance<ForwardLaunch> kTable[] = {MFX_STICK_HOPPER_INSTANCES(MFX_STICK_FORWARD_ROW)};
   return {kTable, sizeof(kTable) / sizeof(kTable[0])};
 }
 

@@ -187,12 +187,14 @@ struct alignas(8) RunState {
   float rem, older;  // at the run's newer edge; the sum of G over all keys older than the run
 };
 
-// Scores of a row's run become weights, newest first, each a part beta of what is left of `rest`.
-template <bool kMasked, int kTiles, int kOfTile>
+// Scores of a row's run become weights, newest first, each a part beta of what is left of `rest`; before(key) is
+// called ahead of each.
+template <bool kMasked, int kTiles, int kOfTile, typename Before>
 __device__ inline void break_run(float (&scores)[kTiles][kOfTile], float (&beta)[2 * kTiles], float& rest, int row,
-                                 const Beta& beta_of, std::uint32_t visible) {
+                                 const Beta& beta_of, std::uint32_t visible, Before&& before) {
   device::static_for<2 * kTiles>([&](auto older) {
     constexpr int i = 2 * kTiles - 1 - older;
+    before(std::integral_constant<int, i>{});
     float& score = scores[i / 2][2 * row + i % 2];
     beta[i] = beta_of(score);
     if (kMasked) beta[i] = device::where_set<1u << i>(visible, beta[i]);
@@ -236,22 +238,28 @@ struct BackwardRowOfState {
 
 // The scan of the dQ kernel. In: scores and dp. Out: ds / scale in the place of dp, and weights, as rounded for the
 // products and times their unit, in that of scores. The rows move to the tile's older edge; `leave(row, state)` gets
-// the run state of this lane's run before they do.
-template <typename Op, bool kMasked, int kLanes = device::kQuad, int kTiles, int kOfTile, typename Rows, typename Leave>
+// the run state of this lane's run before they do, or an array of those of kParts equal parts of it, oldest first.
+template <typename Op, bool kMasked, int kLanes = device::kQuad, int kParts = 1, int kTiles, int kOfTile, typename Rows,
+          typename Leave>
 __device__ inline void stick_break_backward(float (&scores)[kTiles][kOfTile], float (&grads)[kTiles][kOfTile],
                                             const Beta& beta_of, const Visible<kOfTile / 2>& visible, Rows& rows,
                                             Leave&& leave) {
   constexpr float kUnit = kWeightUnit<Op>;
+  constexpr int kTilesOfPart = kTiles / kParts;
 #pragma unroll
   for (int row = 0; row < kOfTile / 2; ++row) {
     float beta[2 * kTiles], rest = 1.0f;
-    break_run<kMasked>(scores, beta, rest, row, beta_of, visible.of_row[row]);
+    RunState states[kParts];
+    break_run<kMasked>(scores, beta, rest, row, beta_of, visible.of_row[row], [&](auto key) {
+      if constexpr ((key + 1) % (2 * kTilesOfPart) == 0) states[key / (2 * kTilesOfPart)].rem = rest;
+    });
     const device::LaneScan newer = device::lanes_later_product<kLanes>(rest);
     const float next_rem = rows.template next_rem<kLanes>(scores, row, newer);
     const float run_rem = rows.rem[row] * newer.beyond, share = run_rem * kUnit;
     float sum = 0.0f;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
+      if (tile % kTilesOfPart == 0) states[tile / kTilesOfPart].older = sum;  // of this lane
       const float2 rounded =
           rounded_pair(operand_pair<Op>(scores[tile][2 * row] * share, scores[tile][2 * row + 1] * share));
       scores[tile][2 * row] = rounded.x;
@@ -263,7 +271,13 @@ __device__ inline void stick_break_backward(float (&scores)[kTiles][kOfTile], fl
     }
     const device::LaneScan older_lanes = device::lanes_earlier_sum<kLanes>(sum);
     const float older = rows.older(row, next_rem, older_lanes.all) + older_lanes.beyond;
-    leave(row, RunState{run_rem, older});
+    if constexpr (kParts == 1) {
+      leave(row, RunState{run_rem, older});
+    } else {
+#pragma unroll
+      for (RunState& state : states) state = {run_rem * state.rem, older + state.older};
+      leave(row, states);
+    }
     rows.rem[row] = next_rem;
     float minus_sum = -older;
 #pragma unroll
@@ -286,7 +300,7 @@ __device__ inline void stick_break_runs(float (&scores)[kTiles][4], float (&grad
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float beta[2 * kTiles], rest = run_states[half].rem * kUnit;
-    break_run<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half]);
+    break_run<kMasked>(scores, beta, rest, half, beta_of, visible.of_row[half], [](auto) {});
     float minus_sum = -run_states[half].older;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {

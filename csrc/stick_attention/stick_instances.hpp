@@ -1,6 +1,6 @@
 // The instances of the CUDA kernels: one row per operand type and head dimension, which smaller ones are padded to. A
-// kernel is named stick_<kernel>_<type>_d<dim>_sm80 and runs on everything from sm_80 on; forward has rows for sm_90a
-// beside them (forward_instances.hpp).
+// kernel is named stick_<kernel>_<type>_d<dim>_sm80 and runs on everything from sm_80 on; some have rows for
+// sm_90a beside them (row_tile_instances.hpp).
 #pragma once
 
 #include <limits>
@@ -14,6 +14,12 @@
   MFX_STICK_DIMS(X, fp16, kFloat16, Float16)   \
   MFX_STICK_DIMS(X, fp32, kFloat32, float)     \
   MFX_STICK_DIMS(X, tf32, kFloat32, device::Tf32)
+
+// The same of sm_90a's.
+#define MFX_STICK_HOPPER_DIMS(X, ...) X(__VA_ARGS__, 64) X(__VA_ARGS__, 128)
+#define MFX_STICK_HOPPER_INSTANCES(X)                 \
+  MFX_STICK_HOPPER_DIMS(X, bf16, kBFloat16, BFloat16) \
+  MFX_STICK_HOPPER_DIMS(X, fp16, kFloat16, Float16)
 
 namespace mfx {
 

@@ -1,5 +1,5 @@
 // Products of a warpgroup of sm_90a with boxes in shared memory: what gemm_abt() and gemm_ab() of tile_product.cuh are
-// to a warp of sm_80. They are ordered as one group each; until that has been waited for, accumulators and operands are
+// to a warp of sm_80. They are ordered in groups; until that has been waited for, accumulators and operands are
 // theirs. Accumulators [64, 8 kTiles] are those of four warps, 16 rows each, and so are fragments of A.
 //
 // A of A B^T comes from shared memory, for the whole loop: ptxas 13.0 gives registers that such a product has read to
@@ -38,18 +38,19 @@ __device__ inline void fence_acc(float (&acc)[kTiles][4]) {
   for (int i = 0; i < 4 * kTiles; ++i) cute::warpgroup_fence_operand(acc[i / 4][i % 4]);
 }
 
-template <int kSteps, int kTiles, typename Step>
-__device__ inline void order_steps(float (&acc)[kTiles][4], Step&& step) {
-  fence_acc(acc);
+// Orders what order() orders as one group, of products whose accumulators are `acc`.
+template <typename Order, int... kTiles>
+__device__ inline void order_group(Order&& order, float (&... acc)[kTiles][4]) {
+  (fence_acc(acc), ...);
   cute::warpgroup_arrive();
-  static_for<kSteps>(step);
+  order();
   cute::warpgroup_commit_batch();
-  fence_acc(acc);
+  (fence_acc(acc), ...);
 }
 
 template <typename Atom, int kTiles, std::size_t... kIndex>
-__device__ inline void multiply_abt(float (&acc)[kTiles][4], std::uint64_t a, std::uint64_t b,
-                                    cute::SM90::GMMA::ScaleOut add, std::index_sequence<kIndex...>) {
+__device__ inline void multiply_shared(float (&acc)[kTiles][4], std::uint64_t a, std::uint64_t b,
+                                       cute::SM90::GMMA::ScaleOut add, std::index_sequence<kIndex...>) {
   Atom::fma(a, b, acc[kIndex / 4][kIndex % 4]..., add);
 }
 template <typename Atom, int kTiles, std::size_t... kIndex>
@@ -58,17 +59,23 @@ __device__ inline void multiply_ab(float (&acc)[kTiles][4], const FragmentA& a, 
   Atom::fma(a[0], a[1], a[2], a[3], b, acc[kIndex / 4][kIndex % 4]...);
 }
 
-// acc = A B^T over kDepth columns of both, whose boxes have 64 rows and 8 kTiles.
+// acc = A B^T over kDepth columns of both, whose boxes have 64 rows and 8 kTiles. For an order_group().
 template <typename Op, int kDepth, int kTiles>
-__device__ inline void order_abt(float (&acc)[kTiles][4], SharedAddress a_boxes, SharedAddress b_boxes) {
+__device__ inline void multiply_abt(float (&acc)[kTiles][4], SharedAddress a_boxes, SharedAddress b_boxes) {
   using cute::SM90::GMMA::ScaleOut;
   constexpr int kABox = 64 * kBoxRowBytes, kBBox = 8 * kTiles * kBoxRowBytes;
   const std::uint64_t a = box_descriptor<Major::kK, kABox>(a_boxes), b = box_descriptor<Major::kK, kBBox>(b_boxes);
-  order_steps<kDepth / 16>(acc, [&](auto step) {
-    multiply_abt<typename WarpgroupAtoms<Op, kTiles>::Abt>(
+  static_for<kDepth / 16>([&](auto step) {
+    multiply_shared<typename WarpgroupAtoms<Op, kTiles>::Abt>(
         acc, a + step_bytes<Major::kK, kABox>(step) / 16, b + step_bytes<Major::kK, kBBox>(step) / 16,
         step == 0 ? ScaleOut::Zero : ScaleOut::One, std::make_index_sequence<4 * kTiles>());
   });
+}
+
+// acc = A B^T, as a group of its own.
+template <typename Op, int kDepth, int kTiles>
+__device__ inline void order_abt(float (&acc)[kTiles][4], SharedAddress a_boxes, SharedAddress b_boxes) {
+  order_group([&] { multiply_abt<Op, kDepth>(acc, a_boxes, b_boxes); }, acc);
 }
 
 // acc += A B, where inner elements are rows of B's boxes.
@@ -76,10 +83,13 @@ template <typename Op, int kTiles, int kSteps>
 __device__ inline void order_ab(float (&acc)[kTiles][4], const OperandA<kSteps>& a, SharedAddress b_boxes) {
   constexpr int kBox = 16 * kSteps * kBoxRowBytes;
   const std::uint64_t b = box_descriptor<Major::kMN, kBox>(b_boxes);
-  order_steps<kSteps>(acc, [&](auto step) {
-    multiply_ab<typename WarpgroupAtoms<Op, kTiles>::Ab>(acc, a.step[step], b + step_bytes<Major::kMN, kBox>(step) / 16,
-                                                         std::make_index_sequence<4 * kTiles>());
-  });
+  const auto order = [&] {
+    static_for<kSteps>([&](auto step) {
+      multiply_ab<typename WarpgroupAtoms<Op, kTiles>::Ab>(
+          acc, a.step[step], b + step_bytes<Major::kMN, kBox>(step) / 16, std::make_index_sequence<4 * kTiles>());
+    });
+  };
+  order_group(order, acc);
 }
 
 }  // namespace mfx::device

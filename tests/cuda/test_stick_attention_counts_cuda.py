@@ -11,8 +11,8 @@ from devices import EMULATED, HOPPER
 from moduleformer_ext.ops import stick_attention
 
 ROWS = 128 if HOPPER else 64
-"""Query rows of a block of forward, which reads a tile of keys once. Of the tile on the diagonal sm_80's warps leave
-out keys that they do not see, a warpgroup of sm_90a multiplies all."""
+"""Query rows of a block of forward and of backward's dQ, which reads a tile of keys once. Of the tile on the diagonal
+sm_80's warps leave out keys that they do not see, a warpgroup of sm_90a multiplies all."""
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="counts need the emulated device")
 
@@ -37,7 +37,7 @@ def launches(t, dim):
 
 @pytest.mark.parametrize(
     ("dim", "most_inference", "most_training", "most_backward"),
-    [(64, 20.2, 21.4, 59.0), (128, 22.2, 24.3, 86.5)] if HOPPER else [(64, 18.1, 19.3, 59.0), (128, 22.6, 24.7, 86.5)],
+    [(64, 20.2, 21.4, 62.6), (128, 22.2, 24.3, 84.1)] if HOPPER else [(64, 18.1, 19.3, 59.0), (128, 22.6, 24.7, 86.5)],
 )
 def test_instructions_per_score(dim, most_inference, most_training, most_backward):
     inference, training, backward, scores = launches(512, dim)
@@ -55,7 +55,8 @@ def test_traffic_and_flops(dim):
     forward, training, backward, scores = launches(t, dim)
     useful = 2 * dim * scores  # of one product
     assert forward["mma_flops"] <= (1.07 if HOPPER else 1.03) * 2 * useful
-    assert sum(s["mma_flops"] for s in backward) <= 1.05 * 7 * useful  # S and dP in both kernels, dQ, dK, dV
+    products = 7  # S and dP in both kernels, dQ, dK, dV
+    assert sum(s["mma_flops"] for s in backward) <= (1.07 if HOPPER else 1.05) * products * useful
     sectors = dim * 2 // 32
     keys = sum(range(ROWS, t + 1, ROWS))  # that all blocks see
     least_read = (t + 2 * keys) * sectors  # Q once, K and V once per block

@@ -1,10 +1,13 @@
-"""The sm_90a kernels of stick_attention forward: what they serve, and what sm_80's have no counterpart of, two
-warpgroups that walk the same tiles of keys and end for themselves. All else is tested on every architecture alike."""
+"""The sm_90a kernels of stick_attention, forward and backward's dQ: what they serve, and what sm_80's have no
+counterpart of, two warpgroups that walk the same tiles of keys and end for themselves. All else is tested on every
+architecture alike."""
+
+import re
 
 import pytest
 import torch
 from devices import EMULATED, HOPPER
-from stick_cases import check, inputs, relative_error
+from stick_cases import check, inputs, relative_error, run
 from stick_walks import TILE, first_tiles, rows_of_logits
 
 from moduleformer_ext import reference
@@ -18,9 +21,11 @@ RAW = torch.ops.moduleformer_ext
 
 
 def launched(q, k, v, **options):
+    """Of forward and of backward's dQ, without what their names begin with."""
     cudasim.reset_stats()
-    stick_attention(q, k, v, **options)
-    return [launch["kernel"].removeprefix("stick_fwd_") for launch in cudasim.stats()]
+    stick_attention(q.requires_grad_(), k, v, **options).sum().backward()
+    found = [re.fullmatch(r"stick_(?:fwd|bwd_query)_(.*)", launch["kernel"]) for launch in cudasim.stats()]
+    return [name[1] for name in found if name]
 
 
 def forward(q, k, v, epsilon, for_backward=False):
@@ -42,13 +47,13 @@ def forward(q, k, v, epsilon, for_backward=False):
 )
 def test_what_hopper_serves(dtype, dim, kernel):
     q, k, v = inputs(1, 5, 9, 1, 1, dim, dtype)
-    assert launched(q, k, v) == [kernel]
-    assert launched(q, k, None) == [kernel]
+    assert launched(q, k, v) == [kernel] * 2
+    assert launched(q, k, None) == [kernel] * 2
     spaced = torch.zeros(1, 9, 1, dim + 1, dtype=dtype)[..., 1:]  # at any address
-    assert launched(q, spaced, v) == [kernel]
+    assert launched(q, spaced, v) == [kernel] * 2
     lengths = torch.tensor([0, 2, 5], dtype=torch.int32)
-    packed = [x[0] for x in (q, k[:, :5], v[:, :5])]
-    assert launched(*packed, cu_seqlens_q=lengths, cu_seqlens_k=lengths) == [kernel]
+    packed = [x[0].detach() for x in (q, k[:, :5], v[:, :5])]
+    assert launched(*packed, cu_seqlens_q=lengths, cu_seqlens_k=lengths) == [kernel] * 2
 
 
 @pytest.mark.usefixtures("schedule")
@@ -64,8 +69,33 @@ def test_more_tiles_than_stages(dtype, dim, shared, device):
 def test_rows_at_the_edges_of_warpgroups(t_q, group, device):
     if t_q * group > 1000:
         pytest.skip("as others, and slow")
-    q, k, v = inputs(1, t_q, t_q + 70, 1, group, 64, torch.bfloat16)
-    check(device, q, k, v, attend_current=False)
+    for dim in (64, 128):
+        q, k, v = inputs(1, t_q, t_q + 70, 1, group, dim, torch.bfloat16)
+        check(device, q, k, v, attend_current=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_states_of_every_width(dtype, dim, device):
+    """On the diagonal the dQ kernel leaves the dK/dV kernel runs of 4, 8 or 16 keys, with padding and without."""
+    for t_q, t_k in ((130, 130), (70, 101), (40, 199)):
+        q, k, v = inputs(2, t_q, t_k, 1, 1, dim, dtype, mean=-3.0)
+        check(device, q, k, v)
+        kept = torch.rand(2, t_k, generator=torch.Generator().manual_seed(t_k)) < 0.7
+        check(device, q, k, v, key_padding_mask=kept)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("logits", [(-3, -9), (-9, -3), (-9, -9)])
+def test_each_warpgroup_walks_its_windows(logits, dim, device):
+    """Keys of several windows of 1024, of which a warpgroup may walk the newest alone."""
+    q, k, v = rows_of_logits(logits, 1200, dim, torch.bfloat16)
+    options = {"stick_epsilon": 2**-24}
+    exact = run(reference.stick_attention, q, k, v, dtype=torch.float64)
+    rounded = run(reference.stick_attention, q, k, v)
+    for value, peer, truth in zip(run(stick_attention, q, k, v, device=device, **options), rounded, exact, strict=True):
+        assert relative_error(value, truth, 2**-24) <= 2 * relative_error(peer, truth) + 4e-3
 
 
 @pytest.mark.usefixtures("schedule")
