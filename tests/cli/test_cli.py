@@ -189,6 +189,7 @@ def test_info_lists_every_cuda_kernel_once(capsys: pytest.CaptureFixture[str]) -
         ((8, 0), "sm_80 kernels"),
         ((9, 0), "sm_90a kernels of grouped_gemm in 16-bit types, sm_80's for the rest"),
         ((10, 0), "sm_80 kernels"),
+        ((12, 0), "sm_80 kernels"),
     ],
 )
 def test_info_names_the_kernels_that_serve_a_gpu(capability: tuple[int, int], expected: str) -> None:
