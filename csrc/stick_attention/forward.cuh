@@ -1,5 +1,5 @@
-// stick_attention forward, sm_80 and up: a block of four warps owns 64 query rows (positions and query heads of one K/V
-// head) and walks their key tiles from the newest to the oldest, each warp with 16 rows:
+// stick_attention forward, sm_80 and up: a block owns 64 query rows (positions and query heads of one K/V head) and
+// walks their key tiles from the newest to the oldest, each warp with 16 or 32 rows:
 //
 //   S [16, keys]   = Q K_tile^T                  tensor cores, binary32 accumulators
 //   weights        = scan(S) in the registers    stick_break.cuh
@@ -25,8 +25,10 @@ struct ForwardLaunch {
 
 template <typename Op, int kDim>
 struct ForwardShape {
-  static constexpr int kThreads = 128;
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Op));
+  // Times 16 rows per warp, which reads a tile once for all of them; as many as registers hold.
+  static constexpr int kGroups = device::kIs16Bit<Op> && kDim <= 64 ? 2 : 1;
+  static constexpr int kThreads = 32 * kStickTileRows / (16 * kGroups);
   static constexpr int kKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
   static constexpr int kStages = kRowBytes <= 512 ? 2 : 1;
   static constexpr int kQueryBytes = kStickTileRows * kRowBytes;
@@ -39,6 +41,12 @@ template <int kKeys>
 __device__ inline int newest_tile(const StickAttentionProblem& p, const Sequence& s, int first_row, int rows) {
   const int newest_key = s.newest_key(p, min(first_row + rows - 1, s.rows - 1));
   return newest_key < 0 ? -1 : newest_key / kKeys;
+}
+
+// Those of 16 of a warp's rows.
+template <int kGroup, int kRows>
+__device__ inline float (&sticks_of(float (&rem)[kRows]))[2] {
+  return reinterpret_cast<float (&)[2]>(rem[2 * kGroup]);
 }
 
 // The sticks of a warp's 16 rows. A row beyond the sequence's end has none.
@@ -109,13 +117,14 @@ __device__ inline void forward(const ForwardLaunch& launch) {
   const TileLoader<T, kRowBytes, Tiles::kThreads> copy(p.head_dim);
   copy.template rows<kStickTileRows>(queries, {p.q, p.q_strides, p, s, head, first_row}, launch.q_aligned);
 
-  const int warp_row = first_row + static_cast<int>(threadIdx.x / 32) * 16;
-  float rem[2];
-  begin_sticks(rem, s, warp_row);
-  Mask<kKeys> mask(p, s, warp_row);
+  constexpr int kGroups = Tiles::kGroups;
+  const int row_of_warp = static_cast<int>(threadIdx.x / 32) * (16 * kGroups), warp_row = first_row + row_of_warp;
+  float rem[2 * kGroups];
+  device::static_for<kGroups>([&](auto group) { begin_sticks(sticks_of<group>(rem), s, warp_row + 16 * group); });
+  Mask<kKeys, 2 * kGroups> mask(p, s, warp_row);
   const ExpLogit exp_logit{launch.factor};
   const float epsilon = launch.epsilon;
-  float o[kDim / 8][4] = {};
+  float o[kGroups][kDim / 8][4] = {};
 
   int key_tile = newest_tile<kKeys>(p, s, first_row, kStickTileRows);
   KvPipeline<Op, kRowBytes, kKeys, Tiles::kStages, Tiles::kThreads, KvColumns::kOfV> kv(
@@ -126,8 +135,11 @@ __device__ inline void forward(const ForwardLaunch& launch) {
     device::cp_async_wait<0>();
     __syncthreads();
   }
-  const device::RowsA<kRowBytes, kKeepQueries> q(
-      device::a_rows<kRowBytes>(queries + threadIdx.x / 32 * (16 * kRowBytes)));
+  device::RowsA<kRowBytes, kKeepQueries> q[kGroups];
+  device::static_for<kGroups>([&](auto group) {
+    q[group] = device::RowsA<kRowBytes, kKeepQueries>(
+        device::a_rows<kRowBytes>(queries + (row_of_warp + 16 * group) * kRowBytes));
+  });
   for (; key_tile >= 0; --key_tile) {
     kv.wait();
     // A barrier, too: the tile is there for all, all are done with the one before, and its stage is free.
@@ -135,22 +147,34 @@ __device__ inline void forward(const ForwardLaunch& launch) {
     const device::SharedAddress stage = kv.take(key_tile > 0);
     mask.take(key_tile);
     mask.with_visible_width(key_tile, [&](auto width) {
-      float scores[width][4] = {};
-      device::gemm_abt<Op, kRowBytes, InterleavedKeys>(scores, q, kv.k_rows(stage, width));
-      mask.apply(key_tile, width, [&](auto masked, const Visible<2>& visible) {
+      float scores[width][4 * kGroups] = {};
+      if constexpr (kGroups == 1) {
+        device::gemm_abt<Op, kRowBytes, InterleavedKeys>(scores, q[0], kv.k_rows(stage, width));
+      } else {
+        device::gemm_abt_groups<Op, kRowBytes, InterleavedKeys>(scores, q, kv.k_rows(stage, width));
+      }
+      mask.apply(key_tile, width, [&](auto masked, const Visible<2 * kGroups>& visible) {
         stick_break<masked>(scores, exp_logit, visible, kWeightUnit<Op>, rem);
       });
-      device::gemm_ab<Op, kRowBytes, InterleavedKeys>(o, device::to_operand<Op>(scores), kv.columns(stage, width));
+      if constexpr (kGroups == 1) {
+        device::gemm_ab<Op, kRowBytes, InterleavedKeys>(o[0], device::to_operand<Op>(scores), kv.columns(stage, width));
+      } else {
+        const device::OperandA<device::steps_of_tiles<Op>(width)> weights[] = {device::to_operand<Op, 0>(scores),
+                                                                               device::to_operand<Op, 1>(scores)};
+        device::gemm_ab_groups<Op, kRowBytes, InterleavedKeys>(o, weights, kv.columns(stage, width));
+      }
     });
   }
   device::cp_async_wait_all();
   __syncthreads();  // where no tile was waited for, Q is on its way until here
 
-  scale(o, 1.0f / kWeightUnit<Op>);
   const BlockInfo done = kKeepQueries ? tile : BlockInfo::recompute(p, kStickTileRows);  // where registers allow
-  const int row_in_tile = static_cast<int>(threadIdx.x / 32) * 16;
-  store_output<Op>(launch, done, row_in_tile, 0, o, queries + row_in_tile * kRowBytes, (key_tile + 1) * kKeys);
-  store_sticks(params, done, row_in_tile, rem, key_tile + 1);
+  device::static_for<kGroups>([&](auto group) {
+    const int row_in_tile = row_of_warp + 16 * group;
+    scale(o[group], 1.0f / kWeightUnit<Op>);
+    store_output<Op>(launch, done, row_in_tile, 0, o[group], queries + row_in_tile * kRowBytes, (key_tile + 1) * kKeys);
+    store_sticks(params, done, row_in_tile, sticks_of<group>(rem), key_tile + 1);
+  });
 }
 
 }  // namespace mfx::stick

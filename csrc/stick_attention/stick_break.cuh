@@ -104,6 +104,9 @@ __device__ inline void move_rem(float (&rem)[kRows], const device::LaneScan (&ne
 __device__ inline bool block_exhausted(const float (&rem)[2], float epsilon) {
   return device::barrier_all_at_most(rem[0], rem[1], epsilon);
 }
+__device__ inline bool block_exhausted(const float (&rem)[4], float epsilon) {
+  return device::barrier_all_at_most(device::max_nan(rem[0], rem[1]), device::max_nan(rem[2], rem[3]), epsilon);
+}
 
 // Scores become weights, times weight_unit; the sticks move to the tile's older edge.
 template <bool kMasked, int kLanes = device::kQuad, int kTiles, int kOfTile>

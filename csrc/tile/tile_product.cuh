@@ -79,6 +79,13 @@ struct RowOrder {
   static constexpr int bits(int step, int /*sixteen*/) { return step_bits(step); }
 };
 
+// What 16 of an accumulator's rows have of a tile, group after group.
+template <int kGroup, int kOfTile>
+__device__ inline float (&group_of(float (&tile)[kOfTile]))[4] {
+  static_assert(4 * kGroup + 4 <= kOfTile);
+  return reinterpret_cast<float (&)[4]>(tile[4 * kGroup]);
+}
+
 // acc [16, 8 kTiles] += A [16, kRowBytes] B^T, where columns of acc belong to rows of the tile. `a_at(step, a)` loads
 // the fragments of A.
 template <typename Op, int kRowBytes, typename Order = RowOrder, int kTiles, typename LoadA>
@@ -97,6 +104,26 @@ __device__ inline void gemm_abt(float (&acc)[kTiles][4], LoadA&& a_at, SharedAdd
   });
 }
 
+// The same of several times 16 rows, for which the tile is read once: of group g elements 4g to 4g + 3 of an
+// accumulator's tile, and a_at[g].
+template <typename Op, int kRowBytes, typename Order = RowOrder, int kTiles, int kOfTile, typename LoadA>
+__device__ inline void gemm_abt_groups(float (&acc)[kTiles][kOfTile], const LoadA (&a_at)[kOfTile / 4],
+                                       SharedAddress rows) {
+  static_assert(kTiles % 2 == 0 && !kStepByStep<Op>);
+  static_for<kRowBytes / 32>([&](auto step) {
+    FragmentA a[kOfTile / 4];
+    static_for<kOfTile / 4>([&](auto group) { a_at[group](step, a[group]); });
+    static_for<kTiles / 2>([&](auto pair) {
+      std::uint32_t b[4];
+      ldmatrix_x4<step_offset(step) + pair * Order::kRowsOf16 * kRowBytes>(b, rows ^ Order::bits(step, pair));
+      static_for<kOfTile / 4>([&](auto group) {
+        multiply_step<Op>(group_of<group>(acc[2 * pair]), a[group], b[0], b[1]);
+        multiply_step<Op>(group_of<group>(acc[2 * pair + 1]), a[group], b[2], b[3]);
+      });
+    });
+  });
+}
+
 // Steps that 8 kTiles columns of an accumulator make as the inner dimension of a following product.
 template <typename Op>
 inline constexpr int steps_of_tiles(int tiles) {
@@ -111,21 +138,22 @@ struct OperandA {
 
 // Rounds an accumulator [16, 8 kTiles] to A fragments. The inner elements of a 32-bit step are taken in the order (0,
 // 2, 4, 6, 1, 3, 5, 7), which is how lanes hold them; gemm_ab() does the same.
-template <typename Op, int kTiles>
-__device__ inline OperandA<steps_of_tiles<Op>(kTiles)> to_operand(const float (&acc)[kTiles][4]) {
+template <typename Op, int kGroup = 0, int kTiles, int kOfTile>
+__device__ inline OperandA<steps_of_tiles<Op>(kTiles)> to_operand(const float (&acc)[kTiles][kOfTile]) {
+  constexpr int g = 4 * kGroup;
   OperandA<steps_of_tiles<Op>(kTiles)> a;
 #pragma unroll
   for (int step = 0; step < steps_of_tiles<Op>(kTiles); ++step) {
     if constexpr (kIs16Bit<Op>) {
-      a.step[step][0] = pack_pair<Op>(acc[2 * step][0], acc[2 * step][1]);
-      a.step[step][1] = pack_pair<Op>(acc[2 * step][2], acc[2 * step][3]);
-      a.step[step][2] = pack_pair<Op>(acc[2 * step + 1][0], acc[2 * step + 1][1]);
-      a.step[step][3] = pack_pair<Op>(acc[2 * step + 1][2], acc[2 * step + 1][3]);
+      a.step[step][0] = pack_pair<Op>(acc[2 * step][g], acc[2 * step][g + 1]);
+      a.step[step][1] = pack_pair<Op>(acc[2 * step][g + 2], acc[2 * step][g + 3]);
+      a.step[step][2] = pack_pair<Op>(acc[2 * step + 1][g], acc[2 * step + 1][g + 1]);
+      a.step[step][3] = pack_pair<Op>(acc[2 * step + 1][g + 2], acc[2 * step + 1][g + 3]);
     } else {
-      a.step[step][0] = __float_as_uint(acc[step][0]);
-      a.step[step][1] = __float_as_uint(acc[step][2]);
-      a.step[step][2] = __float_as_uint(acc[step][1]);
-      a.step[step][3] = __float_as_uint(acc[step][3]);
+      a.step[step][0] = __float_as_uint(acc[step][g]);
+      a.step[step][1] = __float_as_uint(acc[step][g + 2]);
+      a.step[step][2] = __float_as_uint(acc[step][g + 1]);
+      a.step[step][3] = __float_as_uint(acc[step][g + 3]);
     }
   }
   return a;
@@ -174,6 +202,23 @@ __device__ inline void gemm_ab(float (&acc)[kTiles][4], const OperandA<kSteps>& 
       }
     });
   }
+}
+
+// The same of several times 16 rows, an accumulator and an operand each.
+template <typename Op, int kRowBytes, typename Order = RowOrder, int kGroups, int kTiles, int kSteps>
+__device__ inline void gemm_ab_groups(float (&acc)[kGroups][kTiles][4], const OperandA<kSteps> (&a)[kGroups],
+                                      SharedAddress columns) {
+  static_assert(kIs16Bit<Op>);
+  static_for<kTiles / 2>([&](auto pair) {
+    static_for<kSteps>([&](auto step) {
+      std::uint32_t b[4];
+      ldmatrix_x4_trans<step_offset(pair) + step * Order::kRowsOf16 * kRowBytes>(b, columns ^ Order::bits(pair, step));
+      static_for<kGroups>([&](auto group) {
+        multiply_step<Op>(acc[group][2 * pair], a[group].step[step], b[0], b[1]);
+        multiply_step<Op>(acc[group][2 * pair + 1], a[group].step[step], b[2], b[3]);
+      });
+    });
+  });
 }
 
 }  // namespace mfx::device

@@ -37,7 +37,7 @@ def launches(t, dim):
 
 @pytest.mark.parametrize(
     ("dim", "most_inference", "most_training", "most_backward"),
-    [(64, 20.2, 21.4, 62.6), (128, 22.2, 24.3, 84.1)] if HOPPER else [(64, 18.1, 19.3, 59.0), (128, 22.6, 24.7, 86.5)],
+    [(64, 20.2, 21.4, 62.6), (128, 22.2, 24.3, 84.1)] if HOPPER else [(64, 15.7, 16.9, 59.0), (128, 22.6, 24.7, 86.5)],
 )
 def test_instructions_per_score(dim, most_inference, most_training, most_backward):
     inference, training, backward, scores = launches(512, dim)
@@ -54,7 +54,8 @@ def test_traffic_and_flops(dim):
     t = 1024
     forward, training, backward, scores = launches(t, dim)
     useful = 2 * dim * scores  # of one product
-    assert forward["mma_flops"] <= (1.07 if HOPPER else 1.03) * 2 * useful
+    beyond = 1.07 if HOPPER else 1.04 if dim == 64 else 1.03  # warps of 32 rows leave out less of the diagonal tile
+    assert forward["mma_flops"] <= beyond * 2 * useful
     products = 7  # S and dP in both kernels, dQ, dK, dV
     assert sum(s["mma_flops"] for s in backward) <= (1.07 if HOPPER else 1.05) * products * useful
     sectors = dim * 2 // 32
@@ -65,3 +66,18 @@ def test_traffic_and_flops(dim):
     assert forward["global_store_sectors"] <= 1.1 * least_written
     assert training["global_load_sectors"] <= 1.1 * least_read
     assert training["global_store_sectors"] <= 1.1 * (least_written + t * sectors)  # and the residual
+
+
+@pytest.mark.skipif(HOPPER, reason="wgmma reads shared memory uncounted")
+def test_wavefronts_of_a_tile():
+    """Of a whole one of 64 x 64 scores; 640 where each of four warps read it for 16 rows."""
+    import cudasim
+
+    def wavefronts(t):
+        q, k, v = torch.randn(3, 1, t, 1, 64).to(torch.bfloat16)
+        cudasim.reset_stats()
+        stick_attention(q, k, v, stick_epsilon=0.0)
+        return cudasim.stats()[0]["shared_wavefronts"]
+
+    once, twice = wavefronts(128), wavefronts(256)  # 2 and 4 blocks with 1 and 6 whole tiles
+    assert (twice - 2 * once) / 4 <= 384
