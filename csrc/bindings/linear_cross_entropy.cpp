@@ -16,6 +16,7 @@
 
 #include "bindings/autograd.hpp"
 #include "bindings/op.hpp"
+#include "core/brgemm.hpp"
 
 namespace mfx {
 namespace {
@@ -133,6 +134,13 @@ Forward in_chunks(const Args& a, const Targets& targets, const at::Tensor& facto
   const at::Tensor& weight = a.weight;
   const int64_t num_rows = x.size(0), classes = weight.size(0), features = weight.size(1);
   const at::ScalarType sums = result_type(x);
+  if (x.is_cpu() && slow_in_torch(check_float_dtype(kOp, "x", x))) {  // in float32, rounded at the end
+    Args wide = a;
+    wide.x = a.x.to(sums);
+    wide.weight = weight.to(sums);
+    const auto [losses, grad_x, grad_weight] = in_chunks(wide, targets, factors, needs_x, needs_weight);
+    return {losses, grad_x.to(x.scalar_type()), grad_weight.to(x.scalar_type())};
+  }
   const auto options = x.options().dtype(sums);
   const bool rounds = x.scalar_type() != sums;
   at::Tensor losses = at::empty({num_rows}, options);

@@ -30,6 +30,9 @@ py::dict build_info() {
   info["cpu_isa"] = isa_name(active_isa());
   info["brgemm_f32"] = brgemm_available_f32();
   info["brgemm_bf16"] = brgemm_available_bf16();
+  std::string slow = slow_in_torch(DType::kBFloat16) ? "bfloat16 " : "";
+  if (slow_in_torch(DType::kFloat16)) slow += "float16";
+  info["slow_in_torch"] = slow;
   info["threads"] = num_threads();
   info["cuda"] = cuda_build_info();
   info["cuda_dispatch"] = cuda_serves_cpu() ? "CPU" : "CUDA";

@@ -68,6 +68,16 @@ bool brgemm_available_bf16() {
   return available;
 }
 
+bool slow_in_torch(DType dtype) {
+#if defined(__x86_64__)
+  static const bool has_f16 = probe<at::Half>([](float x) { return at::Half(x); }, true);
+  return (dtype == DType::kBFloat16 && !brgemm_available_bf16()) || (dtype == DType::kFloat16 && !has_f16);
+#else
+  static_cast<void>(dtype);
+  return false;
+#endif
+}
+
 void brgemm(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b,
             std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/false);

@@ -18,6 +18,10 @@ namespace mfx {
 bool brgemm_available_f32();
 bool brgemm_available_bf16();
 
+// Whether torch's dense products of this 16-bit type take several times as long as float32's here: on x86 they do where
+// the processor has no instruction for it (2 to 38 times). Elsewhere torch's are taken as they are.
+bool slow_in_torch(DType dtype);
+
 void brgemm(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b,
             std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate);
 // ldb counts pairs, i.e. columns: consecutive VNNI rows are 2 * ldb elements apart.

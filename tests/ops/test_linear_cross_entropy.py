@@ -1,10 +1,12 @@
 """linear_cross_entropy against torch's cross_entropy of logits that exist, in float64."""
 
 import math
+import platform
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import run_with
 
 from moduleformer_ext import reference
 from moduleformer_ext.ops import linear_cross_entropy
@@ -279,3 +281,32 @@ def test_gradients_of_ignored_rows_alone_are_zero(reduction, dtype):
     expected = F.cross_entropy(F.linear(x, weight), target, reduction=reduction)
     torch.testing.assert_close(loss, expected.to(loss.dtype), equal_nan=True)
     assert not any(gradient.any() for gradient in ours)
+
+
+IN_FLOAT32 = """
+import torch
+import test_linear_cross_entropy as t
+from moduleformer_ext._extension import build_info
+
+assert build_info()["slow_in_torch"].split() == ["bfloat16", "float16"]
+for dtype in (torch.bfloat16, torch.float16):
+    for reduction in t.REDUCTIONS:
+        t.test_against_the_oracle(dtype, reduction, 0.3, 130)
+        # Rounded nowhere but at the end: the numbers of float32.
+        x, weight, target = t.inputs(300, dtype=dtype, features=64, classes=2**15)
+        narrow = t.gradients(t.linear_cross_entropy, x, weight, target, reduction=reduction)
+        wide = t.gradients(t.linear_cross_entropy, x.float(), weight.float(), target, reduction=reduction)
+        assert torch.equal(narrow[0], wide[0])
+        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(narrow[1:], wide[1:]))
+    t.test_opcheck("mean", dtype)
+    x, weight, target = t.inputs(3, dtype=dtype)
+    for leaf in (x, weight):  # one gradient alone
+        t.linear_cross_entropy(*(a.detach().requires_grad_(a is leaf) for a in (x, weight)), target).backward()
+t.test_no_less_exact_than_with_whole_logits(torch.bfloat16)
+t.test_autocast_rounds_products_and_keeps_the_loss()
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="torch's products are taken as they are")
+def test_in_float32_where_torch_multiplies_16_bits_slowly():
+    run_with({"MFX_BRGEMM": "0"}, IN_FLOAT32)

@@ -10,6 +10,9 @@ from moduleformer_ext._extension import build_info
 SERVES_CPU = build_info()["cuda_dispatch"] != "CPU"
 """False on the emulated device, whose CUDA kernels serve CPU tensors: there are none of this op."""
 
+SLOW_IN_TORCH = frozenset(getattr(torch, name) for name in str(build_info()["slow_in_torch"]).split())
+"""Types whose dense products take several times as long as float32's in torch, on the CPU of this machine."""
+
 
 def linear_decode(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b, as fast as W can be read from memory: :func:`torch.nn.functional.linear` for generation.
