@@ -63,6 +63,12 @@ __device__ inline void store_shared_32(SharedAddress to, std::uint32_t x) {
 }
 
 template <int kOffset = 0>
+__device__ inline uint2 load_shared_64(SharedAddress from) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];" : "=r"(x.x), "=r"(x.y) : "r"(from), "n"(kOffset) : "memory");
+  return x;
+}
+template <int kOffset = 0>
 __device__ inline void store_shared_64(SharedAddress to, const uint2& x) {
   asm volatile("st.shared.v2.u32 [%0 + %3], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y), "n"(kOffset) : "memory");
 }

@@ -12,7 +12,7 @@
 #include "stick_attention/backward_dq_wide.cuh"
 #include "stick_attention/forward.cuh"
 #include "stick_attention/forward_wide.cuh"
-#include "stick_attention/row_tile_instances.hpp"
+#include "stick_attention/tile_instances.hpp"
 
 namespace mfx::stick {
 namespace {
@@ -98,9 +98,12 @@ constexpr Instance instance(DType dtype, const char* query_name, void (*query)(B
                     "stick_bwd_key_" #name "_d" #dim "_sm80", stick_bwd_key_##name##_d##dim##_sm80),
 constexpr Instance kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_BACKWARD_ROW)};
 
-// dQ kernels that take the place of an instance's, on sm_90a.
-RowTileInstances<BackwardLaunch> hopper_dq_instances() {
+// Kernels that take the place of an instance's, on sm_90a.
+TileInstances<BackwardLaunch> hopper_dq_instances() {
   return MFX_SM90_INSTANCES(backward_dq_instances_sm90a);
+}
+TileInstances<BackwardLaunch> hopper_dkv_instances() {
+  return MFX_SM90_INSTANCES(backward_dkv_instances_sm90a);
 }
 
 const KernelList kListed("stick_attention_backward", [](const char* op, KernelSink sink, void* context) {
@@ -108,6 +111,7 @@ const KernelList kListed("stick_attention_backward", [](const char* op, KernelSi
     for (const Kernel& kernel : {row.query, row.key}) sink(context, op, kernel.name, 80);
   }
   list_sm90a(hopper_dq_instances(), op, sink, context);
+  list_sm90a(hopper_dkv_instances(), op, sink, context);
 });
 MFX_LIST_KERNELS(kListedLengths, "stick_attention_backward", 80, "stick_bwd_lengths_bf16", "stick_bwd_lengths_fp16",
                  "stick_bwd_lengths_fp32");
@@ -164,15 +168,19 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
   int capability = 0;
   const Status known = compute_capability(&capability);
   if (!known.ok()) return known;
-  Kernel query = instance->query;
-  int query_rows = instance->query_rows;
-  if (const auto* const hopper = find_sm90a(hopper_dq_instances(), p, capability)) {
-    query = {hopper->name, hopper->kernel, hopper->threads, hopper->shared_bytes};
-    query_rows = hopper->tile_rows;
-  }
+  Kernel query = instance->query, key = instance->key;
+  int query_rows = instance->query_rows, block_keys = instance->keys;
+  const auto take = [&](TileInstances<BackwardLaunch> hopper, Kernel& kernel, int& tile_rows) {
+    const auto* const own = find_sm90a(hopper, p, capability);
+    if (own == nullptr) return;
+    kernel = {own->name, own->kernel, own->threads, own->shared_bytes};
+    tile_rows = own->tile_rows;
+  };
+  take(hopper_dq_instances(), query, query_rows);
+  take(hopper_dkv_instances(), key, block_keys);
   const Memory memory(*instance, p, params.workspace);
   const std::int64_t query_blocks = stick_tile_slots(p, p.tokens_q * p.group, query_rows) * p.heads;
-  const std::int64_t key_blocks = p.sequences * p.heads * (kKvChunk / instance->keys);
+  const std::int64_t key_blocks = p.sequences * p.heads * (kKvChunk / block_keys);
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   if (!stick_fits(p) || query_blocks > kMost || key_blocks > kMost) return kStickTooLarge;
   const std::int64_t element = element_size(p.dtype);
@@ -208,8 +216,8 @@ mfx_stick_attention_backward_cuda(const StickAttentionBackwardParams& params, St
     launch.newest_chunk = false;
     if (!status.ok()) break;
     const std::int64_t keys = std::min<std::int64_t>(kKvChunk, p.tokens_k - launch.chunk_begin);
-    const std::int64_t tiles = ceil_div(keys, instance->keys);
-    status = launch_blocks(instance->key, tiles * p.sequences * p.heads, launch, stream);
+    const std::int64_t tiles = ceil_div(keys, block_keys);
+    status = launch_blocks(key, tiles * p.sequences * p.heads, launch, stream);
   }
   const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.grad_o_aligned &&
                        launch.o_aligned && launch.grad_q_aligned && launch.grad_k_aligned && launch.grad_v_aligned;

@@ -1,6 +1,6 @@
 // The instances of stick_attention backward's dQ kernel on sm_90a.
 #include "stick_attention/hopper/backward_dq.cuh"
-#include "stick_attention/row_tile_instances.hpp"
+#include "stick_attention/tile_instances.hpp"
 
 namespace mfx::stick {
 
@@ -11,12 +11,12 @@ namespace mfx::stick {
   }
 MFX_STICK_HOPPER_INSTANCES(MFX_STICK_BACKWARD_DQ_KERNEL)
 
-#define MFX_STICK_BACKWARD_DQ_ROW(name, dtype, op, dim)                                                               \
-  row_tile_instance<HopperBackwardDq<op, dim>>("stick_bwd_query_" #name "_d" #dim "_sm90a", DType::dtype, false, dim, \
-                                               stick_bwd_query_##name##_d##dim##_sm90a),
+#define MFX_STICK_BACKWARD_DQ_ROW(name, dtype, op, dim)                                                           \
+  tile_instance<HopperBackwardDq<op, dim>>("stick_bwd_query_" #name "_d" #dim "_sm90a", DType::dtype, false, dim, \
+                                           stick_bwd_query_##name##_d##dim##_sm90a),
 
-RowTileInstances<BackwardLaunch> backward_dq_instances_sm90a() {
-  static constexpr RowTileInstance<BackwardLaunch> kTable[] = {MFX_STICK_HOPPER_INSTANCES(MFX_STICK_BACKWARD_DQ_ROW)};
+TileInstances<BackwardLaunch> backward_dq_instances_sm90a() {
+  static constexpr TileInstance<BackwardLaunch> kTable[] = {MFX_STICK_HOPPER_INSTANCES(MFX_STICK_BACKWARD_DQ_ROW)};
   return {kTable, sizeof(kTable) / sizeof(kTable[0])};
 }
 

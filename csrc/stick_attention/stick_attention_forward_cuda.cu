@@ -5,7 +5,7 @@
 #include "core/kernel_list.hpp"
 #include "stick_attention/forward.cuh"
 #include "stick_attention/forward_wide.cuh"
-#include "stick_attention/row_tile_instances.hpp"
+#include "stick_attention/tile_instances.hpp"
 
 namespace mfx::stick {
 namespace {
@@ -30,12 +30,12 @@ struct Forward<Op, 1024> : WideForwardShape<Op> {
   }
 MFX_STICK_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 
-#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim)                                       \
-  row_tile_instance<Forward<op, dim>>("stick_fwd_" #name "_d" #dim "_sm80", DType::dtype, \
-                                      std::is_same_v<op, device::Tf32>, dim, stick_fwd_##name##_d##dim##_sm80),
-static constexpr RowTileInstance<ForwardLaunch> kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)};
+#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim)                                   \
+  tile_instance<Forward<op, dim>>("stick_fwd_" #name "_d" #dim "_sm80", DType::dtype, \
+                                  std::is_same_v<op, device::Tf32>, dim, stick_fwd_##name##_d##dim##_sm80),
+static constexpr TileInstance<ForwardLaunch> kInstances[] = {MFX_STICK_INSTANCES(MFX_STICK_FORWARD_ROW)};
 
-static RowTileInstances<ForwardLaunch> hopper_instances() {
+static TileInstances<ForwardLaunch> hopper_instances() {
   return MFX_SM90_INSTANCES(forward_instances_sm90a);
 }
 
@@ -56,7 +56,7 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
   int capability = 0;
   const Status known = compute_capability(&capability);
   if (!known.ok()) return known;
-  const RowTileInstance<ForwardLaunch>* instance = find_sm90a(hopper_instances(), p, capability);
+  const TileInstance<ForwardLaunch>* instance = find_sm90a(hopper_instances(), p, capability);
   if (instance == nullptr) instance = find_instance(kInstances, p);
   if (instance == nullptr) return stick_no_instance(p);
   const std::int64_t blocks = stick_tile_slots(p, p.tokens_q * p.group, instance->tile_rows) * p.heads;

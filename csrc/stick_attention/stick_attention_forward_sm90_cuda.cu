@@ -1,6 +1,6 @@
 // The instances of stick_attention forward on sm_90a.
 #include "stick_attention/hopper/forward.cuh"
-#include "stick_attention/row_tile_instances.hpp"
+#include "stick_attention/tile_instances.hpp"
 
 namespace mfx::stick {
 
@@ -11,12 +11,12 @@ namespace mfx::stick {
   }
 MFX_STICK_HOPPER_INSTANCES(MFX_STICK_FORWARD_KERNEL)
 
-#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim)                                                          \
-  row_tile_instance<HopperForward<op, dim>>("stick_fwd_" #name "_d" #dim "_sm90a", DType::dtype, false, dim, \
-                                            stick_fwd_##name##_d##dim##_sm90a),
+#define MFX_STICK_FORWARD_ROW(name, dtype, op, dim)                                                      \
+  tile_instance<HopperForward<op, dim>>("stick_fwd_" #name "_d" #dim "_sm90a", DType::dtype, false, dim, \
+                                        stick_fwd_##name##_d##dim##_sm90a),
 
-RowTileInstances<ForwardLaunch> forward_instances_sm90a() {
-  static constexpr RowTileInstance<ForwardLaunch> kTable[] = {MFX_STICK_HOPPER_INSTANCES(MFX_STICK_FORWARD_ROW)};
+TileInstances<ForwardLaunch> forward_instances_sm90a() {
+  static constexpr TileInstance<ForwardLaunch> kTable[] = {MFX_STICK_HOPPER_INSTANCES(MFX_STICK_FORWARD_ROW)};
   return {kTable, sizeof(kTable) / sizeof(kTable[0])};
 }
 

@@ -1,6 +1,6 @@
 // The instances of the CUDA kernels: one row per operand type and head dimension, which smaller ones are padded to. A
 // kernel is named stick_<kernel>_<type>_d<dim>_sm80 and runs on everything from sm_80 on; some have rows for
-// sm_90a beside them (row_tile_instances.hpp).
+// sm_90a beside them (tile_instances.hpp).
 #pragma once
 
 #include <limits>

@@ -60,10 +60,11 @@ struct RingBarriers {
 
 // The side that loads: by cp.async, of which every thread brings its part, and by bulk copies. wgmma reads through the
 // async proxy, so that each thread fences its own finished copies before the slice is published; to let several slices
-// be under way, a slice is published kLag slices after its copies were ordered.
-template <typename Barriers>
+// be under way, a slice is published kLag slices after its copies were ordered. By then kLag further stages must be
+// free, whatever those that multiply still hold.
+template <typename Barriers, int kLag = 2>
 class RingProducer {
-  static constexpr int kStages = Barriers::kStages, kLag = 2;
+  static constexpr int kStages = Barriers::kStages;
   static_assert(kLag < kStages, "a slice that is waited for must have been published");
 
  public:

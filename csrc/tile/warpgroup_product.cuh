@@ -19,11 +19,12 @@ namespace mfx::device {
 template <typename Op, int kTiles>
 struct WarpgroupAtoms;
 
-#define MFX_WARPGROUP_ATOMS(Op, tiles, atom)                                                         \
-  template <>                                                                                        \
-  struct WarpgroupAtoms<Op, tiles> {                                                                 \
-    using Abt = cute::SM90::GMMA::atom##_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
-    using Ab = cute::SM90::GMMA::atom##_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>; \
+#define MFX_WARPGROUP_ATOMS(Op, tiles, atom)                                                           \
+  template <>                                                                                          \
+  struct WarpgroupAtoms<Op, tiles> {                                                                   \
+    using Abt = cute::SM90::GMMA::atom##_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;   \
+    using Ab = cute::SM90::GMMA::atom##_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;   \
+    using Atb = cute::SM90::GMMA::atom##_SS<cute::SM90::GMMA::Major::MN, cute::SM90::GMMA::Major::MN>; \
   };
 MFX_WARPGROUP_ATOMS(BFloat16, 8, MMA_64x64x16_F32BF16BF16)
 MFX_WARPGROUP_ATOMS(BFloat16, 16, MMA_64x128x16_F32BF16BF16)
@@ -69,6 +70,18 @@ __device__ inline void multiply_abt(float (&acc)[kTiles][4], SharedAddress a_box
     multiply_shared<typename WarpgroupAtoms<Op, kTiles>::Abt>(
         acc, a + step_bytes<Major::kK, kABox>(step) / 16, b + step_bytes<Major::kK, kBBox>(step) / 16,
         step == 0 ? ScaleOut::Zero : ScaleOut::One, std::make_index_sequence<4 * kTiles>());
+  });
+}
+
+// acc += A^T B, of 64 columns of A, where inner elements are rows of both's boxes, kDepth. For an order_group().
+template <typename Op, int kDepth, int kTiles>
+__device__ inline void multiply_atb(float (&acc)[kTiles][4], SharedAddress a_box, SharedAddress b_boxes) {
+  constexpr int kBox = kDepth * kBoxRowBytes;
+  const std::uint64_t a = box_descriptor<Major::kMN, kBox>(a_box), b = box_descriptor<Major::kMN, kBox>(b_boxes);
+  static_for<kDepth / 16>([&](auto step) {
+    constexpr int kStep = step_bytes<Major::kMN, kBox>(step) / 16;
+    multiply_shared<typename WarpgroupAtoms<Op, kTiles>::Atb>(
+        acc, a + kStep, b + kStep, cute::SM90::GMMA::ScaleOut::One, std::make_index_sequence<4 * kTiles>());
   });
 }
 

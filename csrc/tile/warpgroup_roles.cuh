@@ -11,16 +11,17 @@ inline constexpr int kMultiplyingWarpgroups = 2, kRolesThreads = (1 + kMultiplyi
 // Per thread: 64512 in all.
 inline constexpr int kLoadingRegisters = 72, kMultiplyingRegisters = 216;
 
-// Calls load() or multiply(warpgroup), once what the block has written to shared memory is there for all.
-template <typename Load, typename Multiply>
+// With the registers given, calls load() or multiply(warpgroup), once what the block has written to shared memory is
+// there for all.
+template <int kLoading = kLoadingRegisters, int kMultiplying = kMultiplyingRegisters, typename Load, typename Multiply>
 __device__ inline void take_roles(Load&& load, Multiply&& multiply) {
   __syncthreads();
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<kLoadingRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<kLoading>();
     load();
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kMultiplyingRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<kMultiplying>();
     multiply(warpgroup - 1);
   }
 }

@@ -135,6 +135,7 @@ KERNELS: dict[str, tuple[Callable[[], Callable[[], bool]], tuple[str, ...]]] = {
     ROUTER_WEIGHTS: (Gates, SM_80),
     "stick_fwd_bf16_d64_sm90a": (Sticks, (*STICK_SM_90A, "bar.red")),
     "stick_bwd_query_bf16_d64_sm90a": (StickGradients, STICK_SM_90A),
+    "stick_bwd_key_bf16_d64_sm90a": (StickGradients, STICK_SM_90A),
 }
 UNSEEN = {
     # The last of its main loop frees shared memory, which this kernel has no further use for.

@@ -37,7 +37,7 @@ def launches(t, dim):
 
 @pytest.mark.parametrize(
     ("dim", "most_inference", "most_training", "most_backward"),
-    [(64, 20.2, 21.4, 62.6), (128, 22.2, 24.3, 84.1)] if HOPPER else [(64, 15.7, 16.9, 59.0), (128, 22.6, 24.7, 86.5)],
+    [(64, 20.2, 21.4, 64.2), (128, 22.2, 24.3, 74.0)] if HOPPER else [(64, 15.7, 16.9, 59.0), (128, 22.6, 24.7, 86.5)],
 )
 def test_instructions_per_score(dim, most_inference, most_training, most_backward):
     inference, training, backward, scores = launches(512, dim)
@@ -56,8 +56,8 @@ def test_traffic_and_flops(dim):
     useful = 2 * dim * scores  # of one product
     beyond = 1.07 if HOPPER else 1.04 if dim == 64 else 1.03  # warps of 32 rows leave out less of the diagonal tile
     assert forward["mma_flops"] <= beyond * 2 * useful
-    products = 7  # S and dP in both kernels, dQ, dK, dV
-    assert sum(s["mma_flops"] for s in backward) <= (1.07 if HOPPER else 1.05) * products * useful
+    products = 7  # S and dP in both kernels, dQ, dK, dV; there are lengths, delta and tests of finiteness, too
+    assert sum(s["mma_flops"] for s in backward) <= (1.09 if HOPPER else 1.05) * products * useful
     sectors = dim * 2 // 32
     keys = sum(range(ROWS, t + 1, ROWS))  # that all blocks see
     least_read = (t + 2 * keys) * sectors  # Q once, K and V once per block

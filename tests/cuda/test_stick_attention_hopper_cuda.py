@@ -1,6 +1,6 @@
-"""The sm_90a kernels of stick_attention, forward and backward's dQ: what they serve, and what sm_80's have no
-counterpart of, two warpgroups that walk the same tiles of keys and end for themselves. All else is tested on every
-architecture alike."""
+"""The sm_90a kernels of stick_attention, forward and backward: what they serve, and what sm_80's have no counterpart
+of, two warpgroups that walk the same tiles and end for themselves or leave tiles to each other. All else is tested on
+every architecture alike."""
 
 import re
 
@@ -21,10 +21,10 @@ RAW = torch.ops.moduleformer_ext
 
 
 def launched(q, k, v, **options):
-    """Of forward and of backward's dQ, without what their names begin with."""
+    """Of forward and of both of backward, without what their names begin with."""
     cudasim.reset_stats()
     stick_attention(q.requires_grad_(), k, v, **options).sum().backward()
-    found = [re.fullmatch(r"stick_(?:fwd|bwd_query)_(.*)", launch["kernel"]) for launch in cudasim.stats()]
+    found = [re.fullmatch(r"stick_(?:fwd|bwd_query|bwd_key)_(.*)", launch["kernel"]) for launch in cudasim.stats()]
     return [name[1] for name in found if name]
 
 
@@ -47,13 +47,13 @@ def forward(q, k, v, epsilon, for_backward=False):
 )
 def test_what_hopper_serves(dtype, dim, kernel):
     q, k, v = inputs(1, 5, 9, 1, 1, dim, dtype)
-    assert launched(q, k, v) == [kernel] * 2
-    assert launched(q, k, None) == [kernel] * 2
+    assert launched(q, k, v) == [kernel] * 3
+    assert launched(q, k, None) == [kernel] * 3
     spaced = torch.zeros(1, 9, 1, dim + 1, dtype=dtype)[..., 1:]  # at any address
-    assert launched(q, spaced, v) == [kernel] * 2
+    assert launched(q, spaced, v) == [kernel] * 3
     lengths = torch.tensor([0, 2, 5], dtype=torch.int32)
     packed = [x[0].detach() for x in (q, k[:, :5], v[:, :5])]
-    assert launched(*packed, cu_seqlens_q=lengths, cu_seqlens_k=lengths) == [kernel] * 2
+    assert launched(*packed, cu_seqlens_q=lengths, cu_seqlens_k=lengths) == [kernel] * 3
 
 
 @pytest.mark.usefixtures("schedule")
@@ -83,6 +83,21 @@ def test_states_of_every_width(dtype, dim, device):
         check(device, q, k, v)
         kept = torch.rand(2, t_k, generator=torch.Generator().manual_seed(t_k)) < 0.7
         check(device, q, k, v, key_padding_mask=kept)
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("logits", [(-9, 8, 8, 8, 8, 8, -9), (8, -9, -3, -9, 8, 8, 8), (8, 8, 8, 8, 8, 8, 8)])
+def test_query_tiles_that_one_warpgroup_of_keys_takes(logits, dim, device):
+    """More of them in a row than the ring has stages, between others that both take."""
+    q, k, v = rows_of_logits(logits, 64 * len(logits) + 192, dim, torch.bfloat16)
+    ours = run(stick_attention, q, k, v, device=device)
+    exact = run(reference.stick_attention, q, k, v, dtype=torch.float64)
+    rounded = run(reference.stick_attention, q, k, v)
+    for value, peer, truth in zip(ours, rounded, exact, strict=True):
+        assert relative_error(value, truth, 2**-24) <= 2 * relative_error(peer, truth) + 4e-3
+    again = run(stick_attention, q, k, v, device=device)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
 @pytest.mark.usefixtures("schedule")

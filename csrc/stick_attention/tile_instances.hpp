@@ -1,4 +1,4 @@
-// The tables of compiled kernels whose blocks own a tile of query rows each: forward, and backward's dQ.
+// The tables of compiled kernels whose blocks own a tile of rows each: of queries or, those of dK and dV, of keys.
 #pragma once
 
 #include "stick_attention/stick_instances.hpp"
@@ -9,7 +9,7 @@ struct ForwardLaunch;
 struct BackwardLaunch;
 
 template <typename Launch>
-struct RowTileInstance {
+struct TileInstance {
   const char* name;
   DType dtype;
   bool tf32;
@@ -19,21 +19,22 @@ struct RowTileInstance {
 };
 
 template <typename Launch>
-struct RowTileInstances {
-  const RowTileInstance<Launch>* first;
+struct TileInstances {
+  const TileInstance<Launch>* first;
   int count;
 };
 
 // A table's row. `Shape` has what a block needs.
 template <typename Shape, typename Launch>
-constexpr RowTileInstance<Launch> row_tile_instance(const char* name, DType dtype, bool tf32, int most_head_dim,
-                                                    void (*kernel)(Launch)) {
+constexpr TileInstance<Launch> tile_instance(const char* name, DType dtype, bool tf32, int most_head_dim,
+                                             void (*kernel)(Launch)) {
   return {name, dtype, tf32, most_head_dim, Shape::kRows, Shape::kThreads, Shape::kSharedBytes, kernel};
 }
 
 // Those that need CUTLASS and run on sm_90a alone; a build may lack them.
-RowTileInstances<ForwardLaunch> forward_instances_sm90a();
-RowTileInstances<BackwardLaunch> backward_dq_instances_sm90a();
+TileInstances<ForwardLaunch> forward_instances_sm90a();
+TileInstances<BackwardLaunch> backward_dq_instances_sm90a();
+TileInstances<BackwardLaunch> backward_dkv_instances_sm90a();
 #ifdef MFX_SM90
 #define MFX_SM90_INSTANCES(function) function()
 #else
@@ -42,14 +43,14 @@ RowTileInstances<BackwardLaunch> backward_dq_instances_sm90a();
 
 // Names them as kernels of `op`.
 template <typename Launch>
-void list_sm90a(RowTileInstances<Launch> instances, const char* op, KernelSink sink, void* context) {
+void list_sm90a(TileInstances<Launch> instances, const char* op, KernelSink sink, void* context) {
   for (int i = 0; i < instances.count; ++i) sink(context, op, instances.first[i].name, 90);
 }
 
 // The one that serves a problem on a device of `capability`, or null: they run at compute capability 9.0 alone.
 template <typename Launch>
-const RowTileInstance<Launch>* find_sm90a(RowTileInstances<Launch> instances, const StickAttentionProblem& p,
-                                          int capability) {
+const TileInstance<Launch>* find_sm90a(TileInstances<Launch> instances, const StickAttentionProblem& p,
+                                       int capability) {
   return capability == 90 ? find_instance(instances.first, instances.count, p) : nullptr;
 }
 
