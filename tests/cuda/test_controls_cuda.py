@@ -98,9 +98,15 @@ class Gates:
 
 
 class StickGradients(Sticks):
-    """The same walks, backward; o and what else comes of forward is computed once."""
+    """The same walks, backward, and more tiles of queries than stages; what comes of forward is computed once."""
 
     BLOCKS = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        means = (-6, 8, *[-6] * 6)  # the second's rows have none of the oldest keys
+        operands = rows_of_logits(means, 576, 64, torch.bfloat16)
+        self.add(operands, True, 2**-24, first_tiles(*operands[:2], 2**-24))
 
     def add(self, operands, attend_current: bool, epsilon: float, first: torch.Tensor) -> None:
         options = {"attend_current": attend_current, "return_remainder": True}
@@ -142,6 +148,10 @@ UNSEEN = {
     (ROUTER_WEIGHTS, "bar.sync"): [1],
     # Before Q's place takes dQ: the emulated device ends a warpgroup's products for all of its warps at a time.
     ("stick_bwd_query_bf16_d64_sm90a", "bar.sync"): [2],
+    # Before the exchange boxes take the next tile's weights, and the results: for the same reason.
+    ("stick_bwd_key_bf16_d64_sm90a", "bar.sync"): [2, 4],
+    # Of dV's and dK's products, whose accumulators were last written by hand before the fence of the scores' products.
+    ("stick_bwd_key_bf16_d64_sm90a", "wgmma.fence"): [1],
     # For the tile that a warpgroup skips: the loading one has always asked for its stage by then.
     ("stick_bwd_query_bf16_d64_sm90a", "mbarrier.try_wait"): [2],
 }
