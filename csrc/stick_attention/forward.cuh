@@ -168,10 +168,10 @@ __device__ inline void forward(const ForwardLaunch& launch) {
   device::cp_async_wait_all();
   __syncthreads();  // where no tile was waited for, Q is on its way until here
 
+  device::static_for<kGroups>([&](auto group) { scale(o[group], 1.0f / kWeightUnit<Op>); });
   const BlockInfo done = kKeepQueries ? tile : BlockInfo::recompute(p, kStickTileRows);  // where registers allow
   device::static_for<kGroups>([&](auto group) {
     const int row_in_tile = row_of_warp + 16 * group;
-    scale(o[group], 1.0f / kWeightUnit<Op>);
     store_output<Op>(launch, done, row_in_tile, 0, o[group], queries + row_in_tile * kRowBytes, (key_tile + 1) * kKeys);
     store_sticks(params, done, row_in_tile, sticks_of<group>(rem), key_tile + 1);
   });
