@@ -1,4 +1,4 @@
-// The warpgroups of a block of sm_90a: one that loads, and two that multiply.
+// The warpgroups of a block of sm_90a: one that loads, and two or three that multiply.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -8,12 +8,17 @@
 namespace mfx::device {
 
 inline constexpr int kMultiplyingWarpgroups = 2, kRolesThreads = (1 + kMultiplyingWarpgroups) * kWarpgroup;
-// Per thread: 64512 in all.
-inline constexpr int kLoadingRegisters = 72, kMultiplyingRegisters = 216;
+inline constexpr int kLoadingRegisters = 72;  // per thread
 
-// With the registers given, calls load() or multiply(warpgroup), once what the block has written to shared memory is
-// there for all.
-template <int kLoading = kLoadingRegisters, int kMultiplying = kMultiplyingRegisters, typename Load, typename Multiply>
+// What a block's registers leave to a thread that multiplies; they are handed out in eights.
+constexpr int multiplying_registers(int multiplying_warpgroups, int loading_registers) {
+  constexpr int kRegisters = 65536 / kWarpgroup;
+  return (kRegisters - loading_registers) / multiplying_warpgroups / 8 * 8;
+}
+
+// With these registers, calls load() or multiply(warpgroup), once what the block has written to shared memory is there
+// for all.
+template <int kMultiplying = kMultiplyingWarpgroups, int kLoading = kLoadingRegisters, typename Load, typename Multiply>
 __device__ inline void take_roles(Load&& load, Multiply&& multiply) {
   __syncthreads();
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
@@ -21,7 +26,7 @@ __device__ inline void take_roles(Load&& load, Multiply&& multiply) {
     cutlass::arch::warpgroup_reg_dealloc<kLoading>();
     load();
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kMultiplying>();
+    cutlass::arch::warpgroup_reg_alloc<multiplying_registers(kMultiplying, kLoading)>();
     multiply(warpgroup - 1);
   }
 }

@@ -15,8 +15,8 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.
 
 
 def floor_of(dtype, device):
-    """What rounding may cost however exact the twin happens to be."""
-    return 3e-6 if dtype == torch.float32 and on_cuda(device) else FLOOR[dtype]
+    """What rounding may cost however exact the twin happens to be; on CUDA ex2.approx and the like err by 2 ulp."""
+    return 5e-6 if dtype == torch.float32 and on_cuda(device) else FLOOR[dtype]
 
 
 def relative_error(value, exact, slack=0.0):

@@ -147,8 +147,7 @@ class HopperBackwardDkv {
   static constexpr int kRows = Ring::kKeys;  // keys
   static constexpr int kThreads = device::kRolesThreads;
   static constexpr int kSharedBytes = sizeof(Shared);
-  // Per thread: 64512 in all, more for those that multiply than elsewhere.
-  static constexpr int kLoadingRegisters = 56, kMultiplyingRegisters = 224;
+  static constexpr int kLoadingRegisters = 56;  // fewer than elsewhere, so that those that multiply have 224
 
   static __device__ void run(const BackwardLaunch& launch) {
     extern __shared__ __align__(1024) std::uint8_t shared[];
@@ -156,7 +155,7 @@ class HopperBackwardDkv {
     const KvBlockInfo block(launch, kRows, blockIdx.x);
     if (!block.any) return;
     if (threadIdx.x == 0) memory.ring.init();
-    device::take_roles<kLoadingRegisters, kMultiplyingRegisters>(
+    device::take_roles<kConsumers, kLoadingRegisters>(
         [&] { QueryProducer<T, Ring>(memory.ring, launch, block).run(); },
         [&](int warpgroup) { multiply(launch, block, memory, warpgroup); });
   }

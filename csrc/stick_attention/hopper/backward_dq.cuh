@@ -1,5 +1,5 @@
 // stick_attention backward on sm_90a, the dQ kernel: backward_dq.cuh with the products of a warpgroup, in blocks as
-// those of hopper/forward.cuh, 128 query rows and a ring of tiles of keys. Per tile and warpgroup of 64 rows
+// those of hopper/forward.cuh, of the same rows and with a ring of tiles of keys. Per tile and warpgroup of 64 rows
 //
 //   S = Q K_tile^T,  dP = dO V_tile^T            wgmma, all from shared memory
 //   (weights, dS) = scan(S, dP)                  in the registers, as on sm_80
@@ -81,7 +81,7 @@ class HopperBackwardDq {
   using T = typename Storage<Op>::Type;
   using Boxes = KvBoxes<kDim, 64, 4>;
   using Rows = RowBoxes<T, kDim>;
-  static constexpr int kConsumers = device::kMultiplyingWarpgroups, kKeys = Boxes::kKeys;
+  static constexpr int kConsumers = RowWarpgroups<kDim>::kCount, kKeys = Boxes::kKeys;
   using Barriers = KvBarriers<Boxes::kStages, kConsumers>;
   using States = TileStatesOut<kKeys, BackwardDqShape<Op, kDim>::kKeys>;
 
@@ -94,7 +94,7 @@ class HopperBackwardDq {
 
  public:
   static constexpr int kRows = kConsumers * kStickTileRows;
-  static constexpr int kThreads = device::kRolesThreads;
+  static constexpr int kThreads = RowWarpgroups<kDim>::kThreads;
   static constexpr int kSharedBytes = sizeof(Shared);
 
   static __device__ void run(const BackwardLaunch& launch) {
@@ -103,8 +103,8 @@ class HopperBackwardDq {
     BlockInfo tile(launch.params.problem, kRows, blockIdx.x);
     if (tile.first_row >= tile.s.rows) return;
     if (threadIdx.x == 0) memory.ring.init();
-    device::take_roles([&] { load(launch, tile, memory); },
-                       [&](int warpgroup) { multiply(launch, tile, memory, warpgroup); });
+    RowWarpgroups<kDim>::take_roles([&] { load(launch, tile, memory); },
+                                    [&](int warpgroup) { multiply(launch, tile, memory, warpgroup); });
   }
 
  private:
@@ -141,7 +141,10 @@ class HopperBackwardDq {
     const StickAttentionBackwardParams& params = launch.params;
     const StickAttentionProblem& p = params.problem;
     const Sequence& s = tile.s;
-    const int newest_of_last = Walk(launch, tile, kConsumers - 1).newest;
+    int newest_of_others = -1;  // of warpgroups with newer rows
+    for (int i = consumer + 1; i < kConsumers; ++i) {
+      newest_of_others = max(newest_of_others, Walk(launch, tile, i).newest);
+    }
     tile.first_row += consumer * kStickTileRows;
     if (tile.first_row >= s.rows) return;
     const ChunkWalk keys(launch, tile, kStickTileRows);
@@ -180,9 +183,10 @@ class HopperBackwardDq {
     KvConsumer<Boxes::kStages, kConsumers> ring(shared.ring, consumer);
     const device::SharedAddress stages = device::shared_address(shared.stages);
     States states(launch, s, tile.head, warp_row, key_tile);
-    // The block's newest tile may be too new for all rows of the first warpgroup; the one before it is not.
-    static_assert(kStickTileRows <= kKeys, "from one warpgroup's newest key to the other's");
-    if (key_tile * kKeys >= keys.begin && key_tile < newest_of_last) ring.skip();
+    // The block's newest tiles may be too new for all rows of a warpgroup.
+    if (key_tile * kKeys >= keys.begin) {
+      for (int newer = newest_of_others; newer > key_tile; --newer) ring.skip();
+    }
     int previous = -1;
     for (; key_tile * kKeys >= keys.begin; --key_tile) {
       const int stage = ring.wait();

@@ -1,11 +1,12 @@
-// stick_attention forward on sm_90a: forward.cuh with the products of a warpgroup. A block owns 128 query rows, 64 for
-// each of two warpgroups that walk the same tiles of keys, and a third warpgroup loads these (kv_ring.cuh):
+// stick_attention forward on sm_90a: forward.cuh with the products of a warpgroup. A block owns 64 query rows for
+// each of two warpgroups (up to a head dim of 64: three) that walk the same tiles of keys, and another warpgroup loads
+// these (kv_ring.cuh):
 //
 //   S [64, keys]   = Q K_tile^T                  wgmma, both from shared memory
 //   weights        = scan(S) in the registers    as on sm_80: the accumulators are those of mma, repeated
 //   O [64, D]     += weights V_tile              wgmma, the weights from registers
 //
-// While one warpgroup scans the other multiplies. The sum of O is under way until the next scores are there; then the
+// While one warpgroup scans another multiplies. The sum of O is under way until the next scores are there; then the
 // stage of its V is free. Each warpgroup exits early by itself, as a block of sm_80 does.
 #pragma once
 
@@ -22,7 +23,7 @@ class HopperForward {
   using T = typename Storage<Op>::Type;
   using Boxes = KvBoxes<kDim, 64, 4>;
   using Rows = RowBoxes<T, kDim>;
-  static constexpr int kConsumers = device::kMultiplyingWarpgroups, kKeys = Boxes::kKeys;
+  static constexpr int kConsumers = RowWarpgroups<kDim>::kCount, kKeys = Boxes::kKeys;
   using Barriers = KvBarriers<Boxes::kStages, kConsumers>;
 
   struct Shared {
@@ -33,7 +34,7 @@ class HopperForward {
 
  public:
   static constexpr int kRows = kConsumers * kStickTileRows;
-  static constexpr int kThreads = device::kRolesThreads;
+  static constexpr int kThreads = RowWarpgroups<kDim>::kThreads;
   static constexpr int kSharedBytes = sizeof(Shared);
 
   static __device__ void run(const ForwardLaunch& launch) {
@@ -42,8 +43,8 @@ class HopperForward {
     BlockInfo tile(launch.params.problem, kRows, blockIdx.x);
     if (tile.first_row >= tile.s.rows) return;
     if (threadIdx.x == 0) memory.ring.init();
-    device::take_roles([&] { load(launch, tile, memory); },
-                       [&](int warpgroup) { multiply(launch, tile, memory, warpgroup); });
+    RowWarpgroups<kDim>::take_roles([&] { load(launch, tile, memory); },
+                                    [&](int warpgroup) { multiply(launch, tile, memory, warpgroup); });
   }
 
  private:
@@ -87,9 +88,8 @@ class HopperForward {
 
     KvConsumer<Boxes::kStages, kConsumers> ring(shared.ring, consumer);
     const device::SharedAddress stages = device::shared_address(shared.stages);
-    // The block's newest tile may be too new for all rows of the first warpgroup; the one before it is not.
-    static_assert(kStickTileRows <= kKeys, "from one warpgroup's newest key to the other's");
-    if (key_tile >= 0 && key_tile < newest_of_block) ring.skip();
+    // The block's newest tiles may be too new for all rows of a warpgroup.
+    for (int newer = key_tile < 0 ? key_tile : newest_of_block; newer > key_tile; --newer) ring.skip();
     int previous = -1;
     for (; key_tile >= 0; --key_tile) {
       const int stage = ring.wait();

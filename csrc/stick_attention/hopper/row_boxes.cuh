@@ -1,11 +1,26 @@
-// A warpgroup's query rows in shared memory, as wgmma reads them: boxes of 64 columns of the head dimension.
+// A block's query rows, a tile of them for each warpgroup that multiplies, and how these lie in shared memory for
+// wgmma: boxes of 64 columns of the head dimension.
 #pragma once
 
 #include "stick_attention/tile_loader.cuh"
 #include "tile/slice_ring.cuh"
 #include "tile/warpgroup_boxes.cuh"
+#include "tile/warpgroup_roles.cuh"
 
 namespace mfx::stick {
+
+// As many as registers hold, since each of them waits for its own products.
+template <int kDim>
+struct RowWarpgroups {
+  static constexpr int kCount = kDim <= 64 ? 3 : device::kMultiplyingWarpgroups;
+  static constexpr int kThreads = (1 + kCount) * device::kWarpgroup;
+  static constexpr int kLoadingRegisters = kCount == 3 ? 56 : device::kLoadingRegisters;
+
+  template <typename Load, typename Multiply>
+  static __device__ void take_roles(Load&& load, Multiply&& multiply) {
+    device::take_roles<kCount, kLoadingRegisters>(load, multiply);
+  }
+};
 
 template <typename T, int kDim>
 struct RowBoxes {
