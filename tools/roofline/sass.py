@@ -61,6 +61,9 @@ class Instruction:
         return tuple(i for i in range(6) if mask >> i & 1)
 
 
+LEAVING = ("BRA", "BRX", "BRXU", "CALL", "EXIT", "RET")
+
+
 @dataclass
 class Block:
     """Instructions without a branch but at the end, and the blocks that may follow."""
@@ -95,17 +98,21 @@ def blocks(section: str) -> list[Block]:
             instruction = Instruction(*code, control=int(rest[1], 16))
             code = []
             found[-1].code.append(instruction)
-            if instruction.name in ("BRA", "BRX", "BRXU", "EXIT", "RET"):
+            if instruction.name in LEAVING:
                 found.append(Block())
     for i, block in enumerate(found):
         last = block.code[-1] if block.code else None
-        leaves = last is not None and last.name in ("BRA", "BRX", "BRXU", "EXIT", "RET")
+        leaves = last is not None and last.name in LEAVING
         taken = [labels[name] for name in TARGET.findall(last.operands) if name in labels] if leaves else []
         # BRA.DIV goes where the lanes of a warp have parted, which no kernel here lets happen for long.
         if leaves and last.opcode.startswith("BRA.DIV"):
             taken = []
+        # A call returns behind itself, or is a jump: out of a loop, where ptxas writes a conditional one.
         conditional = leaves and (
-            last.predicate or last.opcode.startswith("BRA.DIV") or len(last.operands.split(",")) > 1
+            last.name == "CALL"
+            or last.predicate
+            or last.opcode.startswith("BRA.DIV")
+            or len(last.operands.split(",")) > 1
         )
         falls = not leaves or conditional
         block.next = taken + ([i + 1] if falls and i + 1 < len(found) else [])

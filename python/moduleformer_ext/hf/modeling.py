@@ -23,6 +23,7 @@ from moduleformer_ext.hf.cache import ModuleFormerCache, ModuleFormerStaticCache
 from moduleformer_ext.hf.config import ModuleFormerConfig
 from moduleformer_ext.models.blocks import make_block, redraw, routing_loss
 from moduleformer_ext.nn import Block, BlockRoutes, Linear, head_cross_entropy
+from moduleformer_ext.nn.stack import decode_stack
 from moduleformer_ext.types import RouteTopK
 
 logger = logging.get_logger(__name__)
@@ -42,16 +43,6 @@ class ModuleFormerModelOutput(MoeModelOutputWithPast):
 
 class ModuleFormerBlock(GradientCheckpointingLayer, Block):
     """A block that transformers can recompute in the backward pass."""
-
-    def forward(
-        self,
-        x: Tensor,
-        past: Any = None,
-        key_padding_mask: Tensor | None = None,
-        use_cache: bool = False,
-        output_routes: bool = True,
-    ) -> tuple[Tensor, BlockRoutes | None, Any]:
-        return Block.forward(self, x, past, key_padding_mask, use_cache, output_routes)
 
 
 class ModuleFormerPreTrainedModel(PreTrainedModel):
@@ -184,7 +175,14 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
         states: list[Tensor] = []
         routes: list[BlockRoutes] = []
         wants_routes = output_router_logits or output_aux_loss
-        for index, block in enumerate(self.h):
+        decoded = None
+        if layers and not (wants_routes or output_hidden_states):
+            decoded = decode_stack(self.h, x, [layer.past for layer in layers], keep, ModuleFormerBlock)
+            if decoded is not None:
+                x, presents = decoded
+                for layer, present in zip(layers, presents, strict=True):
+                    layer.store(present)
+        for index, block in enumerate(self.h if decoded is None else ()):
             if index == self.config.n_layer:  # of a draft that exits early
                 break
             if output_hidden_states:

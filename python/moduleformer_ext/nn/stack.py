@@ -19,16 +19,21 @@ from moduleformer_ext.types import BlockWeights
 
 
 def decode_stack(
-    blocks: nn.ModuleList, x: Tensor, pasts: Sequence[Any], key_padding_mask: Tensor | None
+    blocks: nn.ModuleList,
+    x: Tensor,
+    pasts: Sequence[Any],
+    key_padding_mask: Tensor | None,
+    kind: type[Block] = Block,
 ) -> tuple[Tensor, list[Past]] | None:
     """What blocks make of x [B, T, D] after a past of each: the new x, and the caches of past and new tokens. None
-    where the blocks must be called one by one, as they must for their routes.
+    where the blocks must be called one by one, as they must for their routes, or if they are not of this kind, which
+    does without gradients what :class:`Block` does.
     """
     if not may_decode(x):
         return None
     stack = _STACKS.get(blocks)
     if stack is None or not stack.holds():
-        stack = _stack(blocks)
+        stack = _stack(blocks, kind)
         if stack is None:
             return None
         _STACKS[blocks] = stack
@@ -96,10 +101,10 @@ def _numbers(blocks: Sequence[Weights]) -> list[Any]:
     ]
 
 
-def _stack(blocks: nn.ModuleList) -> _Stack | None:
+def _stack(blocks: nn.ModuleList, kind: type[Block]) -> _Stack | None:
     found = []
     for block in blocks:
-        weights = weights_of(block) if isinstance(block, Block) and is_untouched(block, Block) else None
+        weights = weights_of(block) if isinstance(block, kind) and is_untouched(block, kind) else None
         if weights is None:
             return None
         gates = weights.attention.input.gate, weights.ffn.input.gate
