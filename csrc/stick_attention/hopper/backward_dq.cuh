@@ -124,16 +124,16 @@ class HopperBackwardDq {
   };
 
   static __device__ void load(const BackwardLaunch& launch, const BlockInfo& tile, Shared& shared) {
-    bool walks[kConsumers];
+    unsigned walking = 0;
     int newest = -1, oldest = std::numeric_limits<int>::max();
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i) {
       const Walk walk(launch, tile, i);
-      walks[i] = walk.any();
+      walking |= unsigned{walk.any()} << i;
       newest = max(newest, walk.newest);
       oldest = min(oldest, walk.oldest);
     }
-    KvProducer<T, Boxes, kConsumers, BackwardLaunch> producer(shared.ring, launch, tile, walks);
+    KvProducer<T, Boxes, kConsumers, BackwardLaunch> producer(shared.ring, launch, tile, walking);
     producer.run(device::shared_address(shared.stages), newest, oldest);
   }
 

@@ -50,13 +50,14 @@ class HopperForward {
  private:
   static __device__ void load(const ForwardLaunch& launch, const BlockInfo& tile, Shared& shared) {
     const StickAttentionProblem& p = launch.params.problem;
-    bool walks[kConsumers];
+    unsigned walking = 0;
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i) {
       const int first_row = tile.first_row + i * kStickTileRows;
-      walks[i] = first_row < tile.s.rows && newest_tile<kKeys>(p, tile.s, first_row, kStickTileRows) >= 0;
+      const bool any = first_row < tile.s.rows && newest_tile<kKeys>(p, tile.s, first_row, kStickTileRows) >= 0;
+      walking |= unsigned{any} << i;
     }
-    KvProducer<T, Boxes, kConsumers, ForwardLaunch> producer(shared.ring, launch, tile, walks);
+    KvProducer<T, Boxes, kConsumers, ForwardLaunch> producer(shared.ring, launch, tile, walking);
     producer.run(device::shared_address(shared.stages), newest_tile<kKeys>(p, tile.s, tile.first_row, kRows), 0);
   }
 

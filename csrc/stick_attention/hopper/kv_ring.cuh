@@ -40,35 +40,33 @@ class KvProducer {
   static_assert(device::kWarpgroup % kChunks == 0 && kKeys % kKeysAtOnce == 0, "a thread keeps its column");
 
  public:
-  // `walks` says which warpgroups take tiles.
-  __device__ KvProducer(Barriers& barriers, const Launch& launch, const BlockInfo& tile, const bool (&walks)[kWalkers])
+  // `walking`: the warpgroups that take tiles, a bit each.
+  __device__ KvProducer(Barriers& barriers, const Launch& launch, const BlockInfo& tile, unsigned walking)
       : barriers_(barriers),
         ring_(barriers),
         launch_(launch),
         tile_(tile),
+        walking_(walking),
         key_(static_cast<int>(threadIdx.x) % device::kWarpgroup / kChunks),
         column_(static_cast<int>(threadIdx.x % kChunks) * (16 / static_cast<int>(sizeof(T)))),
         bytes_(column_ < launch.params.problem.head_dim ? 16 : 0) {
     const std::uint32_t chunk = threadIdx.x % kChunks;
     own_ = chunk / 8 * Boxes::kBoxBytes + device::swizzled_offset<device::kBoxRowBytes>(Boxes::row_of(key_), chunk % 8);
-#pragma unroll
-    for (int i = 0; i < kWalkers; ++i) walks_[i] = walks[i];
   }
 
   // Loads tiles from `newest` to `oldest` while somebody takes them.
   __device__ void run(device::SharedAddress stages, int newest, int oldest) {
     const StickAttentionProblem& p = launch_.params.problem;
-    int keys = tile_.s.keys - newest * kKeys;
+    int there = tile_.s.keys - newest * kKeys;
+    Tiles keys(*this, p.k, p.k_strides, newest, launch_.k_aligned);
+    Tiles values(*this, p.v, p.v_strides, newest, launch_.v_aligned);
     for (int i = newest; i >= oldest; --i) {
       const int stage = ring_.acquire([&](int next, unsigned parity) { wait_free(next, parity); });
-      bool any = false;
-#pragma unroll
-      for (const bool walks : walks_) any = any || walks;
-      if (!any) break;
+      if (walking_ == 0) break;
       const device::SharedAddress to = stages + stage * Boxes::kStageBytes + own_;
-      load(to, p.k, p.k_strides, i * kKeys, keys, launch_.k_aligned);
-      if (!p.k_is_v) load(to + Boxes::kTileBytes, p.v, p.v_strides, i * kKeys, keys, launch_.v_aligned);
-      keys = kKeys;  // older tiles are whole
+      load(to, keys, there);
+      if (!p.k_is_v) load(to + Boxes::kTileBytes, values, there);
+      there = kKeys;  // older tiles are whole
       ring_.commit();
     }
     ring_.drain();
@@ -78,28 +76,43 @@ class KvProducer {
   __device__ void wait_free(int stage, unsigned parity) {
 #pragma unroll
     for (int i = 0; i < kWalkers; ++i) {
-      if (!walks_[i]) continue;
+      if ((walking_ >> i & 1) == 0) continue;
       Barriers::Barrier::wait(&barriers_.empty[i][stage], parity);
-      walks_[i] = !barriers_.last[i][stage];
+      if (barriers_.last[i][stage]) walking_ &= ~(1u << i);
     }
   }
 
-  // This thread's chunks of a tile whose first key is `first`, of which `keys` are there.
-  __device__ void load(device::SharedAddress to, const void* tensor, const StickKeyStrides& strides, int first,
-                       int keys, bool aligned) const {
-    const T* from = kv_pointer<const T>(tensor, strides, tile_.s, tile_.head, std::int64_t{first} + key_) + column_;
-    const std::int64_t step = kKeysAtOnce * strides.token;
+  // Of K or V, from the newest to the oldest.
+  struct Tiles {
+    const T* next;  // this thread's first chunk of the next tile
+    const StickKeyStrides& strides;
+    const bool aligned;
+
+    __device__ Tiles(const KvProducer& own, const void* tensor, const StickKeyStrides& strides, int tile, bool aligned)
+        : next(
+              kv_pointer<const T>(tensor, strides, own.tile_.s, own.tile_.head, std::int64_t{tile} * kKeys + own.key_) +
+              own.column_),
+          strides(strides),
+          aligned(aligned) {}
+  };
+
+  // This thread's chunks of the next tile, of which `there` keys exist.
+  __device__ void load(device::SharedAddress to, Tiles& tiles, int there) const {
+    const T* from = tiles.next;
+    const std::int64_t step = kKeysAtOnce * tiles.strides.token;
+    tiles.next -= kKeys * tiles.strides.token;
+    device::hide_from_optimizer(tiles.next);  // one pointer in registers
     const auto each = [&](auto whole) {
       device::static_for<kKeys / kKeysAtOnce>([&](auto round) {
         constexpr int kKey = round * kKeysAtOnce, kRow = Boxes::row_of(kKey);
-        const bool there = whole || key_ + kKey < keys;
-        copy_chunk<T, kWholeChunks, kRow * device::kBoxRowBytes>(to ^ kRow % 8 << 4, from, there ? bytes_ : 0,
-                                                                 whole || aligned);
+        const bool exists = whole || key_ + kKey < there;
+        copy_chunk<T, kWholeChunks, kRow * device::kBoxRowBytes>(to ^ kRow % 8 << 4, from, exists ? bytes_ : 0,
+                                                                 whole || tiles.aligned);
         from += step;
         device::hide_from_optimizer(from);  // one step in registers, not its multiples
       });
     };
-    if (aligned && keys >= kKeys) {
+    if (tiles.aligned && there >= kKeys) {
       each(std::true_type{});
     } else {
       each(std::false_type{});
@@ -110,10 +123,10 @@ class KvProducer {
   device::RingProducer<Barriers> ring_;
   const Launch& launch_;
   const BlockInfo& tile_;
+  unsigned walking_;
   const int key_, column_;     // of this thread's first chunk
   const std::uint32_t bytes_;  // 16 or, beyond the head dimension, 0
   std::uint32_t own_;          // where it lies in a tile
-  bool walks_[kWalkers];
 };
 
 // The side of one warpgroup that multiplies.
