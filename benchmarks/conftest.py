@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.utils import get_commit_info
+from torch import Tensor
 
 from moduleformer_ext.heap import keep_freed_memory
 
 from .inputs import MOLM_4B_K2, TINY, LayerShape
 from .machine import NATIVE, CpuMeter, CudaMeter, Limits, Meter, clocks, describe, dtype_name, measure_limits
-from .race import OURS, CheckFailed, Effort, Measured, Race, Run, measure
+from .peers.apart import KINDS, Apart, version
+from .race import OURS, CheckFailed, Contestant, Effort, Measured, Race, Run, measure
 
 QUICK = {"threads": 1, "tokens": 32}
 """The most of each in a quick run."""
 _RATIOS = "ratios"
+
+
+def _peer_python(word: str) -> tuple[str, str]:
+    kind, _, python = word.partition("=")
+    if kind not in KINDS or not os.access(python, os.X_OK):
+        raise argparse.ArgumentTypeError(f"must be KIND=PYTHON, KIND of {', '.join(KINDS)}, got {word}")
+    return kind, python
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +41,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="tiny shapes: does everything run?")
     group.addoption("--missing", action="store_true", help="only cells that the file of --benchmark-json lacks")
     group.addoption("--isa", default=NATIVE, help="what this process was restricted to; a label of its rows")
+    group.addoption(
+        "--peer-python",
+        type=_peer_python,
+        action="append",
+        default=[],
+        metavar="KIND=PYTHON",
+        help=f"the Python that has a peer of another environment ({', '.join(KINDS)})",
+    )
     group.addoption("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no cell later than this")
 
 
@@ -48,7 +67,7 @@ class Session:
         self.known: dict[str, Any] = {"benchmarks": [], "failures": {}, "limits": {}, **known}
         self.failures: dict[str, str] = {}
         self.limits: dict[int, Limits] = {}
-        self.machine = describe(self.device)
+        self.machine = describe(self.device, {kind: version(python, kind) for kind, python in _pythons(config).items()})
         self.commit = get_commit_info()
         self.before = clocks() if self.device == "cuda" else {}
 
@@ -161,6 +180,42 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 @pytest.fixture(scope="session")
 def shape(request: pytest.FixtureRequest) -> LayerShape:
     return request.config.stash[_SESSION].shape
+
+
+PeersApart = Callable[[Mapping[str, str], Mapping[str, Tensor]], list[Contestant]]
+
+
+@pytest.fixture
+def peers_apart(request: pytest.FixtureRequest, threads: int) -> Iterator[PeersApart]:
+    """Makes contestants of peers in processes of their own, as far as `--peer-python` names a Python for them: from
+    precisions by kind, and the inputs of :class:`Apart`.
+    """
+    pythons = _pythons(request.config)
+    started: list[Apart] = []
+
+    def contestants(precisions: Mapping[str, str], inputs: Mapping[str, Tensor]) -> list[Contestant]:
+        made = []
+        for kind, precision in precisions.items():
+            if kind in pythons:
+                started.append(Apart(pythons[kind], kind, precision, threads, inputs))
+                made.append(started[-1].contestant(f"{kind}, {precision}"))
+        return made
+
+    yield contestants
+    for apart in started:
+        apart.close()
+
+
+def _pythons(config: pytest.Config) -> dict[str, str]:
+    """Those of peers apart. These have no switch for an instruction set, so that a restricted run is without them."""
+    return dict(config.getoption("peer_python")) if config.getoption("isa") == NATIVE else {}
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Which peers this run is without."""
+    missing = [kind for kind in KINDS if kind not in _pythons(config)]
+    why = f"no --peer-python KIND=PYTHON, or an --isa other than {NATIVE}"
+    return [f"without {' and '.join(missing)}: {why}"] if missing else []
 
 
 def _record(benchmark: Any, name: str, measured: Measured, info: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -283,8 +283,8 @@ def versions() -> dict[str, str]:
     return {found.name: found.version for found in importlib.metadata.distributions() if found.name in _PACKAGES}
 
 
-def describe(device: str = "cpu") -> dict[str, object]:
-    """Name and versions, for the head of a report."""
+def describe(device: str = "cpu", peers_apart: Mapping[str, str] | None = None) -> dict[str, object]:
+    """Name and versions, for the head of a report; those of peers in other environments as given."""
     from moduleformer_ext import _extension
 
     info = _extension.build_info()
@@ -296,7 +296,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
         "torch": torch.__version__,
         "moduleformer_ext": info.get("version"),
         "cpu_isa": info.get("cpu_isa"),
-        "packages": versions(),
+        "packages": {**versions(), **(peers_apart or {})},
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties()

@@ -203,11 +203,14 @@ def _shared(cells: list[Cell], name: str, goal: str) -> Iterator[str]:
         yield f"\n{goal}: met in {known - len(missed)} of {known} cells."
     for cell, verdict in missed:
         info = cell.info
-        yield f"- {info['section']}, {info['case']}, {cell.threads} threads: {_ratio(verdict.value)}, {verdict}"
+        value = f"{_ratio(verdict.value)} {cell.best_peer}" if name == BEST_PEER else _ratio(verdict.value)
+        yield f"- {info['section']}, {info['case']}, {cell.threads} threads: {value}, {verdict}"
 
 
 def goals_table(run: Run) -> str:
-    """The goals of single cells one by one; those that many cells share as counts and exceptions."""
+    """Where a peer is faster comes first. Then the goals of single cells one by one, and those that many cells share as
+    counts and exceptions.
+    """
     rows = []
     memory: dict[str, list[Cell]] = {}
     for cell in run.cells:
@@ -218,8 +221,8 @@ def goals_table(run: Run) -> str:
             verdict = cell.judge(name, bound)
             where = [cell.info["section"], cell.info["case"], cell.threads]
             rows.append([*where, verdict.goal, _ratio(verdict.value), str(verdict)])
-    lines = [table(["Section", "Cell", "Threads", "Goal", "Measured", "Result"], rows)] if rows else []
-    lines += _shared(run.cells, BEST_PEER, "No peer is faster")
+    lines = list(_shared(run.cells, BEST_PEER, "No peer is faster"))
+    lines += ["", table(["Section", "Cell", "Threads", "Goal", "Measured", "Result"], rows)] if rows else []
     for name, cells in memory.items():
         lines += _shared(cells, name, f"No more memory than {name.removeprefix(MEMORY)}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -20,7 +21,8 @@ from benchmarks.inputs import (
     random_gates,
     randomize,
 )
-from benchmarks.peers import jetmoe
+from benchmarks.peers import apart, jetmoe
+from benchmarks.peers.apart import Apart
 from benchmarks.peers.attention import (
     DenseStickAttention,
     attention_peers,
@@ -238,3 +240,75 @@ def test_absent_packages_are_no_peers(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     assert attention_peers(1) == {}
     assert set(ffn_peers(jetmoe_experts=False)) == {REFERENCE, "grouped_mm", "padded bmm"}
+
+
+SERVED = """
+import sys
+sys.path.insert(0, {folder!r})
+import numpy as np
+import served
+
+def loop(arrays, precision, threads):
+    assert (precision, threads) == ("fp32", 1)
+    y = np.empty_like(arrays["x"])
+
+    def run():
+        print("a word of a package")
+        for t, x in enumerate(arrays["x"]):
+            y[t] = 0
+            for e, weight in zip(arrays["ids"][t], arrays["weights"][t]):
+                gate, up = arrays["gate"][e] @ x, arrays["up"][e] @ x
+                y[t] += weight * (arrays["down"][e] @ (gate / (1 + np.exp(-gate)) * up))
+
+    return run, lambda: y
+
+served._KINDS["kt-kernel"] = loop
+served.serve(*sys.argv[1:])
+"""
+
+
+def gated_experts(width: int = 32, hidden: int = 64) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of a peer apart, and y in float64."""
+    x, (weights, ids) = normal(5, width), random_gates(5, 4, 2)
+    gate, up = (expert_weights(4, width, hidden, torch.float32, seed).transpose(1, 2) for seed in (1, 2))
+    down = expert_weights(4, hidden, width, torch.float32, 3).transpose(1, 2)
+    rows = x.double()[:, None, :, None]
+    of_slot = [matrices.double()[ids.long()] for matrices in (gate, up, down)]
+    inner = F.silu(of_slot[0] @ rows) * (of_slot[1] @ rows)
+    y = (weights.double()[..., None] * (of_slot[2] @ inner)[..., 0]).sum(1)
+    return {"gate": gate, "up": up, "down": down, "x": x, "ids": ids, "weights": weights}, y
+
+
+def test_a_peer_in_a_process_of_its_own(monkeypatch, tmp_path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(SERVED.format(folder=str(Path(apart.__file__).parent)))
+    monkeypatch.setattr(apart, "_PROGRAM", program)
+    inputs, expected = gated_experts()
+    peer = Apart(sys.executable, "kt-kernel", "fp32", 1, inputs)
+    for _ in range(2):
+        torch.testing.assert_close(peer.run()["y"].double(), expected, rtol=1e-4, atol=1e-5)
+        assert set(peer.clocks()) == {"cpu", "wall"} and peer.clocks()["wall"] > 0
+    process = peer._process
+    peer.close()
+    assert process is not None and process.returncode == 0
+
+
+def test_a_peer_apart_that_is_not_there_says_why(monkeypatch, tmp_path) -> None:
+    (tmp_path / "kt_kernel.py").write_text("raise ImportError('no kt_kernel for this processor')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    inputs, _ = gated_experts()
+    peer = Apart(sys.executable, "kt-kernel", "bf16", 1, inputs)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="its process ended with status 1 and said: ImportError: no kt_kernel"):
+            peer.run()
+    peer.close()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("int8", 0.05)])
+def test_kt_kernel_computes_gated_experts(precision: str, tolerance: float) -> None:
+    pytest.importorskip("kt_kernel")
+    inputs, expected = gated_experts(width=128, hidden=256)
+    peer = Apart(sys.executable, "kt-kernel", precision, 1, inputs)
+    error = (peer.run()["y"] - expected).norm() / expected.norm()
+    peer.close()
+    assert error < tolerance

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_rounds_are_interleaved_after_all_checks() -> None:
     assert [measured.comparable for measured in ran.values()] == [True, True, False]
     assert all(len(measured.times) == 4 for measured in ran.values())
     assert (ran[REFERENCE].error, ran["yardstick"].error) == (0.0, None)
+
+
+def test_a_contestant_of_another_process_tells_its_own_time() -> None:
+    elsewhere = replace(entry(REFERENCE, []), clocks=lambda: {"cpu": 3.0, "wall": 4.0})
+    ran, _ = measure(Race([entry(OURS, []), elsewhere], Tolerance(1e-3)), METER, FAST)
+    assert ran[REFERENCE].rounds[0] == {"wall": 4.0, "cpu": 3.0}
+    assert ran[REFERENCE].times[0] == 4.0 and ran[OURS].times[0] < 1
+    assert ran[REFERENCE].memory is None
 
 
 def test_a_wrong_result_gets_no_time() -> None:

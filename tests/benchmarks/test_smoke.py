@@ -143,7 +143,7 @@ def test_instruction_sets_one_after_another(tmp_path: Path) -> None:
     assert "| linear gate, fp32, forward, T32 | 1 (CPU time), baseline |" in table
 
 
-@pytest.mark.parametrize(("device", "cells"), [("cpu", 284), ("cuda", 162)])
+@pytest.mark.parametrize(("device", "cells"), [("cpu", 294), ("cuda", 163)])
 def test_full_cells(device: str, cells: int) -> None:
     """Nothing is there twice (conftest.py refuses it), and a run ends in reasonable time."""
     plugins = "-p stand_in_gpu" if device == "cuda" else ""
@@ -182,6 +182,7 @@ def test_wrong_options_are_named(
 
 
 def test_mistakes_in_the_command_are_named(tmp_path: Path) -> None:
+    assert "KIND of kt-kernel, got llama=x" in bench("--peer-python=llama=x", "--out", tmp_path).stderr
     assert "--devise" in (result := bench("--devise", "cpu", "--out", tmp_path)).stderr and result.returncode != 0
     if not torch.cuda.is_available():
         result = bench("--device", "cuda")
