@@ -86,7 +86,8 @@ void AttentionLayerDecode::check(const char* op, const Args& a) {
 }
 
 void AttentionLayerDecode::check_runnable(const char* op, const Args& a) {
-  if (a.query_weight.is_quantised() || a.output_weight.is_quantised()) check_cpu(op, "x", a.input.x());
+  a.query_weight.check_runnable(op, "query_weight", a.input.x());
+  a.output_weight.check_runnable(op, "output_weight", a.input.x());
   if (backend_of(op, "x", a.input.x()) != Backend::kCpu) return;  // lengths stay on the device
   const int64_t room = a.cache.k_cache.size(1), added = a.input.x().size(1);
   const int32_t* const lengths = a.cache.cache_lengths.const_data_ptr<int32_t>();

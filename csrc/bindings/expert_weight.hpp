@@ -33,6 +33,9 @@ struct ExpertWeight {
                   tensors.size(), " tensors beside ", format.size(), " integers");
     quantised().check(op, argument, experts, x);
   }
+  void check_runnable(const char* op, const char* argument, const at::Tensor& x) const {
+    if (is_quantised()) quantised().check_runnable(op, argument, x);
+  }
 };
 
 // What is multiplied, and where to.
@@ -50,16 +53,20 @@ inline void multiply(const char* op, Backend backend, const at::Tensor& x, const
   const DType dtype = check_float_dtype(op, "x", x);
   if (weight.is_quantised()) {
     const QuantisedWeight quantised = weight.quantised();
-    check_status(op, quantised_gemm_cpu({.dtype = dtype,
-                                         .layout = layout,
-                                         .activation = product.activation,
-                                         .in_features = quantised.in_features,
-                                         .out_features = quantised.out_features,
-                                         .x = product.rows,
-                                         .weight = quantised.view(),
-                                         .gates = product.gates,
-                                         .out_order = product.out_order,
-                                         .out = product.out}));
+    const QuantisedGemmParams params = {
+        .dtype = dtype,
+        .layout = layout,
+        .activation = product.activation,
+        .in_features = quantised.in_features,
+        .out_features = quantised.out_features,
+        .x = product.rows,
+        .weight = quantised.view(),
+        .gates = product.gates,
+        .out_order = product.out_order,
+        .out = product.out,
+    };
+    launch(op, backend, {x, quantised.values}, params, quantised_gemm_cpu, MFX_CUDA_FUNCTION(mfx_quantised_gemm_cuda),
+           MFX_CUDA_FUNCTION(mfx_quantised_gemm_cuda_workspace));
     return;
   }
   const MatrixOperand matrices(weight.tensors);

@@ -32,7 +32,8 @@ void FfnLayerDecode::check(const char* op, const Args& a) {
 }
 
 void FfnLayerDecode::check_runnable(const char* op, const Args& a) {
-  if (is_quantised(a)) check_cpu(op, "x", a.input.x());
+  a.up.check_runnable(op, "up", a.input.x());
+  a.down.check_runnable(op, "down", a.input.x());
 }
 
 namespace {

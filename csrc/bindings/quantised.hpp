@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bindings/checks.hpp"
+#include "bindings/launch.hpp"
 #include "core/divide.hpp"
 #include "moduleformer_ext/quantised_gemm.hpp"
 
@@ -43,6 +44,20 @@ struct QuantisedWeight {
     check_part(argument + ".values", values, {experts, panels, rows, kQuantisedPanel}, at::kChar);
     check_part(argument + ".scales", scales, {experts, panels, groups, kQuantisedPanel},
                bits == 8 ? at::kFloat : at::kHalf);
+  }
+
+  // What the CUDA kernels ask for beyond that.
+  void check_runnable(const char* op, const std::string& argument, const at::Tensor& x) const {
+    if (backend_of(op, "x", x) == Backend::kCpu) return;
+    MFX_CHECK_ARG(x.scalar_type() != at::kFloat, op, "x", "be bfloat16 or float16 beside quantised matrices on CUDA",
+                  x.scalar_type());
+    const auto check_address = [&](const char* name, const at::Tensor& part) {
+      const auto beyond = reinterpret_cast<std::uintptr_t>(part.const_data_ptr()) % 16;
+      MFX_CHECK_ARG(beyond == 0, op, argument + name, "begin at a multiple of 16 bytes on CUDA", beyond,
+                    " bytes beyond one");
+    };
+    check_address(".values", values);
+    check_address(".scales", scales);
   }
 
   void check_gated(const char* op, const std::string& argument) const {

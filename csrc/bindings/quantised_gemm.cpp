@@ -52,7 +52,7 @@ at::Tensor quantised_gemm(const Args& a) {
   const int64_t columns = activation(a).gated ? a.weight.out_features / 2 : a.weight.out_features;
   const at::Tensor out = empty_rows(rows_shape(a.layout, out_order, columns), a.x.options());
   if constexpr (kMeta) return out;
-  check_cpu(kOp, "x", a.x);
+  a.weight.check_runnable(kOp, "weight", a.x);
   const at::Tensor x = with_unit_stride(a.x), gates = contiguous(a.gates);
   const QuantisedGemmParams params = {
       .dtype = check_float_dtype(kOp, "x", x),
@@ -66,7 +66,8 @@ at::Tensor quantised_gemm(const Args& a) {
       .out_order = out_order,
       .out = out.mutable_data_ptr(),
   };
-  check_status(kOp, quantised_gemm_cpu(params));
+  launch(kOp, backend_of(kOp, "x", x), {x, a.weight.values}, params, quantised_gemm_cpu,
+         MFX_CUDA_FUNCTION(mfx_quantised_gemm_cuda), MFX_CUDA_FUNCTION(mfx_quantised_gemm_cuda_workspace));
   return out;
 }
 
@@ -95,10 +96,10 @@ TORCH_LIBRARY_FRAGMENT(moduleformer_ext, m) {
       "quantised_gemm(Tensor x, Tensor values, Tensor scales, int bits, int in_features, int out_features, "
       "Tensor offsets, Tensor slot_order, Tensor position, int num_choices, str x_order, str out_order, Tensor? gates, "
       "str? activation) -> Tensor")
-      .kernel<&quantised_gemm<false>>({CPU})
+      .kernel<&quantised_gemm<false>>({CPU, CUDA})
       .kernel<&quantised_gemm<true>>({Meta})
       .kernel<&inference>({Autograd})
-      .kernel<&autocast>({AutocastCPU});
+      .kernel<&autocast>({AutocastCPU, AutocastCUDA});
 }
 
 }  // namespace mfx

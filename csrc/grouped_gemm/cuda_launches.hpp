@@ -31,6 +31,8 @@ class Launches {
   }
   // Where a product's rows go: contiguous to `out`, times their gates (or null), or, with `rows`, there for combine().
   void write_to(RowProductParams* product, void* out, RowOrder order, const void* gates, float* rows);
+  // Refuses matrices that are larger than the kernels count.
+  void require_features(std::int64_t rows, std::int64_t columns);
   // [rows, columns] matrices.
   ExpertMatrices matrices(const RoutedMatrices& matrices, std::int64_t rows, std::int64_t columns);
 
@@ -38,6 +40,9 @@ class Launches {
   // With grad_gates, the dots and those of the biases (or null) are summed into it.
   void row_product(Product product, RowProductParams params, void* grad_gates = nullptr,
                    const float* bias_dots = nullptr);
+  // Another op's forward product, by its own kernels: `params` are theirs, `product` the part of them that is as above.
+  void forward_product(const Instances& table, RowProductParams* product, std::int64_t matrix_columns,
+                       const void* params);
   void weight_grad(const RowMap& x, const RowMap& grad, const RoutedMatrices& grad_weight, std::int64_t in_features,
                    std::int64_t out_features);
   // out <- sum over the choices of gates * rows, which a product was told to write; nothing without rows.
@@ -58,6 +63,10 @@ class Launches {
   bool aligned(const void* data, std::int64_t columns) const;  // contiguous rows from here on
   // `mapped`: TMA can be told where the product's matrices lie.
   const ProductInstance& choose(Product product, bool transposed, bool aligned, bool mapped);
+  const ProductInstance& choose_from(const Instances& table, Product product, bool transposed, bool aligned);
+  void describe_layout(RowProductParams* params) const;
+  // Of a persistent grid over all tiles of rows by so many columns of the matrices.
+  std::int64_t row_blocks(const ProductInstance& instance, std::int64_t columns) const;
   void launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params);
   int pointwise_blocks(std::int64_t rows) const;
   // Refuses more; `what` reads "<argument> must ...".

@@ -7,7 +7,28 @@
 
 namespace mfx::grouped {
 
-template <typename Shape>
+// How the lanes' sums lie in shared memory: mma's columns in their order, pairs of a lane side by side.
+struct LanePairs {
+  // Where chunk `chunk` of four columns of a row is.
+  static constexpr __device__ int chunk(int chunk) { return chunk; }
+
+  // Where this lane's sums of 16 rows begin, in floats from the first row, and how it stores them there.
+  template <int kPitch>
+  static __device__ int begin() {
+    const int lane = threadIdx.x % 32;
+    return lane / 4 * kPitch + lane % 4 * 2;
+  }
+  template <int kPitch, int kBlocks>
+  static __device__ void store(const float (&c)[kBlocks][4], SharedAddress to) {
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      device::store_shared_64(to + j * 8 * 4, c[j][0], c[j][1]);
+      device::store_shared_64(to + j * 8 * 4 + 8 * kPitch * 4, c[j][2], c[j][3]);
+    }
+  }
+};
+
+template <typename Shape, typename Order = LanePairs>
 class Epilogue {
   // The pitch sends the eight rows of a store, and the lanes of a load, to different banks.
   static constexpr int kPitch = Shape::kColumnsPerWarp + 8;
@@ -44,17 +65,11 @@ class Epilogue {
   static __device__ void visit(const AccTile<Shape>& sums, SharedAddress shared, int rows, F f) {
     const int lane = threadIdx.x % 32, group = Shape::warp_depth();
     const SharedAddress first = shared + (Shape::warp() - group) * kFloats * 4;
-    const SharedAddress to = first + (group * kFloats + lane / 4 * kPitch + lane % 4 * 2) * 4;
+    const SharedAddress to = first + (group * kFloats + Order::template begin<kPitch>()) * 4;
 #pragma unroll
     for (int block = 0; block < Shape::kRowBlocks; ++block) {
       if (block * 16 >= rows) break;
-#pragma unroll
-      for (int j = 0; j < Shape::kColumnBlocks; ++j) {
-        const float (&c)[4] = sums.c[block][j];
-        const SharedAddress at = to + (block * 16 * kPitch + j * 8) * 4;
-        device::store_shared_64(at, c[0], c[1]);
-        device::store_shared_64(at + 8 * kPitch * 4, c[2], c[3]);
-      }
+      Order::template store<kPitch>(sums.c[block], to + block * 16 * kPitch * 4);
     }
     if constexpr (Shape::kWarpDepth > 1) {
       __syncthreads();
@@ -62,10 +77,12 @@ class Epilogue {
       __syncwarp();
     }
     const int first_row = (group * 32 + lane) / kLanes<kFolded>;
-    SharedAddress from = first + (first_row * kPitch + lane % kLanes<kFolded> * kVector) * 4;
+    const int own = Order::chunk(lane % kLanes<kFolded>);
+    const int partner_bytes = (Order::chunk(lane % kLanes<kFolded> + kLanes<kFolded>) - own) * kVector * 4;
+    SharedAddress from = first + (first_row * kPitch + own * kVector) * 4;
 #pragma unroll 2
     for (int begin = group * 32 / kLanes<kFolded>; begin < rows; begin += kRowsPerPass<kFolded>) {
-      const float4 total = sum(from), partner = kFolded ? sum(from + kColumns<kFolded> * 4) : float4{};
+      const float4 total = sum(from), partner = kFolded ? sum(from + partner_bytes) : float4{};
       f(Shape::warp_row() + begin + lane / kLanes<kFolded>, total, partner);
       from += kRowsPerPass<kFolded> * kPitch * 4;
     }

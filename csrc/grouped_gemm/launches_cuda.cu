@@ -113,12 +113,16 @@ void Launches::write_to(RowProductParams* product, void* out, RowOrder order, co
   product->out_unrounded = true;
 }
 
+void Launches::require_features(std::int64_t rows, std::int64_t columns) {
+  require_at_most((1 << 28) - 1, std::max(rows, columns), "weight must have rows and columns of");
+}
+
 ExpertMatrices Launches::matrices(const RoutedMatrices& matrices, std::int64_t rows, std::int64_t columns) {
   ExpertMatrices result = {};
   result.transposed = matrices.transposed;
   result.row_bytes = matrices.stride * element_size(dtype_);
   result.matrix_bytes = matrices.expert_stride * element_size(dtype_);
-  require_at_most((1 << 28) - 1, std::max(rows, columns), "weight must have rows and columns of");
+  require_features(rows, columns);
   const char* expected = nullptr;  // where the next matrix of the current segment lies
   for (std::int64_t e = 0; e < layout_.num_experts; ++e) {
     const char* matrix = static_cast<const char*>(matrices.data[e]);
@@ -153,20 +157,24 @@ bool Launches::aligned(const void* data, std::int64_t columns) const {
 }
 
 const ProductInstance& Launches::choose(Product product, bool transposed, bool aligned, bool mapped) {
-  if (!aligned) slow_ = "rows of a tensor do not begin at multiples of 16 bytes and are read element by element";
-  const int rows = rows_of_tile(product, aligned, layout_.num_slots(), layout_.num_experts);
   // Hopper's tiles skip the half that an expert's rows do not reach: they serve small experts, too, but not the few
   // rows of decoding.
-  if (aligned && mapped && rows > 16) {
+  if (aligned && mapped && rows_of_tile(product, aligned, layout_.num_slots(), layout_.num_experts) > 16) {
     const auto* chosen = choose_instance(hopper_instances_, product, transposed, 128, true, capability_);
     if (chosen != nullptr) return *chosen;
   }
-  if (const auto* chosen = choose_instance(instances_, product, transposed, rows, aligned, capability_)) return *chosen;
+  return choose_from(instances_, product, transposed, aligned);
+}
+
+const ProductInstance& Launches::choose_from(const Instances& table, Product product, bool transposed, bool aligned) {
+  if (!aligned) slow_ = "rows of a tensor do not begin at multiples of 16 bytes and are read element by element";
+  const int rows = rows_of_tile(product, aligned, layout_.num_slots(), layout_.num_experts);
+  if (const auto* chosen = choose_instance(table, product, transposed, rows, aligned, capability_)) return *chosen;
   if (status_.ok()) {
     status_ = refusal("x must lie on a GPU of compute capability 8.0 or newer for the CUDA kernels, got " +
                       std::to_string(capability_ / 10) + "." + std::to_string(capability_ % 10));
   }
-  return *instances_.first;  // nothing is launched any more
+  return *table.first;  // nothing is launched any more
 }
 
 void Launches::launch_product(const ProductInstance& instance, std::int64_t blocks, const void* params) {
@@ -182,13 +190,32 @@ int Launches::pointwise_blocks(std::int64_t rows) const {
       std::min<std::int64_t>(ceil_div(rows * 32, kPointwiseThreads), processors_ * (2048 / kPointwiseThreads)));
 }
 
+void Launches::describe_layout(RowProductParams* params) const {
+  params->offsets = layout_.offsets;
+  params->num_experts = static_cast<std::int32_t>(layout_.num_experts);
+  params->slot_order = layout_.slot_order;
+  params->slots = static_cast<std::int32_t>(layout_.num_slots());
+}
+
+std::int64_t Launches::row_blocks(const ProductInstance& instance, std::int64_t columns) const {
+  const std::int64_t slots = layout_.num_slots(), column_tiles = ceil_div(columns, instance.columns);
+  const std::int64_t row_tiles = slots / instance.rows + std::min(slots, layout_.num_experts);  // at most
+  return std::min<std::int64_t>(row_tiles * column_tiles, processors_ * instance.blocks_per_sm);
+}
+
+void Launches::forward_product(const Instances& table, RowProductParams* product, std::int64_t matrix_columns,
+                               const void* params) {
+  if (!status_.ok() || layout_.num_slots() == 0) return;
+  describe_layout(product);
+  const bool all_aligned = aligned(product->rows) && aligned(product->columns) && aligned(product->out);
+  const ProductInstance& instance = choose_from(table, Product::kForward, /*transposed=*/false, all_aligned);
+  launch_product(instance, row_blocks(instance, matrix_columns), params);
+}
+
 void Launches::row_product(Product product, RowProductParams params, void* grad_gates, const float* bias_dots) {
   const std::int64_t slots = layout_.num_slots();
   if (!status_.ok() || slots == 0) return;
-  params.offsets = layout_.offsets;
-  params.num_experts = static_cast<std::int32_t>(layout_.num_experts);
-  params.slot_order = layout_.slot_order;
-  params.slots = static_cast<std::int32_t>(slots);
+  describe_layout(&params);
   const ActivationGradRows& hidden_grad = params.hidden_grad;
   // The columns themselves: the second half of gated matrices begins there, and rows of x may be longer.
   const bool all_aligned = aligned(params.rows) && aligned(params.matrices) && aligned(params.columns) &&
@@ -202,9 +229,7 @@ void Launches::row_product(Product product, RowProductParams params, void* grad_
   const std::int64_t rows = rows_of_depth ? params.depth : result, columns = rows_of_depth ? result : params.depth;
   const ProductInstance& instance =
       choose(product, params.matrices.transposed, all_aligned, has_maps(params.matrices, rows, columns));
-  const std::int64_t column_tiles = ceil_div(result, instance.columns);
-  const std::int64_t row_tiles = slots / instance.rows + std::min(slots, layout_.num_experts);  // at most
-  const std::int64_t blocks = std::min<std::int64_t>(row_tiles * column_tiles, processors_ * instance.blocks_per_sm);
+  const std::int64_t blocks = row_blocks(instance, result);
   if (instance.arch < 90) {
     launch_product(instance, blocks, &params);
   } else {

@@ -29,10 +29,19 @@ struct QuantisedGemmParams {
   QuantisedMatrices weight;
   const void* gates;  // [T, K] float32, or null
   RowOrder out_order;
-  void* out;  // as in GroupedGemmParams
+  void* out;                  // as in GroupedGemmParams
+  void* workspace = nullptr;  // CUDA only: as much memory as mfx_quantised_gemm_cuda_workspace says
 };
 
 // Checks dtype, bits and, as grouped_gemm_cpu does, the contents of the layout.
 Status quantised_gemm_cpu(const QuantisedGemmParams& params);
+
+// bfloat16 and float16, on sm_80 and later, of values and scales that begin at multiples of 16 bytes. The layout stays
+// on the device and is trusted.
+extern "C" {
+Status mfx_quantised_gemm_cuda(const QuantisedGemmParams& params, Stream stream);
+// Bytes of `workspace`.
+std::int64_t mfx_quantised_gemm_cuda_workspace(const QuantisedGemmParams& params);
+}
 
 }  // namespace mfx

@@ -1,4 +1,4 @@
-"""The product of routed rows with quantised matrices, which the CPU alone has a kernel for."""
+"""The CPU's product of routed rows with quantised matrices; tests/cuda has the tests of the CUDA kernels."""
 
 from __future__ import annotations
 

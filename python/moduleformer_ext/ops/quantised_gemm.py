@@ -20,13 +20,14 @@ def quantised_gemm(
     activation: str | None = None,
 ) -> Tensor:
     """:func:`~moduleformer_ext.ops.grouped_gemm` with matrices of 8 or 4 bits, which are read as they are: the fewer
-    bytes, the faster a token. For inference: there is no gradient, and on a GPU no kernel.
+    bytes, the faster a token. For inference: there is no gradient.
 
     Sums are carried in float32. Where an expert has more than 16 rows its matrix is dequantised piece by piece into
-    the type that the processor multiplies, bfloat16 for bfloat16 x where it has that product.
+    the type that the processor multiplies, bfloat16 for bfloat16 x where it has that product. On a GPU, sm_80 or newer,
+    numbers are multiplied as bfloat16 or float16, exactly, and sums are scaled.
 
     Args:
-        x: float32, bfloat16 or float16 rows in ``x_order`` on the CPU, with ``in`` features.
+        x: rows in ``x_order`` with ``in`` features: bfloat16 or float16, on the CPU also float32.
         weight: from :func:`moduleformer_ext.quantised.quantise`.
         layout: from :func:`~moduleformer_ext.ops.expert_layout`, for these T tokens.
         x_order, out_order, gates: as in :func:`~moduleformer_ext.ops.grouped_gemm`.
