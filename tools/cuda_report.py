@@ -101,6 +101,8 @@ EXPECTED = (
     (r"grouped_\w+_sm90a", ("HGMMA",)),
     (r"grouped_(forward|input_grad|hidden_grad)_\w+_sm90a", ("UTMALDG",)),
     (r"grouped_(forward|input_grad)_\w+?_\d+x\d+_sm80", ("STG.128",)),
+    (r"quantised_\w+_sm80", ("MMA", "LDSM", "LDGSTS")),
+    (r"quantised_\w+_\d+x\d+_sm80", ("STG.128",)),
     (r"route_topk_(forward|backward_tokens|backward_weights)", ("MMA", "LDGSTS")),
     (r"route_topk_(forward|backward_tokens|backward_weights<BFloat16)", ("LDSM",)),
 )
