@@ -143,7 +143,7 @@ def test_instruction_sets_one_after_another(tmp_path: Path) -> None:
     assert "| linear gate, fp32, forward, T32 | 1 (CPU time), baseline |" in table
 
 
-@pytest.mark.parametrize(("device", "cells"), [("cpu", 302), ("cuda", 163)])
+@pytest.mark.parametrize(("device", "cells"), [("cpu", 302), ("cuda", 164)])
 def test_full_cells(device: str, cells: int) -> None:
     """Nothing is there twice (conftest.py refuses it), and a run ends in reasonable time."""
     plugins = "-p stand_in_gpu" if device == "cuda" else ""
