@@ -73,8 +73,8 @@ mfx_stick_attention_forward_cuda(const StickAttentionForwardParams& params, Stre
       .o_aligned = stick_aligned(params.o, element, params.o_strides),
       .residual_aligned = stick_aligned(params.residual, element, params.o_strides),
   };
-  const Status status = mfx::launch(instance->kernel, static_cast<unsigned>(blocks), instance->threads,
-                                    instance->shared_bytes, stream, launch);
+  const Status status = mfx::launch(instance->kernel, dim3(static_cast<unsigned>(blocks), instance->cluster),
+                                    instance->threads, instance->shared_bytes, stream, launch);
   const bool aligned = launch.q_aligned && launch.k_aligned && launch.v_aligned && launch.o_aligned;
   return {status.message, aligned ? nullptr : kStickSlow};
 }

@@ -23,6 +23,9 @@
 
 namespace mfx {
 
+// Wider heads than this are split, over the warps or warpgroups.
+inline constexpr int kStickTiledHeadDim = 256;
+
 // Refusals.
 inline constexpr Status kStickTooLarge = {
     "q and k must have fewer than 2^31 rows per head and 2^37 in all for the CUDA kernels, got more", nullptr, true};

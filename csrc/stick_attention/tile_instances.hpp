@@ -16,6 +16,9 @@ struct TileInstance {
   int most_head_dim;
   int tile_rows, threads, shared_bytes;  // of a block
   void (*kernel)(Launch);
+  // Of those that share a tile among the blocks of a cluster: how many, the grid's y. They serve head dims above 256
+  // where K is V.
+  int cluster = 1;
 };
 
 template <typename Launch>
@@ -51,7 +54,10 @@ void list_sm90a(TileInstances<Launch> instances, const char* op, KernelSink sink
 template <typename Launch>
 const TileInstance<Launch>* find_sm90a(TileInstances<Launch> instances, const StickAttentionProblem& p,
                                        int capability) {
-  return capability == 90 ? find_instance(instances.first, instances.count, p) : nullptr;
+  if (capability != 90) return nullptr;
+  const TileInstance<Launch>* const instance = find_instance(instances.first, instances.count, p);
+  const bool serves = instance == nullptr || instance->cluster == 1 || (p.k_is_v && p.head_dim > kStickTiledHeadDim);
+  return serves ? instance : nullptr;
 }
 
 }  // namespace mfx::stick

@@ -26,10 +26,14 @@ struct WarpgroupAtoms;
     using Ab = cute::SM90::GMMA::atom##_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;   \
     using Atb = cute::SM90::GMMA::atom##_SS<cute::SM90::GMMA::Major::MN, cute::SM90::GMMA::Major::MN>; \
   };
+MFX_WARPGROUP_ATOMS(BFloat16, 4, MMA_64x32x16_F32BF16BF16)
 MFX_WARPGROUP_ATOMS(BFloat16, 8, MMA_64x64x16_F32BF16BF16)
 MFX_WARPGROUP_ATOMS(BFloat16, 16, MMA_64x128x16_F32BF16BF16)
+MFX_WARPGROUP_ATOMS(BFloat16, 32, MMA_64x256x16_F32BF16BF16)
+MFX_WARPGROUP_ATOMS(Float16, 4, MMA_64x32x16_F32F16F16)
 MFX_WARPGROUP_ATOMS(Float16, 8, MMA_64x64x16_F32F16F16)
 MFX_WARPGROUP_ATOMS(Float16, 16, MMA_64x128x16_F32F16F16)
+MFX_WARPGROUP_ATOMS(Float16, 32, MMA_64x256x16_F32F16F16)
 #undef MFX_WARPGROUP_ATOMS
 
 // Orders what is done to an accumulator's registers with the products, for the compiler.
@@ -60,11 +64,12 @@ __device__ inline void multiply_ab(float (&acc)[kTiles][4], const FragmentA& a, 
   Atom::fma(a[0], a[1], a[2], a[3], b, acc[kIndex / 4][kIndex % 4]...);
 }
 
-// acc = A B^T over kDepth columns of both, whose boxes have 64 rows and 8 kTiles. For an order_group().
-template <typename Op, int kDepth, int kTiles>
+// acc = A B^T over kDepth columns of both, whose boxes have 64 rows and 8 kTiles or, where only part of these is taken,
+// kBRows. For an order_group().
+template <typename Op, int kDepth, int kBRows = 0, int kTiles>
 __device__ inline void multiply_abt(float (&acc)[kTiles][4], SharedAddress a_boxes, SharedAddress b_boxes) {
   using cute::SM90::GMMA::ScaleOut;
-  constexpr int kABox = 64 * kBoxRowBytes, kBBox = 8 * kTiles * kBoxRowBytes;
+  constexpr int kABox = 64 * kBoxRowBytes, kBBox = (kBRows == 0 ? 8 * kTiles : kBRows) * kBoxRowBytes;
   const std::uint64_t a = box_descriptor<Major::kK, kABox>(a_boxes), b = box_descriptor<Major::kK, kBBox>(b_boxes);
   static_for<kDepth / 16>([&](auto step) {
     multiply_shared<typename WarpgroupAtoms<Op, kTiles>::Abt>(

@@ -19,4 +19,10 @@ struct KvBoxes {
   __host__ __device__ static constexpr int row_of(int key) { return key % kRun / 2 * 8 + key / kRun * 2 + key % 2; }
 };
 
+// The same where K is V.
+template <int kDim, int kKeys, int kStages>
+struct SharedKvBoxes : KvBoxes<kDim, kKeys, kStages> {
+  static constexpr int kStageBytes = KvBoxes<kDim, kKeys, kStages>::kTileBytes;
+};
+
 }  // namespace mfx::stick

@@ -40,15 +40,16 @@ class KvProducer {
   static_assert(device::kWarpgroup % kChunks == 0 && kKeys % kKeysAtOnce == 0, "a thread keeps its column");
 
  public:
-  // `walking`: the warpgroups that take tiles, a bit each.
-  __device__ KvProducer(Barriers& barriers, const Launch& launch, const BlockInfo& tile, unsigned walking)
+  // `walking`: the warpgroups that take tiles, a bit each. Of the head dimension the columns from `first_column` on.
+  __device__ KvProducer(Barriers& barriers, const Launch& launch, const BlockInfo& tile, unsigned walking,
+                        int first_column = 0)
       : barriers_(barriers),
         ring_(barriers),
         launch_(launch),
         tile_(tile),
         walking_(walking),
         key_(static_cast<int>(threadIdx.x) % device::kWarpgroup / kChunks),
-        column_(static_cast<int>(threadIdx.x % kChunks) * (16 / static_cast<int>(sizeof(T)))),
+        column_(first_column + static_cast<int>(threadIdx.x % kChunks) * (16 / static_cast<int>(sizeof(T)))),
         bytes_(column_ < launch.params.problem.head_dim ? 16 : 0) {
     const std::uint32_t chunk = threadIdx.x % kChunks;
     own_ = chunk / 8 * Boxes::kBoxBytes + device::swizzled_offset<device::kBoxRowBytes>(Boxes::row_of(key_), chunk % 8);
@@ -120,7 +121,7 @@ class KvProducer {
   }
 
   Barriers& barriers_;
-  device::RingProducer<Barriers> ring_;
+  device::RingProducer<Barriers, Boxes::kStages < 4 ? Boxes::kStages - 2 : 2> ring_;  // one is multiplied, one next
   const Launch& launch_;
   const BlockInfo& tile_;
   unsigned walking_;

@@ -35,12 +35,14 @@ struct RowBoxes {
     for (int column = 0; column < kDim; column += kColumns) each(boxes + column / kColumns * kBoxBytes, column);
   }
 
-  // Starts to copy the rows of `tile` with all threads of the warpgroup, `thread` being this one's number there.
+  // Starts to copy the rows of `tile`, their columns from `first` on, with all threads of the warpgroup, `thread` being
+  // this one's number there.
   static __device__ void load(device::SharedAddress boxes, const StickAttentionProblem& p, const BlockInfo& tile,
-                              const void* tensor, const StickQueryStrides& strides, bool aligned, int thread) {
+                              const void* tensor, const StickQueryStrides& strides, bool aligned, int thread,
+                              int first = 0) {
     each(boxes, [&](device::SharedAddress box, int column) {
-      const TileLoader<T, device::kBoxRowBytes, device::kWarpgroup> copy(p.head_dim - column, thread);
-      copy.template rows<kRows>(box, {tensor, strides, p, tile.s, tile.head, tile.first_row, column}, aligned);
+      const TileLoader<T, device::kBoxRowBytes, device::kWarpgroup> copy(p.head_dim - first - column, thread);
+      copy.template rows<kRows>(box, {tensor, strides, p, tile.s, tile.head, tile.first_row, first + column}, aligned);
     });
   }
 };
