@@ -1,6 +1,6 @@
-// stick_attention forward on sm_90a for head dims above 256 where K is V. A cluster of two blocks owns 64 query rows and
-// walks tiles of 64 keys; each block has half of the columns of Q and of the tiles, and in each of its two multiplying
-// warpgroups a quarter of those of O:
+// stick_attention forward on sm_90a for head dims above 256 where K is V. A cluster of two blocks owns 64 query rows
+// and walks tiles of 64 keys; each block has half of the columns of Q and of the tiles, and in each of its two
+// multiplying warpgroups a quarter of those of O:
 //
 //   S_b [64, keys]  = Q_b K_b^T            wgmma over the block's 512 columns, each warpgroup half of the keys
 //   S               = S_0 + S_1            through distributed shared memory (score_parts.cuh)
@@ -113,8 +113,8 @@ class HopperForwardWide {
       float part[kKeys / kConsumers / 8][4] = {};
       device::order_group(
           [&] {
-            device::multiply_abt<Op, kColumns, kKeys>(
-                part, queries, keys + consumer * (kKeys / kConsumers) * device::kBoxRowBytes);
+            device::multiply_abt<Op, kColumns, kKeys>(part, queries,
+                                                      keys + consumer * (kKeys / kConsumers) * device::kBoxRowBytes);
           },
           part);
       cute::warpgroup_wait<1>();  // the sum of O, so that an older tile may come
@@ -147,7 +147,8 @@ class HopperForwardWide {
     constexpr int kHalf = kWindow / 2;  // at a time, for what is rounded takes registers, too
     device::static_for<2>([&](auto half) {
       store_output<Op>(launch, same_tile, row, column + half * kHalf,
-                       reinterpret_cast<float (&)[kHalf / 8][4]>(o[half * (kHalf / 8)]), scratch, (key_tile + 1) * kKeys);
+                       reinterpret_cast<float (&)[kHalf / 8][4]>(o[half * (kHalf / 8)]), scratch,
+                       (key_tile + 1) * kKeys);
     });
     if (column == 0) store_sticks(params, same_tile, row, rem, (key_tile + 1) * (kKeys / WideShape<Op>::kKeys));
   }

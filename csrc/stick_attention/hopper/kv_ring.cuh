@@ -121,7 +121,7 @@ class KvProducer {
   }
 
   Barriers& barriers_;
-  device::RingProducer<Barriers, Boxes::kStages < 4 ? Boxes::kStages - 2 : 2> ring_;  // one is multiplied, one next
+  device::RingProducer < Barriers, Boxes::kStages<4 ? Boxes::kStages - 2 : 2> ring_;  // one is multiplied, one next
   const Launch& launch_;
   const BlockInfo& tile_;
   unsigned walking_;

@@ -1,6 +1,7 @@
 // S of a cluster's two blocks, each of which multiplies half of the head dimension, and of each of whose two
-// warpgroups half of the keys: parts [64 rows, 32 keys], which meet in the shared memory of both blocks. The fragments of
-// all four have the same rows in the same lanes, so that a thread meets three others alone, and its warp three warps.
+// warpgroups half of the keys: parts [64 rows, 32 keys], which meet in the shared memory of both blocks. The fragments
+// of all four have the same rows in the same lanes, so that a thread meets three others alone, and its warp three
+// warps.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -49,8 +50,7 @@ class ScoreExchange {
     wait(&parts_.empty[warp()], parity_ ^ 1);
 #pragma unroll
     for (int block = 0; block < kClusterBlocks; ++block) {
-      const std::uint32_t to =
-          in_block(device::shared_address(&parts_.parts[rank_][first_tile_][thread_]), block);
+      const std::uint32_t to = in_block(device::shared_address(&parts_.parts[rank_][first_tile_][thread_]), block);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + i * (device::kWarpgroup * 16)),
