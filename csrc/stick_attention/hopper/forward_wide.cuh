@@ -58,6 +58,7 @@ class HopperForwardWide {
     cute::cluster_wait();
     device::take_roles([&] { load(launch, tile, memory); },
                        [&](int warpgroup) { multiply(launch, tile, memory, warpgroup); });
+    __syncwarp();
     cute::cluster_arrive();  // a block that ends takes its shared memory with it
     cute::cluster_wait();
   }
