@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from devices import EMULATED
+from devices import EMULATED, HOPPER
 from stick_cases import check, inputs
 from test_stick_attention_cuda import DTYPES
 
@@ -74,7 +74,8 @@ def test_counts(device):
     stick_attention(q.to(device), k.to(device), None, stick_epsilon=0.0)
     (launch,) = cudasim.stats()
     useful = 2 * 2 * 1024 * 2 * (256 * 257 // 2)
-    assert launch["mma_flops"] <= 1.25 * useful
+    # Hopper's takes all of the tile of 64 keys on the diagonal, where sm_80's steps are of 16.
+    assert launch["mma_flops"] <= (1.28 if HOPPER else 1.25) * useful
     assert launch["shared_excess_wavefronts"] <= 0.02 * launch["shared_wavefronts"]
 
 
