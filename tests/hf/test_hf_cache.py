@@ -113,7 +113,7 @@ def test_a_step_runs_on_the_decoding_kernel(pair: tuple[Any, Any], make: Any) ->
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             model(tokens(1, 1), past_key_values=cache)
     names = {event.key.split("::")[-1] for event in profiler.key_averages()}
-    op = "stick_attention_decode" if isinstance(cache, DynamicCache) else "attention_layer_decode"
+    op = "stick_attention_decode" if isinstance(cache, DynamicCache) else "blocks_decode"
     assert op in names and "stick_attention" not in names
 
 
