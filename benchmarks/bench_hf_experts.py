@@ -1,5 +1,5 @@
-"""The experts of a Mixtral in transformers, whole and quantised: our implementation, those that come with it, and
-kt-kernel on the same matrices, where `--peer-python` names a Python that has it.
+"""The experts of a Mixtral in transformers, whole and quantised: our implementation, those that come with it, and the
+CPU backend of ggml (llama.cpp) and kt-kernel on the same matrices, where `--peer-python` names a Python that has them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TOLERANCES = {"fp32": Tolerance(1e-4), "bf16": Tolerance(0.05, quantile=0.95)}
 # By bits: the formats of others, and how far they may be from ours. Each rounds the matrices by a rule of its own, and
 # the kernels of others round x to 8 bits, too.
 PRECISIONS: dict[int, tuple[dict[str, str], Tolerance]] = {
-    8: ({"kt-kernel": "int8"}, Tolerance(0.1)),
-    4: ({}, Tolerance(0.35)),
+    8: ({"ggml": "q8_0", "kt-kernel": "int8"}, Tolerance(0.1)),
+    4: ({"ggml": "q4_0"}, Tolerance(0.35)),
 }
 MOST_EXPERTS = 8
 """Eager's backward makes a gradient of all experts for each of them."""
@@ -90,8 +90,9 @@ def test_hf_experts(
     if tokens <= MOST_TOKENS_BATCHED:
         functions["batched_mm"] = moe.batched_mm_experts_forward
     contestants = [contestant(name, partial(f, module, x, ids, weights), train) for name, f in functions.items()]
-    if not backward and threads == 1 and kind == torch.bfloat16:  # with more, our waiting threads would hinder theirs
-        contestants += peers_apart({"kt-kernel": dtype}, inputs_apart(module, x, ids, weights))
+    if not backward and threads == 1:  # with more, our waiting threads would hinder theirs
+        precisions = {"ggml": dtype} | ({"kt-kernel": dtype} if kind == torch.bfloat16 else {})
+        contestants += peers_apart(precisions, inputs_apart(module, x, ids, weights))
     passes = 3 if backward else 1
     per_slot = 3 * shape.d * shape.ffn_hidden
     read = len(ids.unique()) * per_slot * x.element_size() * (2 if backward else 1)

@@ -225,7 +225,7 @@ def goals_table(run: Run) -> str:
     lines += ["", table(["Section", "Cell", "Threads", "Goal", "Measured", "Result"], rows)] if rows else []
     for name, cells in memory.items():
         lines += _shared(cells, name, f"No more memory than {name.removeprefix(MEMORY)}")
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip()
 
 
 def section_table(cells: list[Cell]) -> str:

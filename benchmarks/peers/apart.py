@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..race import Contestant, Outputs
 
-KINDS = ("kt-kernel",)
+KINDS = ("ggml", "kt-kernel")
 _PROGRAM = Path(__file__).with_name("served.py")
 
 

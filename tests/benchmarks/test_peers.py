@@ -262,7 +262,7 @@ def loop(arrays, precision, threads):
 
     return run, lambda: y
 
-served._KINDS["kt-kernel"] = loop
+served._KINDS["ggml"] = loop
 served.serve(*sys.argv[1:])
 """
 
@@ -284,7 +284,7 @@ def test_a_peer_in_a_process_of_its_own(monkeypatch, tmp_path) -> None:
     program.write_text(SERVED.format(folder=str(Path(apart.__file__).parent)))
     monkeypatch.setattr(apart, "_PROGRAM", program)
     inputs, expected = gated_experts()
-    peer = Apart(sys.executable, "kt-kernel", "fp32", 1, inputs)
+    peer = Apart(sys.executable, "ggml", "fp32", 1, inputs)
     for _ in range(2):
         torch.testing.assert_close(peer.run()["y"].double(), expected, rtol=1e-4, atol=1e-5)
         assert set(peer.clocks()) == {"cpu", "wall"} and peer.clocks()["wall"] > 0
@@ -309,6 +309,16 @@ def test_kt_kernel_computes_gated_experts(precision: str, tolerance: float) -> N
     pytest.importorskip("kt_kernel")
     inputs, expected = gated_experts(width=128, hidden=256)
     peer = Apart(sys.executable, "kt-kernel", precision, 1, inputs)
+    error = (peer.run()["y"] - expected).norm() / expected.norm()
+    peer.close()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.02), ("q8_0", 0.05), ("q4_0", 0.3)])
+def test_ggml_computes_gated_experts(precision: str, tolerance: float) -> None:
+    pytest.importorskip("llama_cpp")
+    inputs, expected = gated_experts()
+    peer = Apart(sys.executable, "ggml", precision, 1, inputs)
     error = (peer.run()["y"] - expected).norm() / expected.norm()
     peer.close()
     assert error < tolerance

@@ -182,7 +182,7 @@ def test_wrong_options_are_named(
 
 
 def test_mistakes_in_the_command_are_named(tmp_path: Path) -> None:
-    assert "KIND of kt-kernel, got llama=x" in bench("--peer-python=llama=x", "--out", tmp_path).stderr
+    assert "KIND of ggml, kt-kernel, got llama=x" in bench("--peer-python=llama=x", "--out", tmp_path).stderr
     assert "--devise" in (result := bench("--devise", "cpu", "--out", tmp_path)).stderr and result.returncode != 0
     if not torch.cuda.is_available():
         result = bench("--device", "cuda")
