@@ -221,7 +221,7 @@ class WarpGemm {
     } else {
       const uint2 rows_of[2] = {device::load_shared_64(at), device::load_shared_64<kHalfStep>(at)};
       const auto of = [&](auto column, int first) {
-        const uint32_t x = column < 4 ? rows_of[first / 2].x : rows_of[first / 2].y;
+        const std::uint32_t x = column < 4 ? rows_of[first / 2].x : rows_of[first / 2].y;
         return nibbles_to_pair<Op>(byte_of_each<column % 4>(x, x >> 4));
       };
       multiply_columns(acc, a, rows, of);
