@@ -81,6 +81,26 @@ class Sticks:
         return True
 
 
+class WideSticks(Sticks):
+    """A cluster of two blocks per tile of rows, K = V: more tiles than stages, walks that end, rows that see no key."""
+
+    BLOCKS = 2
+
+    def __init__(self) -> None:
+        self.cases = []
+        for epsilon, mean, keys in ((0.0, -6, 260), (2**-24, -3, 260), (2**-24, 8, 400)):
+            q, k, _ = rows_of_logits((mean,), keys, 1024, torch.bfloat16)
+            self.add((q, k, k), True, epsilon, first_tiles(q, k, epsilon) * 4)  # in backward's tiles of 16 keys
+        q, k, _ = rows_of_logits((-6,), 1, 1024, torch.bfloat16)
+        self.add((q.view(1, 1, 64, 1024), k, k), False, 0.0, torch.zeros(1, 1, 64, dtype=torch.int32))
+
+    def add(self, operands, *rest) -> None:
+        super().add(operands, *rest)
+        (q, k, _, *options), *expected = self.cases[-1]
+        k = k.contiguous()
+        self.cases[-1] = ((q, k, k, *options), *expected)
+
+
 class Gates:
     """More slices of tokens than stages, in two pieces."""
 
@@ -142,6 +162,7 @@ KERNELS: dict[str, tuple[Callable[[], Callable[[], bool]], tuple[str, ...]]] = {
     "grouped_weight_grad_bf16_128x128_sm90a": (lambda: Routed(gradient=True), SM_90A),
     ROUTER_WEIGHTS: (Gates, SM_80),
     "stick_fwd_bf16_d64_sm90a": (Sticks, (*STICK_SM_90A, "bar.red")),
+    "stick_fwd_bf16_d1024_sm90a": (WideSticks, (*STICK_SM_90A, "bar.red", "barrier.cluster")),
     "stick_bwd_query_bf16_d64_sm90a": (StickGradients, STICK_SM_90A),
     "stick_bwd_key_bf16_d64_sm90a": (StickGradients, STICK_SM_90A),
 }
@@ -150,6 +171,12 @@ UNSEEN = {
     (ROUTER_WEIGHTS, "bar.sync"): [1],
     # Before Q's place takes dQ: the emulated device ends a warpgroup's products for all of its warps at a time.
     ("stick_bwd_query_bf16_d64_sm90a", "bar.sync"): [2],
+    # That of take_roles(), after one of the cluster; and before Q's place takes O, as in the dQ kernel.
+    ("stick_fwd_bf16_d1024_sm90a", "bar.sync"): [0, 2],
+    # Nothing is under way when all tiles have been loaded: of two stages' ring each is waited for at once.
+    ("stick_fwd_bf16_d1024_sm90a", "cp.async.wait_group"): [1],
+    # A tile's products lie between the first and what the other block sends, the output between that and the last.
+    ("stick_fwd_bf16_d1024_sm90a", "barrier.cluster"): [0, 1, 2, 3],
     # Before the exchange boxes take the next tile's weights, and the results: for the same reason.
     ("stick_bwd_key_bf16_d64_sm90a", "bar.sync"): [2, 4],
     # Of dV's and dK's products, whose accumulators were last written by hand before the fence of the scores' products.
