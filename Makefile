@@ -27,7 +27,8 @@ export PATH := $(abspath $(dir $(PY))):$(PATH)
 EVERYTHING := build/.everything
 # What `make test` runs on an emulated Hopper, too; `make check-cuda` runs everything there.
 HOPPER_TESTS := tests/cuda/test_grouped_gemm_rounds_cuda.py tests/cuda/test_grouped_gemm_cuda.py \
-  tests/cuda/test_stick_attention_hopper_cuda.py tests/cuda/test_stick_attention_cuda.py
+  tests/cuda/test_stick_attention_hopper_cuda.py tests/cuda/test_stick_attention_cuda.py \
+  tests/cuda/test_stick_attention_hopper_wide_cuda.py tests/cuda/test_stick_attention_wide_cuda.py
 
 .PHONY: help demo test test-slow test-emulated test-gpu sanitize-gpu bench-gpu gpu-proof docs check-torch check-cuda cuda-roofline experiments lint format build extension bench asan fuzz clean
 

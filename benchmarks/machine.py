@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from moduleformer_ext.heap import glibc
+from moduleformer_ext.heap import M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, glibc, keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PACKAGES = ("flash-attn", "stickbreaking-attention", "scattermoe", "triton", "transformers")
@@ -39,6 +40,22 @@ def _more_than_caches_hold() -> torch.Tensor:
 def evict() -> None:
     """In a model of many layers a layer's weights have left the caches before its next token comes."""
     _more_than_caches_hold().sum()
+
+
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Inside, glibc as it is in a process that never called mallopt, once large tensors have come and gone: 32 MiB and
+    more are mapped afresh each time. Afterwards freed memory is kept.
+    """
+    if (libc := glibc()) is not None:
+        libc.mallopt(M_MMAP_MAX, 65536)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        libc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def _status_kib(field: str) -> int:

@@ -10,10 +10,9 @@ from itertools import product
 import pytest
 
 from moduleformer_ext import ops
-from moduleformer_ext.heap import give_freed_memory_back
 
 from ..inputs import LayerShape, expert_weights, normal, random_gates
-from ..machine import DTYPES, Work
+from ..machine import DTYPES, Work, memory_given_back
 from ..peers.experts import ffn_peers
 from ..race import BEST_PEER, LIMIT, MEMORY, OURS, REFERENCE, Backward, Contestant, Race, Run, Tolerance, contestant
 
@@ -76,5 +75,5 @@ def test_expert_ffn(run: Run, shape: LayerShape, threads: int, dtype: str, direc
     goals = {MEMORY + REFERENCE: 1.0, **GOALS.get((dtype, direction, tokens), {})} if threads else {}
     if direction == FRESH:
         contestants = [after_a_step(one) for one in contestants]
-    with give_freed_memory_back() if direction == FRESH else nullcontext():
+    with memory_given_back() if direction == FRESH else nullcontext():
         run(Race(contestants, TOLERANCES[dtype], work, goals))

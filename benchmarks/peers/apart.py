@@ -26,6 +26,8 @@ _PROGRAM = Path(__file__).with_name("served.py")
 def version(python: str, kind: str) -> str:
     """Of a peer, as it says itself."""
     answer = subprocess.run([python, str(_PROGRAM), kind], capture_output=True, text=True)
+    if answer.returncode != 0:
+        return "not found"
     said = answer.stdout.strip().splitlines()
     return said[-1] if said else "of unknown version"
 

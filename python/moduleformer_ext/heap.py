@@ -1,11 +1,10 @@
-"""glibc's heap, told to keep what it has, or not to."""
+"""glibc's heap, told to keep what it has."""
 
 import ctypes
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
+"""malloc.h's names of what mallopt sets."""
 
 
 def glibc() -> ctypes.CDLL | None:
@@ -22,23 +21,7 @@ def keep_freed_memory(*, one_arena: bool = False) -> None:
     No effect where the C library is another.
     """
     if (libc := glibc()) is not None:
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
         if one_arena:
-            libc.mallopt(_M_ARENA_MAX, 1)
-
-
-@contextmanager
-def give_freed_memory_back() -> Iterator[None]:
-    """What a process has that says nothing to glibc, once its large tensors have come and gone: those of 32 MiB and
-    more are mapped afresh each time. Freed memory is kept again afterwards.
-    """
-    if (libc := glibc()) is not None:
-        libc.mallopt(_M_MMAP_MAX, 65536)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-        libc.malloc_trim(0)
-    try:
-        yield
-    finally:
-        keep_freed_memory()
+            libc.mallopt(M_ARENA_MAX, 1)

@@ -38,3 +38,14 @@ def schedule(request: pytest.FixtureRequest) -> Iterator[int]:
     cudasim.set_seed(request.param)
     yield request.param
     cudasim.set_seed(0)
+
+
+@pytest.fixture
+def one_multiprocessor() -> Iterator[None]:
+    """Persistent blocks go round more than once. What a test broke on the emulated device is forgotten after it."""
+    before = cudasim.set_multiprocessors(1)
+    yield
+    cudasim.set_multiprocessors(before)
+    cudasim.set_seed(0)
+    cudasim.clear_fault()
+    cudasim.reset_races()

@@ -19,7 +19,10 @@ from moduleformer_ext.ops import grouped_gemm, stick_attention
 if EMULATED:
     import cudasim
 
-pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the emulated device")
+pytestmark = [
+    pytest.mark.skipif(not EMULATED, reason="needs the emulated device"),
+    pytest.mark.usefixtures("one_multiprocessor"),
+]
 SEEDS = (0, 1, 2)
 
 
@@ -205,16 +208,6 @@ def survivors(kernel: str, opcode: str, works: Callable[[], bool]) -> tuple[list
         if instruction.reached and not caught:
             left.append(index)
     return left, tried
-
-
-@pytest.fixture(autouse=True)
-def one_multiprocessor():
-    before = cudasim.set_multiprocessors(1)
-    yield
-    cudasim.set_multiprocessors(before)
-    cudasim.set_seed(0)
-    cudasim.clear_fault()
-    cudasim.reset_races()
 
 
 @pytest.fixture(params=KERNELS, ids=lambda name: name.removeprefix("_ZN3mfx6router"))

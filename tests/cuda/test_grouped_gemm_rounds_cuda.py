@@ -3,8 +3,6 @@ multiprocessors than tests have tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from devices import EMULATED
@@ -13,16 +11,12 @@ from routed import compare, ffn_values, grouped_values, layout_of, random_layout
 from moduleformer_ext.ops import expert_ffn, grouped_gemm
 
 if EMULATED:
-    import cudasim
+    pass
 
-pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the emulated device")
-
-
-@pytest.fixture(autouse=True)
-def one_multiprocessor() -> Iterator[None]:
-    before = cudasim.set_multiprocessors(1)
-    yield
-    cudasim.set_multiprocessors(before)
+pytestmark = [
+    pytest.mark.skipif(not EMULATED, reason="needs the emulated device"),
+    pytest.mark.usefixtures("one_multiprocessor"),
+]
 
 
 @pytest.mark.usefixtures("schedule")

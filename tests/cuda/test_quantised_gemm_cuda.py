@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -165,16 +165,6 @@ def test_float32_is_refused_before_a_cache_is_written(bits, device):
     with pytest.raises(ValueError, match=r"^attention_layer_decode: x must be bfloat16 or float16"):
         attention_layer_decode(**arguments)
     assert torch.equal(arguments["k_cache"].nan_to_num(), before.nan_to_num())
-
-
-@pytest.fixture
-def one_multiprocessor() -> Iterator[None]:
-    before = cudasim.set_multiprocessors(1)
-    yield
-    cudasim.set_multiprocessors(before)
-    cudasim.set_seed(0)
-    cudasim.clear_fault()
-    cudasim.reset_races()
 
 
 emulated = pytest.mark.skipif(not EMULATED, reason="needs the emulated device")

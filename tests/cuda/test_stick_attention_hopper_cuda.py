@@ -1,6 +1,6 @@
 """The sm_90a kernels of stick_attention, forward and backward: what they serve, and what sm_80's have no counterpart
-of, two warpgroups that walk the same tiles and end for themselves or leave tiles to each other. All else is tested on
-every architecture alike."""
+of, two or three warpgroups that walk the same tiles and end for themselves or leave tiles to each other. All else is
+tested on every architecture alike."""
 
 import re
 
@@ -16,6 +16,8 @@ from moduleformer_ext.ops import stick_attention
 if EMULATED:
     import cudasim
 
+TWO = ((8, -9), (-9, 8), (-3, -9), (-9, -3), (-3, 8), (8, 8), (-9, -9), (-2.5, -3))
+THREE = ((-9, -9, 8), (8, -9, -9), (-9, 8, -3))
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs the emulated Hopper and its kernels")
 RAW = torch.ops.moduleformer_ext
 
@@ -101,7 +103,7 @@ def test_query_tiles_that_one_warpgroup_of_keys_takes(logits, dim, device):
 
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("logits", [(-3, -9), (-9, -3), (-9, -9)])
+@pytest.mark.parametrize("logits", [(-3, -9), (-9, -3), (-9, -9), (-9, -3, -9)])
 def test_each_warpgroup_walks_its_windows(logits, dim, device):
     """Keys of several windows of 1024, of which a warpgroup may walk the newest alone."""
     q, k, v = rows_of_logits(logits, 1200, dim, torch.bfloat16)
@@ -114,7 +116,9 @@ def test_each_warpgroup_walks_its_windows(logits, dim, device):
 
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("logits", [(8, -9), (-9, 8), (-3, -9), (-9, -3), (-3, 8), (8, 8), (-9, -9), (-2.5, -3)])
+@pytest.mark.parametrize(
+    "logits", [(8, -9), (-9, 8), (-3, -9), (-9, -3), (-3, 8), (8, 8), (-9, -9), (-2.5, -3), *THREE]
+)
 def test_each_warpgroup_ends_for_itself(logits, dim):
     q, k, v = rows_of_logits(logits, 700, dim, torch.bfloat16)
     o, remainder, _, first = forward(q, k, v, 2**-24)
@@ -126,7 +130,7 @@ def test_each_warpgroup_ends_for_itself(logits, dim):
 
 
 def test_exhausted_sticks_load_no_more():
-    """The loading warpgroup is a ring of stages ahead, and stops with the second of those that multiply."""
+    """The loading warpgroup is a ring of stages ahead, and stops with the last of those that multiply."""
     q, k, v = rows_of_logits((8, 8), 4000, 64, torch.bfloat16)
     cudasim.reset_stats()
     forward(q, k, v, 2**-24)

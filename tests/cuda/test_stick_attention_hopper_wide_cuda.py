@@ -77,14 +77,14 @@ def test_rows_at_any_address():
 
 
 def test_counts():
-    """Of one head of 1024, 256 positions and 64 more: what tiles cost, without beginnings and ends of blocks."""
+    """Of 64 rows of one head of 1024, 256 keys and 256 more: what tiles cost, without beginnings and ends of blocks."""
     few, more = (counted(*operands(64, keys, 1, 1024, torch.bfloat16)[:1], *[keys_of(keys)] * 2) for keys in (256, 512))
     tiles, scores = 4, 4 * TILE * TILE  # that the second has more
     per_tile = {name: (more[name] - few[name]) / tiles for name in more if isinstance(more[name], int)}
     assert per_tile["mma_flops"] == 2 * 2 * TILE * TILE * 1024  # nothing twice
     assert per_tile["global_load_sectors"] == TILE * 1024 * 2 / 32  # each block has half of a tile
     assert more["shared_excess_wavefronts"] == 0
-    assert (more["thread_instructions"] - few["thread_instructions"]) / scores <= 120
+    assert (more["thread_instructions"] - few["thread_instructions"]) / scores <= 84
 
 
 def keys_of(tokens):

@@ -187,7 +187,7 @@ def test_early_exit_keeps_its_promise(device, dtype, epsilon):
     whole = (x.cpu().double() for x in stick_attention(q, k, v, stick_epsilon=0.0, return_remainder=True))
     rounding, rounding_left = ((x - y).abs().max() * 1.01 for x, y in zip(whole, (exact, left), strict=True))
     assert (o.double() - exact).abs().max() <= epsilon * longest + rounding
-    assert (remainder.double() - left).abs().max() <= epsilon + rounding_left
+    assert (remainder.double() - left).abs().max() <= epsilon + min(rounding_left, 1e-6)
     op = torch.ops.moduleformer_ext.stick_attention_forward
     tiles = op(q, k, v, None, True, None, None, None, epsilon, False)[3]
     all_tiles = op(q, k, v, None, True, None, None, None, 0.0, False)[3]

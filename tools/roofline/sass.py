@@ -107,7 +107,8 @@ def blocks(section: str) -> list[Block]:
         # BRA.DIV goes where the lanes of a warp have parted, which no kernel here lets happen for long.
         if leaves and last.opcode.startswith("BRA.DIV"):
             taken = []
-        # A call returns behind itself, or is a jump: out of a loop, where ptxas writes a conditional one.
+        # A call returns to what follows it. ptxas also writes a conditional one as a far jump, where not taking it goes
+        # on to what follows.
         conditional = leaves and (
             last.name == "CALL"
             or last.predicate

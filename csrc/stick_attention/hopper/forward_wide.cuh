@@ -32,6 +32,8 @@ class HopperForwardWide {
   using Barriers = KvBarriers<Boxes::kStages, kConsumers>;
   static constexpr int kKeys = Boxes::kKeys, kWindowBytes = kWindow / 64 * Boxes::kBoxBytes;
   static constexpr int kWarps = device::kWarpgroup / device::kWarp;
+  static_assert(kConsumers == ScoreParts::kWarpgroups && kWarps == ScoreParts::kWarps &&
+                kKeys / 8 == ScoreParts::kTiles);
 
   struct Shared {
     alignas(1024) unsigned char stages[Boxes::kStages * Boxes::kStageBytes];
@@ -54,6 +56,7 @@ class HopperForwardWide {
       memory.ring.init();
       memory.parts.init();
     }
+    __syncwarp();
     cute::cluster_arrive();
     cute::cluster_wait();
     device::take_roles([&] { load(launch, tile, memory); },
@@ -151,7 +154,9 @@ class HopperForwardWide {
                        reinterpret_cast<float (&)[kHalf / 8][4]>(o[half * (kHalf / 8)]), scratch,
                        (key_tile + 1) * kKeys);
     });
-    if (column == 0) store_sticks(params, same_tile, row, rem, (key_tile + 1) * (kKeys / WideShape<Op>::kKeys));
+    if (column == 0)
+      store_sticks(params, same_tile, row, rem,
+                   (key_tile + 1) * (kKeys / WideShape<Op>::kKeys));  // in backward's tiles
   }
 };
 

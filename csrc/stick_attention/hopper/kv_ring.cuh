@@ -3,6 +3,8 @@
 // it says so, and the loading one waits for it no longer.
 #pragma once
 
+#include <algorithm>
+
 #include "stick_attention/hopper/kv_boxes.cuh"
 #include "stick_attention/tile_loader.cuh"
 #include "tile/slice_ring.cuh"
@@ -36,6 +38,8 @@ template <typename T, typename Boxes, int kWalkers, typename Launch>
 class KvProducer {
   using Barriers = KvBarriers<Boxes::kStages, kWalkers>;
   static constexpr int kKeys = Boxes::kKeys;
+  // A warpgroup holds two stages: one it multiplies, one it waits for.
+  static constexpr int kLag = std::min(Boxes::kStages - 2, 2);
   static constexpr int kChunks = Boxes::kTileBytes / kKeys / 16, kKeysAtOnce = device::kWarpgroup / kChunks;
   static_assert(device::kWarpgroup % kChunks == 0 && kKeys % kKeysAtOnce == 0, "a thread keeps its column");
 
@@ -121,7 +125,7 @@ class KvProducer {
   }
 
   Barriers& barriers_;
-  device::RingProducer < Barriers, Boxes::kStages<4 ? Boxes::kStages - 2 : 2> ring_;  // one is multiplied, one next
+  device::RingProducer<Barriers, kLag> ring_;
   const Launch& launch_;
   const BlockInfo& tile_;
   unsigned walking_;

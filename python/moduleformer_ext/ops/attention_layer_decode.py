@@ -43,8 +43,8 @@ def attention_layer_decode(
     Args:
         x: ``[B, T, D]`` float32, float64, bfloat16 or float16.
         router: the norm and the router in one :class:`~moduleformer_ext.types.NormedRouter`.
-        query_weight: ``[E, D, H * D_h]`` of x's dtype, or segments; or quantised, on the CPU and beside x of another
-            dtype than float64.
+        query_weight: ``[E, D, H * D_h]`` of x's dtype, or segments; or quantised, on the CPU beside x of another dtype
+            than float64, on CUDA beside bfloat16 or float16.
         output_weight: ``[E, H * D_h, D]``, likewise.
         k_weight, v_weight: ``[H * D_h, D]`` of x's dtype, contiguous; both None: keys and values are the normed tokens.
         k_bias, v_bias: ``[H * D_h]`` of x's dtype, or None.

@@ -31,7 +31,8 @@ def ffn_layer_decode(
         x: ``[B, T, D]`` float32, float64, bfloat16 or float16.
         router: the norm and the router in one :class:`~moduleformer_ext.types.NormedRouter`.
         up: ``[E, D, F]`` (``[E, D, 2F]`` for a gated activation) of x's dtype, or segments; or quantised, on the CPU
-            and beside x of another dtype than float64 (for a gated activation with a multiple of 128 columns).
+            beside x of another dtype than float64, on CUDA beside bfloat16 or float16 (for a gated activation with a
+            multiple of 128 columns).
         down: ``[E, F, D]``, likewise.
         activation: as in :func:`~moduleformer_ext.ops.expert_ffn`.
         return_route: also return how the tokens were routed.
