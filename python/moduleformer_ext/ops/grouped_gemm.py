@@ -64,7 +64,8 @@ def grouped_gemm(
 
     Raises:
         ValueError: naming the argument, what it must be and what it was, for shapes, dtypes, devices and names
-            that do not fit, and for a layout whose contents are not one. Nothing is computed or written then.
+            that do not fit, and for a layout whose contents are not one. Nothing is computed or written then. On CUDA
+            the contents are trusted, since to read them would wait for the GPU.
     """
     return torch.ops.moduleformer_ext.grouped_gemm(
         x,
