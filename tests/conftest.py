@@ -59,6 +59,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each call of ops.blocks_decode had."""
+    from moduleformer_ext import ops  # not before the emulated device has the allocator
+
+    seen: list[int] = []
+    op = ops.blocks_decode
+    monkeypatch.setattr(ops, "blocks_decode", lambda *a, **k: seen.append(len(a[2])) or op(*a, **k))
+    return seen
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     if "device" in getattr(item, "fixturenames", ()) or "/tests/cuda/" in item.path.as_posix():
         item.add_marker(pytest.mark.cuda)

@@ -16,19 +16,10 @@ from hf_models import tokens
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from moduleformer_ext import hf, ops
+from moduleformer_ext import hf
 from moduleformer_ext.hf import modeling
 
 PROMPT, STEPS = 5, 3
-
-
-@pytest.fixture
-def stacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many blocks each call of the op had."""
-    seen: list[int] = []
-    op = ops.blocks_decode
-    monkeypatch.setattr(ops, "blocks_decode", lambda *a, **k: seen.append(len(a[2])) or op(*a, **k))
-    return seen
 
 
 def growing(model: Any) -> Any:

@@ -11,7 +11,6 @@ from test_hooks import Scaled
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from moduleformer_ext import ops
 from moduleformer_ext.models import MoLMConfig, MoLMForCausalLM, modeling, quantise_experts
 from moduleformer_ext.quantised import BITS
 
@@ -36,15 +35,6 @@ def build(**options: Any) -> MoLMForCausalLM:
 
 
 IDS = torch.arange(10).view(2, 5)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many caches each call of the op had."""
-    seen: list[int] = []
-    op = ops.blocks_decode
-    monkeypatch.setattr(ops, "blocks_decode", lambda *a, **k: seen.append(len(a[2])) or op(*a, **k))
-    return seen
 
 
 @torch.no_grad()
@@ -79,24 +69,24 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_bits_of_the_blocks(
-    options: dict[str, Any], dtype: torch.dtype, static: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], dtype: torch.dtype, static: bool, stacks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(**options).to(dtype)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[0, :2] = False
     for given in (None, mask):
         expected = block_by_block(model, monkeypatch, static=static, mask=given)
-        assert not calls
+        assert not stacks
         assert_same(steps(model, static=static, mask=given), expected)
-        assert calls == [model.config.n_layer] * 3
-        calls.clear()
+        assert stacks == [model.config.n_layer] * 3
+        stacks.clear()
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_quantised_experts(bits: int, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantised_experts(bits: int, stacks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantise_experts(build(), bits)
     assert_same(steps(model), block_by_block(model, monkeypatch))
-    assert calls == [3] * 3
+    assert stacks == [3] * 3
 
 
 CHANGES: dict[str, Callable[[MoLMForCausalLM], Any]] = {
@@ -111,14 +101,14 @@ CHANGES: dict[str, Callable[[MoLMForCausalLM], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_are_seen(change: str, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_are_seen(change: str, stacks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     steps(model)
     CHANGES[change](model)
     expected = block_by_block(model, monkeypatch)
-    calls.clear()
+    stacks.clear()
     assert_same(steps(model), expected)
-    assert calls == [len(model.transformer.h)] * 3
+    assert stacks == [len(model.transformer.h)] * 3
 
 
 class _Adapter(nn.Module):
@@ -152,23 +142,23 @@ REASONS: dict[str, Callable[[MoLMForCausalLM], Any]] = {
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_where_blocks_are_called(reason: str, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_blocks_are_called(reason: str, stacks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     steps(model)
     REASONS[reason](model)
     expected = block_by_block(model, monkeypatch)
-    calls.clear()
+    stacks.clear()
     assert_same(steps(model), expected)
-    assert not calls
+    assert not stacks
 
 
-def test_temperatures_are_read_for_every_token(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temperatures_are_read_for_every_token(stacks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(gate_type="gmm")
     assert_same(steps(model), block_by_block(model, monkeypatch))
-    assert not calls
+    assert not stacks
 
 
-def test_what_is_between_blocks(calls: list[int]) -> None:
+def test_what_is_between_blocks(stacks: list[int]) -> None:
     model = build()
     for options in ({"output_hidden_states": True}, {"output_routes": True}):
         steps(model, **options)
@@ -176,16 +166,16 @@ def test_what_is_between_blocks(calls: list[int]) -> None:
         model(IDS[:, :1], past_key_values=model(IDS, use_cache=True).past_key_values)
     past = model(IDS, use_cache=True).past_key_values
     model(IDS[:, :1], past_key_values=past, output_aux_loss=False)  # with gradients
-    assert not calls
+    assert not stacks
 
 
-def test_training_mode(calls: list[int]) -> None:
+def test_training_mode(stacks: list[int]) -> None:
     steps(build(moe_pdrop=0.5).train())
-    assert not calls
+    assert not stacks
 
 
 @torch.no_grad()
-def test_two_continuations_of_one_past(calls: list[int]) -> None:
+def test_two_continuations_of_one_past(stacks: list[int]) -> None:
     model = build()
     past = model(IDS, use_cache=True).past_key_values
     before = [layer.keys.clone() for layer in past.layers]
@@ -193,18 +183,18 @@ def test_two_continuations_of_one_past(calls: list[int]) -> None:
     first, second, again = (model(IDS[:, i : i + 1], **options) for i in (0, 1, 0))
     assert torch.equal(first.logits, again.logits) and not torch.equal(first.logits, second.logits)
     assert_same([layer.keys for layer in past.layers], before)
-    assert len(calls) == 3
+    assert len(stacks) == 3
 
 
 @torch.no_grad()
-def test_reordered_sequences(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reordered_sequences(stacks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     past = model(IDS, use_cache=True).past_key_values.select(torch.tensor([1, 0]))
     options: dict[str, Any] = {"past_key_values": past, "use_cache": True, "output_aux_loss": False}
     actual = model(IDS[:, :1], **options).logits
     monkeypatch.setattr(modeling, "decode_stack", lambda *_: None)
     assert torch.equal(actual, model(IDS[:, :1], **options).logits)
-    assert calls == [3]
+    assert stacks == [3]
 
 
 @torch.no_grad()
